@@ -1,0 +1,31 @@
+"""odelt-fast: train, sample and measure ODE_t(ODE_l) diffusion and flow transformers."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DiT": "model",
+    "DiTConfig": "config",
+    "PRESETS": "config",
+    "Sampler": "sampler",
+    "load_model": "checkpoint",
+    "save_model": "checkpoint",
+    "CheckpointError": "checkpoint",
+    "convert_reference_checkpoint": "conversion",
+}
+__all__ = ["PRESETS", "CheckpointError", "DiT", "DiTConfig", "Sampler", "convert_reference_checkpoint", "load_model", "save_model"]
+
+if TYPE_CHECKING:
+    from odelt_fast.checkpoint import CheckpointError, load_model, save_model
+    from odelt_fast.config import PRESETS, DiTConfig
+    from odelt_fast.conversion import convert_reference_checkpoint
+    from odelt_fast.model import DiT
+    from odelt_fast.sampler import Sampler
+
+
+def __getattr__(name: str) -> object:  # torch costs seconds: it is loaded when something that needs it is asked for
+    if name not in _HOME:
+        raise AttributeError(f"module 'odelt_fast' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"odelt_fast.{_HOME[name]}"), name)

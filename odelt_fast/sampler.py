@@ -1,0 +1,316 @@
+"""Seeds -> noise -> integration -> decoding: sampling a model at any depth l and number of steps T.
+
+Random numbers come from numpy's counter-based Philox with key (seed, stream) and counter (0, 0, image index, step index): the first two
+counter words count the numbers drawn. So image i depends on (seed, i) alone, no two (seed, stream, index, step) share a number, and the
+same pictures come out on every device, in any batch size.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odelt_fast.model import DiT
+from odelt_fast.solvers import check_solver, integrate, predict_and_renoise
+from odelt_fast.velocity import VelocityField, check_guidance, compiled, step_index
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Training's streams are numbered from 0 (train/draws.py): these start far above, so that a model never meets its training noise.
+STREAMS = {"noise": 2**32, "label": 2**32 + 1, "renoise": 2**32 + 2}
+BACKENDS = ("auto", "eager", "compile", "fused")
+# Tokens of a batch when no batch size is given: activations of DiT-XL stay below 1 GiB on a CPU; a GPU needs more rows to be busy.
+_BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**16}
+_TILE = 64  # pixels: smaller images are enlarged to at least about this
+_LARGEST_PICTURE = 2**28  # pixels
+
+
+def image_noise(seed: int, index: int, shape: Sequence[int], stream: str = "noise", step: int = 0) -> np.ndarray:
+    """Standard normal float32 of `shape` that belongs to image `index` of `seed` (both in [0, 2^64))."""
+    return _generator(seed, stream, index, step).standard_normal(shape, dtype=np.float32)
+
+
+def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
+    """Label of each image that was given none, int64: uniform over the classes; for one-class models the null label (num_classes)."""
+    if num_classes == 1:
+        return np.full(len(indices), num_classes, np.int64)
+    return np.array([_generator(seed, "label", index).integers(num_classes) for index in indices], np.int64)
+
+
+def _generator(seed: int, stream: str, index: int, step: int = 0) -> np.random.Generator:
+    key, counter = np.array([seed, STREAMS[stream]], np.uint64), np.array([0, 0, index, step], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+class Sampler:
+    """Draws samples of `model` at one depth, number of steps and guidance scale, in the model's own dtype and on its device.
+
+    >>> images = Sampler(model, depth=4, steps=1)(num_images=16, labels=3, seed=0)    # (16, C, H, W) float32
+
+    depth: number of active blocks l (None: all that are loaded). steps: number of time steps T. guidance_scale w: None = labels only,
+    0 = null label only, otherwise v_null + w (v_label - v_null). backend: "eager" runs the model, "compile" its torch.compile form; "auto"
+    is eager. batch_size: images at a time (None: by the number of tokens); it changes no picture. decoder: a callable from latents
+    (B, C, H, W) float32 to images, applied to every batch. rtol, atol, max_steps and error_norm are for adaptive solvers: checked and kept.
+
+    `stats` holds, of the last call, images, evaluations (of the network, in all), evaluations_per_image and seconds.
+    Raises ValueError for every value that cannot be used, naming what is allowed.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        depth: int | None = None,
+        steps: int = 4,
+        solver: str = "euler",
+        *,
+        rtol: float = 1e-2,
+        atol: float = 1e-2,
+        guidance_scale: float | None = None,
+        backend: str = "auto",
+        batch_size: int | None = None,
+        decoder: Callable[[Tensor], Tensor] | None = None,
+        attention: str = "auto",
+        precision: str | None = None,
+        max_steps: int = 4096,
+        error_norm: str = "per_sample",
+        time_grid: str = "uniform",
+        depth_schedule: Sequence[int] | None = None,
+    ) -> None:
+        if not isinstance(model, DiT):
+            raise ValueError(f"model must be a DiT, as load_model returns, not {type(model).__name__}")
+        self.model = model
+        self.depth = model.check_depth(depth)
+        self.steps = _whole("steps", steps)
+        self.solver = check_solver(solver)
+        self.step_index = step_index(model.config.sampling, self.steps)
+        self.guidance_scale = check_guidance(guidance_scale)
+        self.backend = _one_of("backend", backend, BACKENDS)
+        if backend == "fused":
+            raise ValueError("backend 'fused' needs a CUDA GPU and is not in this version: use auto, eager or compile")
+        self.batch_size = None if batch_size is None else _whole("batch_size", batch_size)
+        if decoder is not None and not callable(decoder):
+            raise ValueError(f"decoder must be a callable from latents to images, not {type(decoder).__name__}")
+        self.decoder = decoder
+        self.attention = _one_of("attention", attention, ("auto", "sdpa"))
+        self.precision = _one_of("precision", precision, (None,))
+        self.rtol, self.atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
+        self.max_steps = _whole("max_steps", max_steps)
+        self.error_norm = _one_of("error_norm", error_norm, ("per_sample", "batch"))
+        self.time_grid = _one_of("time_grid", time_grid, ("uniform",))
+        self.depth_schedule = _one_of("depth_schedule", depth_schedule, (None,))
+        self.network: Callable[..., Tensor] = compiled(model) if backend == "compile" else model
+        self.stats: dict[str, float] = {}
+
+    def __call__(
+        self,
+        num_images: int | None = None,
+        labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
+        seed: int = 0,
+        *,
+        noise: Tensor | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Samples (N, C, H, W) float32 on the model's device, as the solver leaves them: data lies in [-1, 1], nothing is clipped.
+
+        num_images: N (16 if neither it nor noise is given). labels: None (drawn from (seed, index); the null label for one-class models),
+        one label for all images, or one each; num_classes is the null label. seed in [0, 2^64). noise (N, C, H, W): the state at t = 0
+        instead of the seed's; H and W may be other multiples of the patch size than the model's own. progress(n) is called when n images
+        have been advanced by one step.
+
+        Raises ValueError for arguments that do not fit, and naming the images whose result is not finite.
+        """
+        config = self.model.config
+        seed = _whole("seed", seed, 0)
+        if seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, not {seed}")
+        shape: tuple[int, ...] = (config.channels, config.image_size, config.image_size)
+        if noise is not None:
+            noise = self._check_noise(noise, num_images)
+            num_images, shape = len(noise), tuple(noise.shape[1:])
+        count = 16 if num_images is None else _whole("num_images", num_images)
+        given = check_labels(labels, count, config.num_classes)
+        out = None if self.decoder else _allocate((count, *shape), self.model.device)
+        batch = min(self.batch_size or self._default_batch(shape), count)
+        training, start, evaluations = self.model.training, time.perf_counter(), 0
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                for first in range(0, count, batch):
+                    indices = range(first, min(first + batch, count))
+                    chosen = drawn_labels(seed, indices, config.num_classes) if given is None else given[first : indices.stop]
+                    x = _stack(seed, indices, shape) if noise is None else noise[first : indices.stop]
+                    x, per_image = self._solve(x.to(self.model.device), chosen, seed, indices, progress)
+                    evaluations += per_image * len(indices)
+                    self._check_finite(x, first, count)
+                    images = self.decoder(x) if self.decoder else x
+                    if out is None:
+                        out = _allocate((count, *images.shape[1:]), images.device)
+                    out[first : indices.stop] = images
+        finally:
+            self.model.train(training)
+        assert out is not None
+        seconds = time.perf_counter() - start
+        self.stats = {"images": count, "evaluations": evaluations, "evaluations_per_image": evaluations / count, "seconds": seconds}
+        return out
+
+    def explain(self) -> dict[str, Any]:
+        """What really runs: backend and why no other, device, dtype, depth, live blocks, solver, steps, evaluations, attention."""
+        why = {"fused": "not in this version; needs a CUDA GPU"}
+        if self.backend != "compile":
+            why["compile"] = "only runs when asked for by name: compiling takes longer than most sampling"
+        else:
+            why["eager"] = "backend compile was asked for"
+        guided = self.guidance_scale not in (None, 0, 1)
+        return {
+            "backend": "compile" if self.backend == "compile" else "eager",
+            "not_taken": why,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "depth": self.depth,
+            "live_blocks": self.model.config.live_blocks(self.depth),
+            "sampling": self.model.config.sampling,
+            "solver": self.solver,
+            "steps": self.steps,
+            "step_index": self.step_index if self.model.config.step_conditioned else 0,
+            "guidance_scale": self.guidance_scale,
+            "evaluations_per_image": self.steps * (2 if guided else 1),
+            "batch_size": self.batch_size or "by tokens",
+            "attention": "sdpa",
+        }
+
+    def _solve(
+        self, x: Tensor, labels: np.ndarray, seed: int, indices: range, progress: Callable[[int], None] | None
+    ) -> tuple[Tensor, int]:
+        """State at t = 1 of one batch, and the network evaluations that each of its images took."""
+        field = VelocityField(self.model, self.depth, torch.from_numpy(labels).to(x.device), self.guidance_scale, self.network)
+
+        def on_step(i: int) -> None:
+            if progress:
+                progress(len(indices))
+
+        if self.model.config.sampling == "consistency":
+
+            def fresh(i: int) -> Tensor:
+                return _stack(seed, indices, x.shape[1:], "renoise", i).to(x.device)
+
+            return predict_and_renoise(field, x, self.steps, self.step_index, fresh, on_step), field.evaluations
+        return integrate(field, x, self.steps, self.step_index, self.solver, on_step), field.evaluations
+
+    def _check_noise(self, noise: Tensor, num_images: int | None) -> Tensor:
+        config = self.model.config
+        noise = torch.as_tensor(noise)
+        fits = noise.dim() == 4 and noise.shape[1] == config.channels and noise.numel() > 0
+        if not fits or noise.shape[2] % config.patch_size or noise.shape[3] % config.patch_size:
+            wanted = f"(N, {config.channels}, {config.image_size}, {config.image_size})"
+            raise ValueError(
+                f"noise must have shape {wanted}, or other multiples of {config.patch_size} as sides, not {tuple(noise.shape)}"
+            )
+        if num_images is not None and num_images != len(noise):
+            raise ValueError(f"num_images is {num_images}, but there is noise for {len(noise)} images")
+        noise = noise.detach().float()
+        if not torch.isfinite(noise).all():
+            raise ValueError("noise holds values that are not finite")
+        return noise
+
+    def _check_finite(self, x: Tensor, first: int, count: int) -> None:
+        bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
+        if not bad:
+            return
+        names = ", ".join(str(first + row) for row in bad[:8]) + (", ..." if len(bad) > 8 else "")
+        advice = "use bfloat16 or float32" if self.model.dtype == torch.float16 else "check the weights, the guidance scale and the noise"
+        raise ValueError(f"samples are not finite (images {names} of {count}): {advice}")
+
+    def _default_batch(self, shape: Sequence[int]) -> int:
+        tokens = shape[1] * shape[2] // self.model.config.patch_size**2
+        rows = 1 if self.guidance_scale in (None, 0, 1) else 2
+        return max(1, _BATCH_TOKENS.get(self.model.device.type, _BATCH_TOKENS["cpu"]) // (tokens * rows))
+
+
+def check_labels(labels: int | Sequence[int] | np.ndarray | Tensor | None, count: int, num_classes: int) -> np.ndarray | None:
+    """Labels as (count,) int64, one label repeated for all; None stays None. ValueError unless all are in [0, num_classes]."""
+    if labels is None:
+        return None
+    array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ValueError(f"labels must be whole numbers from 0 to {num_classes}, where {num_classes} is the null label")
+    if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
+        raise ValueError(f"{array.shape if array.ndim > 1 else len(array)} labels for {count} images: give one, or one for each image")
+    wrong = array[(array < 0) | (array > num_classes)]
+    if wrong.size:
+        raise ValueError(f"label {wrong.flat[0]} is not allowed: labels go from 0 to {num_classes - 1}, {num_classes} is the null label")
+    return np.broadcast_to(array.astype(np.int64), (count,)).copy()
+
+
+def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
+    """Images (N, C, H, W) float, clipped to [-1, 1] -> (N, H, W, C) uint8: -1 is 0, 1 is 255, rounded. ValueError if not finite."""
+    pixels = torch.as_tensor(images).detach().float()
+    if pixels.dim() != 4 or not torch.isfinite(pixels).all():
+        raise ValueError(f"images must be finite, of shape (N, C, H, W); these have shape {tuple(pixels.shape)}")
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
+    """One picture of (N, H, W, C) uint8 images, row by row, in `columns` columns (None: about as many as rows).
+
+    C = 1 gives a grey picture, C = 3 RGB; other numbers of channels raise ValueError. Images below 64 pixels are enlarged by whole factors.
+    """
+    from PIL import Image as PILImage
+
+    images = np.asarray(images)
+    if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+        raise ValueError(f"images must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
+    count, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"{channels} channels make no picture: write arrays with --npz, or decode latents to images with a decoder")
+    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else _whole("columns", columns))
+    rows = math.ceil(count / columns)
+    scale = max(1, _TILE // max(height, width))
+    if rows * height * columns * width * scale**2 > _LARGEST_PICTURE:
+        raise ValueError(f"{count} images of {width}x{height} are too many for one picture: write arrays with --npz")
+    canvas = np.zeros((rows * columns, height, width, channels), np.uint8)
+    canvas[:count] = images
+    grid = canvas.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+    large = grid.repeat(scale, 0).repeat(scale, 1)
+    return PILImage.fromarray(large[:, :, 0] if channels == 1 else large)
+
+
+def _stack(seed: int, indices: range, shape: Sequence[int], stream: str = "noise", step: int = 0) -> Tensor:
+    return torch.from_numpy(np.stack([image_noise(seed, index, shape, stream, step) for index in indices]))
+
+
+def _allocate(shape: Sequence[int], device: torch.device) -> Tensor:
+    try:
+        return torch.empty(tuple(shape), dtype=torch.float32, device=device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"no memory for {shape[0]} images of shape {tuple(shape[1:])}: draw fewer at a time") from error
+
+
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return number
+
+
+def _tolerance(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if not any(value is option or (isinstance(value, str) and value == option) for option in allowed):
+        listed = ", ".join(map(str, allowed))
+        raise ValueError(f"{name} must be {'one of ' if len(allowed) > 1 else ''}{listed}, not {value!r}")
+    return value
