@@ -1,0 +1,196 @@
+"""Parquet files of images in the layout of Hugging Face `datasets`, read with pyarrow alone."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from odelt_fast.images.pixels import Store, cache_folder, locked, one_line, write_atomically
+from odelt_fast.images.tables import Columns, check_image_type, find_columns, label_array, numbered_classes
+
+_IN_MEMORY = 1 << 30  # bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped
+_SPLITS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
+
+
+def split_of(path: str) -> str | None:
+    """The split that a file's path names as `datasets` understands it (train-00000-of-00001.parquet, test/0.parquet); None if none."""
+    for part in reversed(path.split("/")):
+        for split, words in _SPLITS.items():
+            if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", part):
+                return split
+    return None
+
+
+def parquet_files(folder: Path, split: str) -> list[Path]:
+    """Parquet files of a split below a folder, sorted; all of them, as the split `train`, where no path names a split."""
+    files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+    splits = {path: split_of(path.relative_to(folder).as_posix()) for path in files}
+    if not any(splits.values()):
+        splits = dict.fromkeys(files, "train")
+    chosen = [path for path in files if splits[path] == (split_of(split) or split)]
+    if files and not chosen:
+        found = ", ".join(sorted({name for name in splits.values() if name}))
+        raise ValueError(f"{folder} has no Parquet file of the split {split!r}; it has {found}")
+    return chosen
+
+
+def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+    """Images, labels (N,) int64 and class names of Parquet files with the same columns; ValueError in one line for what cannot be used."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
+    columns: Columns | None = None
+    labels = []
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+            found = find_columns(schema, str(file))
+            if columns is not None and found != columns:
+                raise ValueError(f"{files[0]} and {file} differ in their columns or class names")
+            columns = found
+            check_image_type(schema.field(found.image).type, f"{file}: column {found.image}")
+            if found.label is None:
+                labels.append(np.zeros(pq.read_metadata(file).num_rows, np.int64))
+            else:
+                labels.append(label_array(pq.ParquetFile(file).read(columns=[found.label])[found.label], found.class_names, str(file)))
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
+    assert columns is not None
+    together = np.concatenate(labels)
+    if not len(together):
+        raise ValueError(f"{files[0]} has no rows")
+    names = columns.class_names or (numbered_classes(together) if columns.label else (files[0].stem,))
+    store = ParquetStore(files, columns.image, [len(part) for part in labels])
+    try:
+        store.open()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{files[0]}: the images cannot be read: {one_line(error)}") from None
+    return store, together, names
+
+
+class ParquetStore:
+    """The image column of Parquet files as one run of bytes with offsets: in memory, or unpacked into the cache folder and memory-mapped.
+
+    Opened on first use in each process. A row without bytes names a file, which must lie below the folder of its Parquet file.
+    """
+
+    def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
+        self.files, self.column = [Path(file) for file in files], column
+        self._ends = np.cumsum(lengths)
+        self._data: np.ndarray | None = None
+        self._offsets: np.ndarray | None = None
+        self._paths: list[Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_data": None, "_offsets": None, "_paths": None}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def fingerprint(self) -> str:
+        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return hashlib.sha256(json.dumps([self.column, facts]).encode()).hexdigest()
+
+    def _place(self, row: int) -> tuple[int, int]:
+        index = int(np.searchsorted(self._ends, row, side="right"))
+        return index, row - (int(self._ends[index - 1]) if index else 0)
+
+    def name(self, row: int) -> str:
+        index, inside = self._place(row)
+        path = self._path(row)
+        return f"{path} (row {inside} of {self.files[index].name})" if path else f"row {inside} of {self.files[index].name}"
+
+    def encoded(self, row: int) -> bytes | str:
+        if self._data is None:
+            self.open()
+        assert self._data is not None
+        assert self._offsets is not None
+        content = self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()
+        if content:
+            return content
+        folder, path = self.files[self._place(row)[0]].parent.resolve(), self._path(row)
+        if not path:
+            raise ValueError("the row has no image")
+        file = (folder / path).resolve()
+        if not file.is_relative_to(folder) or not file.is_file():
+            raise ValueError(f"no file {one_line(path)} below the folder of the table")
+        return str(file)
+
+    def _path(self, row: int) -> str | None:
+        if self._paths is None:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            found: list[Any] = [None] * len(self.files)
+            for index, file in enumerate(self.files):
+                type_ = pq.read_schema(file).field(self.column).type
+                if pa.types.is_struct(type_) and any(field.name == "path" and pa.types.is_string(field.type) for field in type_):
+                    table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
+                    found[index] = table[self.column].combine_chunks().field("path")
+            self._paths = found
+        index, inside = self._place(row)
+        paths = self._paths[index]
+        return None if paths is None else paths[inside].as_py()
+
+    def open(self) -> None:
+        """Unpacks or maps the images; ValueError if the cache folder is needed and cannot be written."""
+        if sum(file.stat().st_size for file in self.files) <= _IN_MEMORY:
+            memory = io.BytesIO()
+            self._offsets = self._unpack(memory)
+            self._data = np.frombuffer(memory.getbuffer(), np.uint8)
+            return
+        base = cache_folder() / f"table-{self.fingerprint()[:32]}"
+        content, offsets = base.with_suffix(".images"), base.with_suffix(".offsets")
+        with locked(base.with_suffix(".lock")):
+            if not offsets.is_file():
+                try:
+                    self._unpack_into(content, offsets)
+                except OSError as error:
+                    where = f"{base.parent} (choose another with ODELT_FAST_CACHE)"
+                    raise ValueError(f"the images cannot be unpacked into {where}: {one_line(error)}") from None
+        self._offsets = np.fromfile(offsets, np.int64)
+        self._data = np.memmap(content, np.uint8, mode="r")
+
+    def _unpack_into(self, content: Path, offsets: Path) -> None:
+        partial = content.with_suffix(f".{os.getpid()}.partial")
+        try:
+            content.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as file:
+                array = self._unpack(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, content)
+            write_atomically(offsets, array.tobytes())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
+
+    def _unpack(self, file: Any) -> np.ndarray:
+        """Writes all images one after another; returns where each begins, and the end (N + 1,) int64."""
+        import pyarrow.parquet as pq
+        from tqdm import tqdm
+
+        lengths = np.zeros(len(self) + 1, np.int64)
+        row = 1
+        with tqdm(total=len(self), desc="unpacking images", unit="image", delay=2, disable=None, leave=False) as progress:
+            for source in self.files:
+                for batch in pq.ParquetFile(source).iter_batches(batch_size=256, columns=[self.column]):
+                    for item in batch.column(0).to_pylist():
+                        content = (item.get("bytes") if isinstance(item, dict) else item) or b""
+                        file.write(content)
+                        lengths[row] = len(content)
+                        row += 1
+                    progress.update(len(batch))
+        return np.cumsum(lengths)

@@ -1,0 +1,270 @@
+"""From encoded images to pixels: decoding, crop and resize, and the check that finds what cannot be decoded before it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# Pillow is told to try no other: some of its readers start other programs.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
+_ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+_EXIF_ORIENTATION = 0x0112
+_REMEMBERED_FROM = 2000  # images: below, a check takes less than a second or two and is not worth a file
+_CHECK_VERSION = 1
+
+
+class Store(Protocol):
+    """Where encoded images lie. `encoded`: the bytes or the path of one; it may raise. `fingerprint`: changes when the data change."""
+
+    def __len__(self) -> int: ...
+    def name(self, row: int) -> str: ...
+    def encoded(self, row: int) -> bytes | str: ...
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a full decode of a store found. skipped: row -> reason. size: (width, height) of the first good image. grey: all images are."""
+
+    count: int
+    skipped: dict[int, str]
+    size: tuple[int, int]
+    other: tuple[int, int, int, int] | None  # the first pair of rows of different sizes, as row, row, width, height of the second
+    grey: bool
+
+
+def one_line(error: object) -> str:
+    """The message of an error, or text from a file, as one printable line of at most 200 characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
+    """Pixels (channels, S, S) uint8 of an encoded image (bytes, or a path): its centred square, resized to S = image_size (None: as it is).
+
+    The EXIF orientation is applied; transparent parts are laid over white; 16-bit grey keeps its upper 8 bits; of an animation, the first
+    frame. Any exception means that the image cannot be decoded: Pillow's readers raise most kinds of them.
+    """
+    with _open_image(encoded) as image:
+        orientation = _orientation(image)
+        pixels = _convert(image, "L" if channels == 1 else "RGB")
+    square = np.asarray(resize_square(_turn(pixels, orientation), image_size))
+    return square[None] if channels == 1 else np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
+def resize_square(image: Image, image_size: int | None) -> Image:
+    """The centred square of an image at image_size x image_size: box-halved while twice too large, then bicubic (as ADM does)."""
+    from PIL.Image import Resampling
+
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    if image.width != image.height:
+        image = image.crop((left, top, left + side, top + side))
+    if image_size is None or image_size == side:
+        return image
+    while image.width >= 2 * image_size:
+        image = image.resize((image.width // 2, image.width // 2), Resampling.BOX)
+    return image.resize((image_size, image_size), Resampling.BICUBIC)
+
+
+def _open_image(encoded: bytes | str) -> Image:
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+    # Pillow itself only warns up to twice its limit.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}")
+    return image
+
+
+def _orientation(image: Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 (upright) where it is missing or damaged, as viewers do."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _turn(image: Image, orientation: int) -> Image:
+    from PIL.Image import Transpose
+
+    turns = (None, Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
+    turn = (*turns, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)[orientation - 1]
+    return image if turn is None else image.transpose(turn)
+
+
+def _convert(image: Image, mode: str) -> Image:
+    from PIL import Image as pillow
+
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips 16-bit values at 255.
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return pillow.fromarray((wide >> 8).astype(np.uint8)).convert(mode)
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = pillow.alpha_composite(pillow.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return image.convert(mode)
+
+
+def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
+    """Width and height after orientation, and whether it is grey, of an image that decodes completely; any exception means it does not."""
+    with _open_image(encoded) as image:
+        turned = _orientation(image) >= 5
+        if image.format == "PNG":
+            with _open_image(encoded) as other:
+                other.verify()  # the checksums, which decoding ignores
+        image.load()
+        width, height = (image.height, image.width) if turned else image.size
+        return width, height, image.mode in _GREY_MODES
+
+
+def check_images(store: Store, *, one_size: bool) -> Check:
+    """Decodes every image of a store once, on all cores, and reports which cannot be; ValueError if `one_size` and two sizes are found, or
+    if no image is left.
+
+    What was found is remembered in the cache folder while the data stay as they are. Of several processes one checks and the others wait.
+    """
+    if len(store) < _REMEMBERED_FROM:
+        check = _check_all(store, one_size)
+    else:
+        import PIL
+
+        key = hashlib.sha256(f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}".encode()).hexdigest()[:32]
+        path = cache_folder() / f"check-{key}.json"
+        with locked(path.with_suffix(".lock")):
+            remembered = _read_check(path, len(store))
+            check = remembered or _check_all(store, one_size)
+            if remembered is None:
+                with contextlib.suppress(OSError):
+                    write_atomically(path, json.dumps(asdict(check)).encode())
+    if len(check.skipped) == len(store):
+        row, reason = next(iter(check.skipped.items()))
+        raise ValueError(f"none of the {len(store)} images can be decoded; {store.name(row)}: {reason}")
+    if one_size and check.other is not None:
+        raise ValueError(_mixed_sizes(store, check.size, check.other))
+    return check
+
+
+def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, int, int, int]) -> str:
+    first, second, width, height = other
+    return (
+        f"the images have different sizes: {store.name(first)} is {size[0]}x{size[1]}, {store.name(second)} is {width}x{height}; "
+        "give an image size to bring them to"
+    )
+
+
+def _check_all(store: Store, one_size: bool) -> Check:
+    from tqdm import tqdm
+
+    skipped: dict[int, str] = {}
+    first: tuple[int, int, int] | None = None
+    other: tuple[int, int, int, int] | None = None
+    grey = True
+    chunk = 64
+    progress = tqdm(total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False)
+    with ThreadPoolExecutor(num_threads()) as pool, progress:
+        for rows in pool.map(lambda start: _check_rows(store, start, min(start + chunk, len(store))), range(0, len(store), chunk)):
+            for row, found in rows:
+                if isinstance(found, str):
+                    skipped[row] = found
+                    continue
+                width, height, is_grey = found
+                grey = grey and is_grey
+                if first is None:
+                    first = (row, width, height)
+                elif other is None and (width, height) != first[1:]:
+                    other = (first[0], row, width, height)
+                    if one_size:
+                        pool.shutdown(cancel_futures=True)
+                        raise ValueError(_mixed_sizes(store, first[1:], other))
+            progress.update(len(rows))
+    return Check(len(store), skipped, first[1:] if first else (0, 0), other, grey)
+
+
+def _check_rows(store: Store, start: int, stop: int) -> list[tuple[int, tuple[int, int, bool] | str]]:
+    results: list[tuple[int, tuple[int, int, bool] | str]] = []
+    for row in range(start, stop):
+        try:
+            results.append((row, inspect_image(store.encoded(row))))
+        except Exception as error:
+            results.append((row, decode_failure(error)))
+    return results
+
+
+def decode_failure(error: Exception) -> str:
+    """Why an image cannot be decoded, in one line without Pillow's memory addresses."""
+    if type(error).__name__ == "UnidentifiedImageError":
+        return f"not a {', '.join(_FORMATS)} image"
+    return one_line(error) or type(error).__name__
+
+
+def _read_check(path: Path, count: int) -> Check | None:
+    """A remembered check; None if there is none or it is damaged."""
+    try:
+        values = json.loads(path.read_text())
+        skipped = {int(row): str(reason) for row, reason in values["skipped"].items()}
+        width, height = map(int, values["size"])
+        other = None if values["other"] is None else tuple(map(int, values["other"]))
+        if values["count"] != count or not all(0 <= row < count for row in skipped) or (other is not None and len(other) != 4):
+            return None
+        return Check(count, skipped, (width, height), other, bool(values["grey"]))  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def num_threads() -> int:
+    """Cores that this process may use, at most 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 16)
+
+
+def cache_folder() -> Path:
+    """Where checks and unpacked data are kept: $ODELT_FAST_CACHE, else odelt-fast in $XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.environ.get("ODELT_FAST_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "odelt-fast"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that appears under its name complete or not at all; OSError if it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an advisory lock, which ends with the process. Without one (a folder that cannot be written), work is only done twice."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "ab")), fcntl.LOCK_EX)
+        yield
