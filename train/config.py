@@ -1,0 +1,225 @@
+"""What a training run is told: one frozen dataclass, its recipes, and the checks that need no data. Loads no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from odelt_fast.config import PRESETS, DiTConfig
+
+ObjectiveName = Literal[
+    "shortcut", "shortcut-models", "flow", "live-reflow", "reflow", "consistency", "consistency-distillation", "progressive", "diffusion"
+]
+PathName = Literal["rectified", "flow-matching", "independent", "trigonometric", "variance-preserving", "variance-exploding"]
+# How a network that an objective trained is to be sampled (DiTConfig.sampling), and whether it is told its step size.
+SAMPLING = {
+    "shortcut": ("shortcut", True),
+    "shortcut-models": ("shortcut", True),
+    "flow": ("flow", False),
+    "live-reflow": ("live_reflow", True),
+    "reflow": ("flow", False),
+    "consistency": ("consistency", False),
+    "consistency-distillation": ("consistency", False),
+    "progressive": ("flow", False),
+    "diffusion": ("diffusion", False),
+}
+WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow")
+DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run (Algorithm 1 and Table 7 of the paper). A combination that cannot work raises ValueError."""
+
+    recipe: Literal["digits"] = "digits"
+    """Preset of every other option; options given beside it override it."""
+    model: DiTConfig = PRESETS["digits"]
+    data: str = "digits"
+    """Image source: digits (scikit-learn's 1797 8x8 images)."""
+    output_dir: Path = Path("runs/digits")
+    """Folder of the run: checkpoint-N folders, tracker files, and at the end config.json + model.safetensors of the EMA weights."""
+
+    objective: ObjectiveName = "shortcut"
+    """Training method. shortcut: flow matching with time-consistency rows, as the ODE_t(ODE_l) reference. shortcut-models: the same as
+    shortcut-models does it (guided at the finest step size only, targets clipped). flow: plain flow matching on --path. live-reflow: Reflow
+    on pairs that the live network makes. reflow: on --pairs that a teacher made. consistency: consistency training. From a teacher
+    (--init-from): consistency-distillation, progressive. diffusion: noise prediction, variance preserving."""
+    path: PathName = "rectified"
+    """Probability path of objective flow (Table 1 of the paper); all start at unit noise (variance-exploding states are divided by
+    sqrt(1 + sigma_t^2))."""
+    path_sigma: float = 0.01
+    """sigma of the paths flow-matching (at t = 1) and independent (at every t), in units of the data."""
+    times: Literal["discrete", "continuous"] = "discrete"
+    """Training times of flow, reflow and diffusion: multiples of 1/denoise_timesteps (ODE_T of the paper), or any in [0, 1] (ODE_t)."""
+    guidance_scale: float | None = None
+    """w in v_null + w (v_label - v_null) for the velocities that teach shortcuts (half of the time-consistency rows; shortcut-models: the
+    finest step size), live and two-stage Reflow, progressive and consistency distillation. None: labels only."""
+    teacher_depth: Literal["full", "student"] = "full"
+    """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's l of each row (Algorithm 1)."""
+    init_from: str | None = None
+    """Model to start from and to distil: a folder, a bundled name or a Hub id."""
+    pairs: Path | None = None
+    """Folder of noise and data pairs of objective reflow; made first by the model of --init-from if it is not there."""
+    num_pairs: int = 50_000
+    """Pairs to make, with denoise_timesteps Euler steps each."""
+    time_consistency_every: int = 8
+    """One row in this many is a time-consistency row (live-reflow: a Reflow row); 0: none."""
+    length_consistency_every: int = 8
+    """One row in this many is a length-consistency row: the paper's 1/K (0: none)."""
+    denoise_timesteps: int = 128
+    """Number of time steps T of the finest step size, a power of 2."""
+    label_dropout: float = 0.1
+    """Probability that a row's label becomes the null label, which guidance needs."""
+    compat: Literal["none", "reference"] = "none"
+    """reference: repeat the reference's shortcuts (flow rows reuse the consistency rows' images; only flow rows drop labels)."""
+
+    steps: int = 100_000
+    """Optimizer steps of the whole run."""
+    train_batch_size: int = 128
+    """Images of one process in one forward pass; the global batch is this times processes times accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 5000
+    """Steps of linear warm-up from 0."""
+    decay_fraction: float = 0.1
+    """Share of the run, at its end, in which the learning rate falls to 0 along a cosine."""
+    weight_decay: float = 0.1
+    """Decoupled, on every parameter."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    ema_decay: float = 0.999
+    ema_warmup: bool = False
+    """Decay (1 + n)/(10 + n) at step n while that is below ema_decay, so that targets taken from the EMA start to move early."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    """torch.compile each block (one compilation serves all)."""
+    seed: int = 0
+
+    logging_steps: int = 50
+    """Steps between two logged losses; other steps never wait for the device."""
+    sampling_steps: int = 0
+    """Steps between two sample grids in the tracker (0: none)."""
+    checkpointing_steps: int = 1000
+    checkpoints_total_limit: int | None = 2
+    """Newest checkpoints kept (None: all)."""
+    resume_from_checkpoint: str | None = None
+    """latest, or a checkpoint-N folder."""
+    log_with: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER")] = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps", "checkpointing_steps", "num_pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("time_consistency_every", "length_consistency_every", "warmup_steps", "sampling_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("time_consistency_every", "length_consistency_every"):
+            every = getattr(self, name)
+            if name == "time_consistency_every" and self.objective not in WITH_TIME_ROWS:
+                continue
+            if every and self.train_batch_size % every:
+                raise ValueError(f"train_batch_size {self.train_batch_size} is not divisible by {name} {every}")
+        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
+            raise ValueError(f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}")
+        for name in ("learning_rate", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
+        for name in ("label_dropout", "decay_fraction", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.denoise_timesteps < 2 or self.denoise_timesteps & (self.denoise_timesteps - 1) or self.denoise_timesteps > 128:
+            raise ValueError(f"denoise_timesteps must be a power of 2 from 2 to 128, not {self.denoise_timesteps}")
+        self._check_objective()
+        sizes = self.row_sizes()
+        if sizes["flow"] < 1:
+            raise ValueError(f"consistency rows fill the whole batch of {self.train_batch_size}: raise time_/length_consistency_every")
+
+    def _check_objective(self) -> None:
+        name, scale = self.objective, self.guidance_scale
+        model = self.model_config()
+        if name != "flow" and self.path != "rectified":
+            raise ValueError(f"path {self.path} belongs to --objective flow: {name} has its own, leave --path at rectified")
+        if not 0 <= self.path_sigma <= 1:
+            raise ValueError(f"path_sigma must be in [0, 1], not {self.path_sigma}")
+        if name not in ("flow", "reflow", "diffusion") and self.times != "discrete":
+            raise ValueError(f"times {self.times} are not for objective {name}, which makes steps of its own: use --times discrete")
+        if self.compat != "none" and name in ("reflow", "diffusion"):
+            raise ValueError(f"the reference has no objective {name} to be compatible with: leave --compat at none")
+        if name in ("consistency", "progressive") and self.steps < self.log2_steps:
+            raise ValueError(f"objective {name} has {self.log2_steps} stages: steps must be at least that, not {self.steps}")
+        if name in ("consistency-distillation", "progressive") and self.init_from is None:
+            raise ValueError(f"objective {name} distils a teacher: name it with --init-from FOLDER")
+        if name == "reflow" and self.pairs is None:
+            raise ValueError("objective reflow needs --pairs FOLDER, where pairs are, or are made by the model of --init-from")
+        if scale is None:
+            return
+        if not math.isfinite(scale) or scale < 0:
+            raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale}")
+        if name in ("flow", "consistency", "diffusion"):
+            raise ValueError(f"objective {name} has no teacher to guide: leave guidance_scale out, and guide when sampling")
+        if model.num_classes == 1:
+            raise ValueError("guidance needs labels: model.num_classes is 1, leave guidance_scale out")
+        if self.label_dropout == 0 and scale != 1 and name not in DISTILLATIONS:
+            raise ValueError("guidance needs the null label, which label_dropout 0 never trains: set --label-dropout 0.1")
+        if name == "shortcut" and self.time_consistency_every and (self.train_batch_size // self.time_consistency_every) % 2:
+            rows = self.train_batch_size // self.time_consistency_every
+            raise ValueError(f"half of the {rows} time-consistency rows are guided: change train_batch_size or time_consistency_every")
+
+    @property
+    def log2_steps(self) -> int:
+        """log2 of denoise_timesteps."""
+        return self.denoise_timesteps.bit_length() - 1
+
+    def model_config(self) -> DiTConfig:
+        """The network to train: `model`, with the sampling that the objective needs and step sizes only where it has them."""
+        sampling, step_conditioned = SAMPLING[self.objective]
+        if self.model.sampling not in (DiTConfig.sampling, sampling):
+            raise ValueError(f"objective {self.objective} is sampled as {sampling!r}: leave --model.sampling out")
+        if step_conditioned and not self.model.step_conditioned:
+            raise ValueError(f"objective {self.objective} tells the network its step size: set --model.step-conditioned")
+        return replace(self.model, sampling=sampling, step_conditioned=step_conditioned)
+
+    def row_sizes(self) -> dict[str, int]:
+        """Rows of each kind in the batch of one process, in their order: time consistency (or Reflow), the guided half of these where
+        shortcuts are guided, flow matching (the method's own), length consistency."""
+        batch = self.train_batch_size
+        every = self.time_consistency_every if self.objective in WITH_TIME_ROWS else 0
+        time = batch // every if every else 0
+        length = batch // self.length_consistency_every if self.length_consistency_every and self.model.length_conditioned else 0
+        if self.objective == "shortcut" and self.guidance_scale is not None:
+            return {"time": time - time // 2, "guided": time // 2, "flow": batch - time - length, "length": length}
+        return {"time": time, "flow": batch - time - length, "length": length}
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up from 0, constant, then a cosine to 0 over the last `decay_fraction` of the run (0 beyond its end)."""
+        decay = int(self.steps * self.decay_fraction)
+        start = self.steps - decay
+        if step < start or not decay:
+            return self.learning_rate * min(1.0, step / self.warmup_steps if self.warmup_steps else 1.0)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(step - start, decay) / decay))
+
+    def ema_decay_at(self, step: int) -> float:
+        """Share of itself that the EMA keeps at this step."""
+        return min(self.ema_decay, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_decay
+
+
+DEFAULT = TrainConfig()
+RECIPES: dict[str, TrainConfig] = {
+    "digits": replace(
+        DEFAULT,
+        time_consistency_every=4,
+        steps=18_000,
+        train_batch_size=96,
+        learning_rate=1e-3,
+        warmup_steps=300,
+        decay_fraction=0.4,
+        weight_decay=0.01,
+        ema_warmup=True,
+        sampling_steps=1000,
+    ),
+}

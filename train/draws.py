@@ -1,0 +1,65 @@
+"""Every random number of training, from (seed, step, row of the global batch): the number of processes and a resume change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# One Philox key per purpose. The order is part of a run's reproducibility: append, never reorder.
+_BATCH = ("order", "flip", "noise", "time", "step_index", "label_drop", "depth", "teacher_depth", "noise2", "posterior")
+STREAMS = (*_BATCH, "pair_noise", "pair_label", "pair_drop")
+
+
+def generator(seed: int, stream: str, *counter: int) -> np.random.Generator:
+    """Counter-based generator of one purpose; up to two counter words (step, row) select independent sequences."""
+    words = [0, 0, *counter, *[0] * (2 - len(counter))]  # the first two words count the numbers drawn
+    return np.random.Generator(np.random.Philox(key=np.array([seed, STREAMS.index(stream)], np.uint64), counter=np.array(words, np.uint64)))
+
+
+class Draws(Protocol):
+    """What an objective asks for. `rows` is a slice of the local batch; the same name and row always give the same number."""
+
+    def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor: ...
+
+    def uniform(self, name: str, rows: slice) -> Tensor: ...
+
+    def integers(self, name: str, rows: slice, high: int) -> Tensor: ...
+
+    def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor: ...
+
+
+class StepDraws:
+    """Draws of one step for the local rows `global_rows`; float32 or int64 tensors on the CPU."""
+
+    def __init__(self, seed: int, step: int, global_rows: np.ndarray) -> None:
+        self.seed, self.step, self.global_rows = seed, step, global_rows
+
+    def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor:
+        chosen = self.global_rows[rows]
+        out = np.empty((len(chosen), *shape), np.float32)
+        for i, row in enumerate(chosen):
+            generator(self.seed, name, self.step, int(row)).standard_normal(out=out[i], dtype=np.float32)
+        return torch.from_numpy(out)
+
+    def uniform(self, name: str, rows: slice) -> Tensor:
+        return torch.from_numpy(self._scalars(name, rows).astype(np.float32).clip(max=np.float32(1 - 2**-24)))  # float32 rounds to 1
+
+    def integers(self, name: str, rows: slice, high: int) -> Tensor:
+        return torch.from_numpy((self._scalars(name, rows) * high).astype(np.int64))
+
+    def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor:
+        return torch.from_numpy(self._scalars(name, rows) < probability)
+
+    def _scalars(self, name: str, rows: slice) -> np.ndarray:
+        chosen = self.global_rows[rows]
+        return generator(self.seed, name, self.step).random(int(chosen.max(initial=-1)) + 1)[chosen]
+
+
+def global_rows(sizes: Sequence[int], part: int, parts: int) -> np.ndarray:
+    """Rows of the global batch that part `part` of `parts` equal parts holds, when every part has `sizes` rows of each kind."""
+    starts = np.cumsum([0, *sizes[:-1]])
+    return np.concatenate([parts * start + part * size + np.arange(size) for start, size in zip(starts, sizes)])

@@ -1,0 +1,39 @@
+"""`accelerate launch train/main.py [options]` and `odelt-fast train [options]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from odelt_fast.train.config import RECIPES, TrainConfig
+
+
+def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
+    """Options over the recipe that `--recipe` names. A mistake ends the process with one message on stderr and exit code 2."""
+    recipe = "digits"
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name == "--recipe":
+            recipe = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+    default = RECIPES.get(recipe, RECIPES["digits"])  # an unknown name is refused below, with the allowed ones
+    return tyro.cli(TrainConfig, args=list(arguments), default=default, prog=prog, description=TrainConfig.__doc__)
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Trains; returns the exit code: 0, or 2 after a mistake in the options or the data, which is said in one line."""
+    try:
+        config = parse(sys.argv[1:] if arguments is None else arguments, prog)
+        from odelt_fast.train.loop import train
+
+        folder = train(config)
+    except ValueError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    print(f"EMA weights of {config.steps} steps in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

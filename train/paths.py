@@ -1,0 +1,233 @@
+"""Probability paths of Table 1 of the paper: Gaussian p_t(x|z) from noise at t = 0 to data at t = 1, and their velocity (equation 4)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from odelt_fast.probability_flow import LAST_TIME, vp_schedule
+
+
+class Path(ABC):
+    """p_t(x|z) = N(mean, std^2). z is (x0, x1), or x1 alone: then x0 is not looked at.
+
+    Times t are (B,) in [0, 1]; x0 (noise), x1 (data), noise and x are (B, C, H, W), or of any shape that starts with B. Everything stays in
+    the dtype that comes in and is finite on the whole of [0, 1]. Training draws t from [0, last_time].
+    """
+
+    last_time: ClassVar[float] = 1.0
+    extra_noise: ClassVar[bool] = False  # std is above 0 although z holds x0: a sample needs noise that is independent of x0
+
+    @abstractmethod
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """mu_t(z), of the shape of x1."""
+
+    @abstractmethod
+    def std(self, t: Tensor) -> Tensor:
+        """sigma_t (B,)."""
+
+    @abstractmethod
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """d mu_t(z) / dt, of the shape of x1."""
+
+    @abstractmethod
+    def std_derivative(self, t: Tensor) -> Tensor:
+        """d sigma_t / dt (B,)."""
+
+    def sample(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
+        """x_t = mu_t + sigma_t noise."""
+        return self.mean(t, x0, x1) + as_rows(self.std(t), x1) * noise
+
+    def velocity(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
+        """The field of equation 4 at `sample(t, x0, x1, noise)`: sigma' noise + mu', which needs no division by sigma."""
+        return as_rows(self.std_derivative(t), x1) * noise + self.mean_derivative(t, x0, x1)
+
+    def field(self, t: Tensor, x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        """Equation 4: u_t(x|z) = (x - mu) sigma'/sigma + mu'. Where sigma is 0 the path is the point mu, and its velocity is mu'."""
+        std = self.std(t)
+        positive = std > 0
+        ratio = torch.where(positive, self.std_derivative(t) / torch.where(positive, std, 1), 0)
+        return (x - self.mean(t, x0, x1)) * as_rows(ratio, x1) + self.mean_derivative(t, x0, x1)
+
+
+@dataclass(frozen=True)
+class VarianceExploding(Path):
+    """mu = x1, sigma falls geometrically from sigma_max at t = 0 to sigma_min at t = 1 (Song and Ermon 2019). Times [0, 1]."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"0 < sigma_min < sigma_max must hold, not {self.sigma_min} and {self.sigma_max}")
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return x1
+
+    def std(self, t: Tensor) -> Tensor:
+        return self.sigma_min * torch.exp(math.log(self.sigma_max / self.sigma_min) * (1 - t))
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return torch.zeros_like(x1)
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        return -math.log(self.sigma_max / self.sigma_min) * self.std(t)
+
+
+@dataclass(frozen=True)
+class VariancePreserving(Path):
+    """mu = alpha x1, sigma = sqrt(1 - alpha^2) with the schedule of `vp_schedule` (Ho et al. 2020).
+
+    Times [0, LAST_TIME]: sigma' is unbounded at t = 1 and held there at its value of LAST_TIME.
+    """
+
+    last_time: ClassVar[float] = LAST_TIME
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return as_rows(vp_schedule(t)[0], x1) * x1
+
+    def std(self, t: Tensor) -> Tensor:
+        return vp_schedule(t)[1]
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        alpha, _, beta = vp_schedule(t)
+        return as_rows(0.5 * alpha * beta, x1) * x1
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        alpha, sigma, beta = vp_schedule(t.clamp(max=LAST_TIME))
+        return -0.5 * alpha.square() * beta / sigma
+
+
+@dataclass(frozen=True)
+class FlowMatchingPath(Path):
+    """mu = t x1, sigma_t = 1 - (1 - sigma) t (Lipman et al. 2023). Times [0, 1]. shortcut-models' paths are this one with sigma = 1e-5."""
+
+    sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check_sigma(self.sigma)
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return as_rows(t, x1) * x1
+
+    def std(self, t: Tensor) -> Tensor:
+        return 1 - (1 - self.sigma) * t
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return x1
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.sigma - 1)
+
+
+@dataclass(frozen=True)
+class Rectified(Path):
+    """mu = (1 - t) x0 + t x1, sigma = 0 (Liu et al. 2023). Times [0, 1]."""
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return as_rows(1 - t, x1) * x0 + as_rows(t, x1) * x1
+
+    def std(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return x1 - x0
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+
+@dataclass(frozen=True)
+class IndependentCFM(Rectified):
+    """mu = (1 - t) x0 + t x1, sigma constant (Tong et al. 2024). Times [0, 1]."""
+
+    sigma: float = 0.01
+    extra_noise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_sigma(self.sigma)
+
+    def std(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, self.sigma)
+
+
+@dataclass(frozen=True)
+class Trigonometric(Path):
+    """mu = cos(pi t/2) x0 + sin(pi t/2) x1, sigma = 0: variance-preserving FM (Albergo and Vanden-Eijnden 2023). Times [0, 1]."""
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        angle = as_rows(0.5 * math.pi * t, x1)
+        return angle.cos() * x0 + angle.sin() * x1
+
+    def std(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        angle = as_rows(0.5 * math.pi * t, x1)
+        return 0.5 * math.pi * (angle.cos() * x1 - angle.sin() * x0)
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+
+@dataclass(frozen=True)
+class UnitVariance(Path):
+    """Another path, seen through y_t = c x_t with c = 1/sqrt(1 + sigma_t^2), so that y_0 is close to unit noise however large sigma is.
+
+    A variance-exploding model trained on y starts from the same noise as every other model and needs no scaling of its input.
+    """
+
+    path: Path
+
+    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        std = self.path.std(t)
+        scale = torch.rsqrt(1 + std.square())
+        return scale, -std * self.path.std_derivative(t) * scale**3
+
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return as_rows(self._scale(t)[0], x1) * self.path.mean(t, x0, x1)
+
+    def std(self, t: Tensor) -> Tensor:
+        return self._scale(t)[0] * self.path.std(t)
+
+    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        scale, derivative = (as_rows(value, x1) for value in self._scale(t))
+        return derivative * self.path.mean(t, x0, x1) + scale * self.path.mean_derivative(t, x0, x1)
+
+    def std_derivative(self, t: Tensor) -> Tensor:
+        scale, derivative = self._scale(t)
+        return derivative * self.path.std(t) + scale * self.path.std_derivative(t)
+
+
+def training_path(name: str, sigma: float) -> Path:
+    """The path that a training run names; sigma is that of flow-matching and independent. Unit noise is where all of them start."""
+    match name:
+        case "rectified":
+            return Rectified()
+        case "flow-matching":
+            return FlowMatchingPath(sigma)
+        case "independent":
+            return IndependentCFM(sigma)
+        case "trigonometric":
+            return Trigonometric()
+        case "variance-preserving":
+            return VariancePreserving()
+        case "variance-exploding":
+            return UnitVariance(VarianceExploding())
+    allowed = "rectified, flow-matching, independent, trigonometric, variance-preserving, variance-exploding"
+    raise ValueError(f"no path {name!r}: use one of {allowed}")
+
+
+def as_rows(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ..., 1), to be multiplied with `like` (B, ...)."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _check_sigma(sigma: float) -> None:
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma must be in [0, 1], not {sigma}")
