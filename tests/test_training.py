@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +18,15 @@ import torch
 from odelt_fast import load_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.images import open_source
+from odelt_fast.train import loop
+from odelt_fast.train.checkpoints import checkpoints
 from odelt_fast.train.config import RECIPES, TrainConfig
 from odelt_fast.train.data import Loader
-from odelt_fast.train.draws import STREAMS, StepDraws, generator, global_rows
-from odelt_fast.train.loop import Trainer, checkpoints, train
+from odelt_fast.train.draws import STREAMS, Draws, StepDraws, generator, global_rows
+from odelt_fast.train.loop import Trainer, train
 from odelt_fast.train.main import main, parse
+from odelt_fast.train.objectives.build import build_objective
+from odelt_fast.train.objectives.targets import Networks, Objective, Targets
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = DiTConfig(image_size=8, channels=1, hidden_size=16, depth=4, depth_min=2, depth_group=2, num_heads=2, num_classes=10, dropout=0.1)
@@ -67,6 +74,81 @@ def test_resume_is_bitwise(whole_run: Path, tmp_path: Path, name: str) -> None:
     assert all(torch.equal(again.ema.state_dict()[key], tensor) for key, tensor in weights(whole_run).items())
     for a, b in zip(first.optimizer.state_dict()["state"].values(), again.optimizer.state_dict()["state"].values()):
         assert all(torch.equal(torch.as_tensor(a[key]), torch.as_tensor(b[key])) for key in a)
+
+
+@dataclass
+class Poisoned:
+    """An objective whose targets are not finite at some steps."""
+
+    objective: Objective
+    steps: set[int]
+
+    def __call__(self, networks: Networks, images: torch.Tensor, labels: torch.Tensor, draws: Draws, step: int) -> Targets:
+        targets = self.objective(networks, images, labels, draws, step)
+        bad = (math.nan, math.inf, -math.inf)[step % 3]
+        return replace(targets, velocity=targets.velocity.index_fill(0, torch.tensor(step % 16), bad)) if step in self.steps else targets
+
+
+def test_losses_that_are_not_finite_never_reach_the_weights(tmp_path: Path) -> None:
+    """100 poisoned steps among 200: weights and optimizer stay as they were at each, and move at the others."""
+    trainer = Trainer(small(tmp_path / "run", steps=250, warmup_steps=0))
+    bad = set(np.random.default_rng(0).permutation(200)[:100].tolist())
+    trainer.objective = Poisoned(trainer.objective, bad)
+    for step in range(200):
+        before = [p.clone() for p in trainer.model.parameters()]
+        moments = [state["exp_avg"].clone() for state in trainer.optimizer.state.values()]
+        losses = trainer.step()
+        same = all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters()))
+        assert same == (step in bad)
+        assert losses.isfinite().all() == (step not in bad)
+        if step in bad:
+            assert all(torch.equal(a, state["exp_avg"]) for a, state in zip(moments, trainer.optimizer.state.values()))
+    assert all(p.isfinite().all() for p in [*trainer.model.parameters(), *trainer.ema.parameters()])
+    assert int(trainer.skipped_steps) == 100
+
+
+def test_run_stops_when_no_loss_is_finite_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "build_objective", lambda config: Poisoned(build_objective(config), set(range(7, 100))))
+    config = small(tmp_path / "run", steps=100, checkpointing_steps=5, logging_steps=5, max_skipped_steps=10)
+    with pytest.raises(ValueError, match=r"not finite in the last \d+ steps, to step 20.*checkpoint-15"):
+        train(config)
+    assert all(tensor.isfinite().all() for tensor in weights(checkpoints(config.output_dir)[-1] / "ema").values())
+
+
+@pytest.mark.parametrize("end", ["replaced", "partial", "deleted"])
+def test_interrupted_save_is_recovered(tmp_path: Path, end: str) -> None:
+    """A kill between any two renames of a save leaves a checkpoint of that number, and resuming clears the rest."""
+    config = small(tmp_path / "run")
+    trainer = Trainer(config)
+    trainer.step()
+    folder = trainer.save()
+    other = folder.with_name(f"{folder.name}.{end}")
+    if end == "replaced":
+        os.replace(folder, other)
+    else:
+        shutil.copytree(folder, other)
+    assert Trainer(config).resume("latest")
+    assert [path.name for path in config.output_dir.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("size", [100, 20_000, 60_000])
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, size: int) -> None:
+    """Files stop growing at `size` bytes, as on a full disk: at the smallest, the largest or a middle file of a checkpoint."""
+    trainer = Trainer(small(tmp_path / "run"))
+    trainer.step()
+    assert any(path.stat().st_size > size for path in trainer.save().rglob("*"))
+    trainer.step()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"checkpoint-2 cannot be written.*the newest checkpoint is .*checkpoint-1"):
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert Trainer(small(tmp_path / "run")).resume("latest")
+    trainer.save()  # the run itself is unharmed
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-2"
 
 
 def test_unfinished_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:

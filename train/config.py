@@ -99,6 +99,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile each block (one compilation serves all)."""
     seed: int = 0
+    max_skipped_steps: int = 10
+    """Steps are left out when their loss is not finite; after so many in a row the run stops."""
 
     logging_steps: int = 50
     """Steps between two logged losses; other steps never wait for the device."""
@@ -112,7 +114,15 @@ class TrainConfig:
     log_with: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER")] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "train_batch_size", "gradient_accumulation_steps", "logging_steps", "checkpointing_steps", "num_pairs"):
+        for name in (
+            "steps",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "checkpointing_steps",
+            "num_pairs",
+            "max_skipped_steps",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("time_consistency_every", "length_consistency_every", "warmup_steps", "sampling_steps", "seed"):

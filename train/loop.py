@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from odelt_fast.checkpoint import save_model
 from odelt_fast.images import open_source
 from odelt_fast.model import DiT
+from odelt_fast.train.checkpoints import STATE_NAME, checkpoints, finish_writing, recover, start_writing, unfinished, written_whole
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.data import Loader
 from odelt_fast.train.draws import StepDraws, global_rows
@@ -54,12 +54,16 @@ class Trainer:
 
     def __init__(self, config: TrainConfig) -> None:
         from accelerate import Accelerator
+        from accelerate.utils import DistributedDataParallelKwargs
 
         self.config = config
         self.source = open_pairs(config) if config.objective == "reflow" else open_source(config.data)
         _check_source(self.source, config)
         trackers: Any = list(config.log_with)
+        # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run) are never used.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator: Accelerator = Accelerator(
+            kwargs_handlers=[unused],
             mixed_precision=config.mixed_precision,
             log_with=trackers,
             project_dir=str(config.output_dir),
@@ -84,6 +88,8 @@ class Trainer:
         self.model: DiT = self.accelerator.unwrap_model(self.live)
         self.objective = build_objective(config)
         self.finished_steps = 0
+        self.skipped_steps = torch.zeros((), device=self.accelerator.device)
+        self.skipped_in_a_row = torch.zeros((), device=self.accelerator.device)
 
     def step(self) -> Tensor:
         """One optimizer step; returns the losses of this process's rows (B,), on the device."""
@@ -106,6 +112,7 @@ class Trainer:
             losses.append(loss_rows.detach())
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
+        self._skip_if_not_finite()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         update_ema(self.ema, self.model, config.ema_decay_at(step))
@@ -116,45 +123,63 @@ class Trainer:
                 self.teacher.load_state_dict(self.ema.state_dict())
         return torch.cat(losses)
 
+    def _skip_if_not_finite(self) -> None:
+        """Has the optimizer leave out a step whose gradient is not finite, decided on the device, and counts such steps."""
+        if self.accelerator.scaler is not None:  # fp16: the loss scaler does it
+            return
+        norms = torch._foreach_norm([parameter.grad for parameter in self.model.parameters()])
+        bad = (~torch.isfinite(torch.stack(norms)).all()).float()
+        if self.accelerator.num_processes > 1:  # shards of one gradient may lie in several processes
+            bad = self.accelerator.reduce(bad).clamp(max=1)
+        self.optimizer.optimizer.found_inf = bad
+        self.skipped_steps += bad
+        self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
+
+    def check_skipped(self) -> int:
+        """Number of steps left out so far. Raises ValueError after `max_skipped_steps` in a row; the weights are those before them."""
+        row, limit = int(self.skipped_in_a_row), self.config.max_skipped_steps
+        if row >= limit:
+            kept = checkpoints(self.config.output_dir)
+            rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            problem = f"the loss was not finite in the last {row} steps, to step {self.finished_steps}"
+            raise ValueError(f"{problem}: lower the learning rate or check the data; {rest}")
+        return int(self.skipped_steps)
+
     def save(self) -> Path:
-        """Writes checkpoint-N: a complete folder appears under that name or none does. Older ones beyond the limit go afterwards."""
+        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit. Raises ValueError when the disk refuses."""
         folder = self.config.output_dir / f"checkpoint-{self.finished_steps}"
-        partial = folder.with_name(folder.name + ".partial")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial), safe_serialization=True)
-        if self.accelerator.is_main_process:
-            save_model(self.ema, partial / "ema", metadata=self.metadata())
-            (partial / "state.json").write_text(json.dumps({"finished_steps": self.finished_steps}))
-            for path in sorted(partial.rglob("*"), reverse=True):
-                _fsync(path)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
-            _fsync(folder.parent)
-            limit = self.config.checkpoints_total_limit
-            for old in checkpoints(self.config.output_dir)[: -limit if limit else 0]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        main = self.accelerator.is_main_process
+        with written_whole(folder) if main else contextlib.nullcontext():
+            if main:
+                start_writing(folder)
+            self.accelerator.wait_for_everyone()
+            self.accelerator.save_state(str(unfinished(folder)), safe_serialization=True)
+            if main:
+                save_model(self.ema, unfinished(folder) / "ema", metadata=self.metadata())
+                (unfinished(folder) / STATE_NAME).write_text(json.dumps({"finished_steps": self.finished_steps}))
+                finish_writing(folder, self.config.checkpoints_total_limit)
+            self.accelerator.wait_for_everyone()
         return folder
 
     def resume(self, name: str) -> bool:
         """Continues from a checkpoint-N folder, or from the newest one for `latest`; False when `latest` finds none."""
         if name == "latest":
+            if self.accelerator.is_main_process:
+                recover(self.config.output_dir)
+            self.accelerator.wait_for_everyone()
             found = checkpoints(self.config.output_dir)
             if not found:
                 return False
             folder = found[-1]
         else:
             folder = Path(name)
-            if not (folder / "state.json").is_file():
+            if not (folder / STATE_NAME).is_file():
                 raise ValueError(f"{folder} is not a checkpoint folder: give one named checkpoint-N, or latest")
         from safetensors.torch import load_file
 
         self.accelerator.load_state(str(folder))
         self.ema.load_state_dict(load_file(folder / "ema" / "model.safetensors"))
-        self.finished_steps = int(json.loads((folder / "state.json").read_text())["finished_steps"])
+        self.finished_steps = int(json.loads((folder / STATE_NAME).read_text())["finished_steps"])
         return True
 
     def metadata(self) -> dict[str, str]:
@@ -179,7 +204,7 @@ def train(config: TrainConfig) -> Path:
         bar.update()
         done = trainer.finished_steps
         if done % config.logging_steps == 0 or done == config.steps:
-            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds)
+            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds) | {"skipped_steps": trainer.check_skipped()}
             bar.set_postfix(loss=f"{values['loss']:.4f}")
             accelerator.log(values | {"learning_rate": config.learning_rate_at(done - 1)}, step=done)
         if config.sampling_steps and done % config.sampling_steps == 0 and accelerator.is_main_process:
@@ -191,12 +216,6 @@ def train(config: TrainConfig) -> Path:
         save_model(trainer.ema, config.output_dir, metadata=trainer.metadata())
     accelerator.end_training()
     return config.output_dir
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoint-N folders of a run, oldest first."""
-    found = [p for p in output_dir.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal() and (p / "state.json").is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
 
 def _check_source(source: Any, config: TrainConfig) -> None:
@@ -243,8 +262,6 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def _synchronise_if(last: bool, accelerator: Accelerator, model: torch.nn.Module) -> Any:
-    import contextlib
-
     return contextlib.nullcontext() if last else accelerator.no_sync(model)
 
 
@@ -253,11 +270,3 @@ def _mix(seed: int, step: int, part: int) -> int:
     z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB) & (2**64 - 1)
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     return z ^ (z >> 31)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
