@@ -30,6 +30,7 @@ BACKENDS = ("auto", "eager", "compile", "fused")
 # Tokens of a batch when no batch size is given: activations of DiT-XL stay below 1 GiB on a CPU; a GPU needs more rows to be busy.
 _BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**16}
 _TILE = 64  # pixels: smaller images are enlarged to at least about this
+_GAP = 2  # pixels of white between the images of a picture
 _LARGEST_PICTURE = 2**28  # pixels
 
 
@@ -258,9 +259,9 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
-    """One picture of (N, H, W, C) uint8 images, row by row, in `columns` columns (None: about as many as rows).
+    """One picture of (N, H, W, C) uint8 images, row by row, in `columns` columns (None: about as many as rows), with narrow white gaps.
 
-    C = 1 gives a grey picture, C = 3 RGB; other numbers of channels raise ValueError. Images below 64 pixels are enlarged by whole factors.
+    C = 1 gives a grey picture, C = 3 RGB; other numbers of channels raise ValueError. Small images are enlarged by a whole factor.
     """
     from PIL import Image as PILImage
 
@@ -273,13 +274,17 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
     columns = min(count, math.ceil(math.sqrt(count)) if columns is None else _whole("columns", columns))
     rows = math.ceil(count / columns)
     scale = max(1, _TILE // max(height, width))
-    if rows * height * columns * width * scale**2 > _LARGEST_PICTURE:
-        raise ValueError(f"{count} images of {width}x{height} are too many for one picture: write arrays with --npz")
-    canvas = np.zeros((rows * columns, height, width, channels), np.uint8)
-    canvas[:count] = images
-    grid = canvas.reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
-    large = grid.repeat(scale, 0).repeat(scale, 1)
-    return PILImage.fromarray(large[:, :, 0] if channels == 1 else large)
+    height, width = height * scale, width * scale
+    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
+    if size[0] * size[1] > _LARGEST_PICTURE:
+        raise ValueError(f"{count} images make a picture of {size[0]}x{size[1]}, which is too large: write arrays with --npz")
+    grid = PILImage.new("L" if channels == 1 else "RGB", size, "white")
+    for i, image in enumerate(images):
+        tile = PILImage.fromarray(image[:, :, 0] if channels == 1 else image)
+        grid.paste(
+            tile.resize((width, height), PILImage.Resampling.NEAREST), (i % columns * (width + _GAP), i // columns * (height + _GAP))
+        )
+    return grid
 
 
 def _stack(seed: int, indices: range, shape: Sequence[int], stream: str = "noise", step: int = 0) -> Tensor:

@@ -78,9 +78,9 @@ class VelocityField:
         return null + self.guidance_scale * (label - null)
 
 
-def compiled(model: DiT) -> Callable[..., Tensor]:
+def compiled(model: DiT, compiler: str = "inductor") -> Callable[..., Tensor]:
     """torch.compile form of the model: takes what the model takes; raises ValueError where it cannot run, never falls back to the model."""
-    fast: Callable[..., Tensor] = torch.compile(model, fullgraph=True)
+    fast: Callable[..., Tensor] = torch.compile(model, fullgraph=True, backend=compiler)
 
     def network(*args: Any, **kwargs: Any) -> Tensor:
         import torch._dynamo.exc
