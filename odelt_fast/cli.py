@@ -10,16 +10,15 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import tyro
 
 from odelt_fast import __version__
+from odelt_fast.outputs import check_folder, check_target, picture_formats, save_picture, try_out, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -209,7 +208,8 @@ def sample(options: Sample) -> None:
     import torch
     from tqdm import tqdm
 
-    from odelt_fast.sampler import Sampler, drawn_labels, image_grid, to_uint8
+    from odelt_fast.plots import image_grid, to_uint8
+    from odelt_fast.sampler import Sampler, drawn_labels
 
     model = load(options.model, options.device, options.dtype, options.depth)
     sampler = Sampler(
@@ -292,19 +292,16 @@ def plot(options: Plot) -> None:
     """`odelt-fast plot grid`."""
     check_target("--out", options.out, picture_formats())
 
-    from odelt_fast.plots import depth_steps_grid
+    from odelt_fast.evaluation import sample_depths_by_steps
+    from odelt_fast.plots import depth_steps_picture
 
     labels = [options.labels[i % len(options.labels)] for i in range(options.num_images)] if options.labels else None
-    picture = depth_steps_grid(
-        load(options.model, options.device, options.dtype, None),
-        options.depths or None,
-        options.steps,
-        labels=labels,
-        num_images=options.num_images,
-        seed=options.seed,
-        guidance_scale=options.guidance_scale,
+    model = load(options.model, options.device, options.dtype, None)
+    depths = sorted(options.depths or model.config.depths, reverse=True)
+    cells = sample_depths_by_steps(
+        model, depths, options.steps, options.num_images, labels=labels, seed=options.seed, guidance_scale=options.guidance_scale
     )
-    save_picture(options.out, picture)
+    save_picture(options.out, depth_steps_picture(cells, depths, options.steps))
     print(f"{options.out}: depths by time steps of {options.model}")
 
 
@@ -347,71 +344,6 @@ def choose_dtype(name: Dtype, device: str) -> torch.dtype:
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     native = device == "cuda" or any(getattr(torch.cpu, flag, bool)() for flag in flags)
     return torch.bfloat16 if native else torch.float32
-
-
-def picture_formats() -> tuple[str, ...]:
-    """File name endings that Pillow can write."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE))
-
-
-def check_target(option: str, path: Path, endings: tuple[str, ...]) -> None:
-    """ValueError unless a regular file with one of the endings can be written at `path`; found out by making one beside it."""
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder: name a file in it")
-    if path.suffix.lower() not in endings:
-        common = [ending for ending in (".png", ".jpg", ".webp", ".gif") if ending in endings] or endings
-        raise ValueError(f"{option} {path}: the name must end in {', '.join(common)}, not {path.suffix or path.name!r}")
-    target = Path(os.path.realpath(path))
-    if not target.parent.is_dir():
-        raise ValueError(f"{option} {path}: there is no folder {target.parent}; make it first")
-    if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
-        raise ValueError(f"{option} {path} exists and cannot be replaced: name another file")
-    check_folder(option, path, target.parent)
-
-
-def check_folder(option: str, path: Path, folder: Path) -> None:
-    """ValueError unless a file can be made in `folder`, which `path` needs. Permission bits say too little: root, read-only systems."""
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"{option} {path} cannot be written: {error.strerror or error}") from None
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes the file beside its place first: it appears under its name complete, or not at all."""
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".odelt-fast-{os.getpid()}{target.suffix}")
-    try:
-        with partial.open("xb") as file:
-            write(file)
-        os.replace(partial, target)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def save_picture(path: Path, picture: Any) -> None:
-    """Writes a PIL image, in the format that the name's ending says."""
-    from PIL import Image
-
-    write_whole(path, lambda file: picture.save(file, format=Image.registered_extensions()[path.suffix.lower()]))
-
-
-def try_out(option: str, path: Path, picture: Any) -> None:
-    """ValueError unless the format can hold `picture`, whose size and colours are those of the real one; nothing is kept."""
-    from PIL import Image
-
-    try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))) as file:
-            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()])
-    except (OSError, ValueError, KeyError, RuntimeError, SystemError) as error:
-        raise ValueError(f"{option} {path}: a picture of {picture.width}x{picture.height} cannot be written: {error}") from None
 
 
 def plural(count: int, noun: str) -> str:

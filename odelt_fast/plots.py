@@ -1,55 +1,82 @@
-"""Pictures of a model over its two dials: the paper's grid of l (rows) by T (columns)."""
+"""Arrays and pictures of images: 8-bit arrays, one picture of many images, the paper's grid of l (rows) by T (columns)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from odelt_fast.model import DiT
+_TILE = 64  # pixels: smaller images are enlarged to at least about this
+_GAP = 2  # pixels of white between the images of a picture
+_LARGEST_PICTURE = 2**28  # pixels
 
 
-def depth_steps_grid(
-    model: DiT,
-    depths: Sequence[int] | None = None,
-    steps: Sequence[int] = (128, 4, 1),
-    *,
-    labels: int | Sequence[int] | None = None,
-    num_images: int = 10,
-    columns: int = 5,
-    seed: int = 0,
-    guidance_scale: float | None = None,
-) -> Image:
-    """Figure 1 of the paper: one cell per depth l (rows, longest first) and number of steps T (columns), same noise and labels in all.
+def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
+    """Images (N, C, H, W) float, clipped to [-1, 1] -> (N, H, W, C) uint8: -1 is 0, 1 is 255, rounded. ValueError if not finite."""
+    pixels = torch.as_tensor(images).detach().float()
+    if pixels.dim() != 4 or not torch.isfinite(pixels).all():
+        raise ValueError(f"images must be finite, of shape (N, C, H, W); these have shape {tuple(pixels.shape)}")
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
 
-    A cell shows `num_images` images in `columns` columns; labels None counts through the classes. Raises ValueError for a depth that the
-    model does not have, and for images that are neither grey nor RGB.
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
+    """One picture of (N, H, W, C) uint8 images, row by row, in `columns` columns (None: about as many as rows), with narrow white gaps.
+
+    C = 1 gives a grey picture, C = 3 RGB; other numbers of channels raise ValueError. Small images are enlarged by a whole factor.
+    """
+    from PIL import Image as PILImage
+
+    images = np.asarray(images)
+    if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
+        raise ValueError(f"images must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
+    count, height, width, channels = images.shape
+    if channels not in (1, 3):
+        raise ValueError(f"{channels} channels make no picture: write arrays with --npz, or decode latents to images with a decoder")
+    if columns is not None and columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
+    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
+    rows = math.ceil(count / columns)
+    scale = max(1, _TILE // max(height, width))
+    height, width = height * scale, width * scale
+    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
+    if size[0] * size[1] > _LARGEST_PICTURE:
+        raise ValueError(f"{count} images make a picture of {size[0]}x{size[1]}, which is too large: write arrays with --npz")
+    grid = PILImage.new("L" if channels == 1 else "RGB", size, "white")
+    for i, image in enumerate(images):
+        tile = PILImage.fromarray(image[:, :, 0] if channels == 1 else image)
+        grid.paste(
+            tile.resize((width, height), PILImage.Resampling.NEAREST), (i % columns * (width + _GAP), i // columns * (height + _GAP))
+        )
+    return grid
+
+
+def depth_steps_picture(cells: Sequence[Sequence[np.ndarray]], depths: Sequence[int], steps: Sequence[int], columns: int = 5) -> Image:
+    """Figure 1 of the paper: `cells[row][column]`, each (N, H, W, C) uint8 images of one depth l (row) and number of steps T (column).
+
+    A cell shows its images in `columns` columns. Raises ValueError for images that are neither grey nor RGB.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    from odelt_fast.sampler import Sampler, image_grid, to_uint8
-
-    if labels is None and model.config.num_classes > 1:
-        labels = [index % model.config.num_classes for index in range(num_images)]
-    rows = sorted(depths or model.config.depths, reverse=True)
-    cells = []
-    for depth in rows:
-        for count in steps:
-            sampler = Sampler(model, depth=depth, steps=count, guidance_scale=guidance_scale)
-            cells.append(image_grid(to_uint8(sampler(num_images=num_images, labels=labels, seed=seed)), columns=columns).convert("RGB"))
-    width, height = cells[0].size
+    pictures = [[image_grid(images, columns).convert("RGB") for images in row] for row in cells]
+    width, height = pictures[0][0].size
     margin, gap = max(48, height // 4), max(8, height // 20)
     font = ImageFont.load_default(size=margin // 3)
-    picture = Image.new("RGB", (margin + len(steps) * (width + gap), margin + len(rows) * (height + gap)), "white")
+    picture = Image.new("RGB", (margin + len(steps) * (width + gap), margin + len(depths) * (height + gap)), "white")
     draw = ImageDraw.Draw(picture)
     for column, count in enumerate(steps):
         draw.text((margin + column * (width + gap) + width // 2, margin // 2), f"T = {count}", "black", font, anchor="mm")
-    for row, depth in enumerate(rows):
-        text = Image.new("RGB", (height, margin), "white")
-        ImageDraw.Draw(text).text((height // 2, margin // 2), f"l = {depth}", "black", font, anchor="mm")
-        picture.paste(text.rotate(90, expand=True), (0, margin + row * (height + gap)))
-        for column in range(len(steps)):
-            picture.paste(cells[row * len(steps) + column], (margin + column * (width + gap), margin + row * (height + gap)))
+    for row, depth in enumerate(depths):
+        name = Image.new("RGB", (height, margin), "white")
+        ImageDraw.Draw(name).text((height // 2, margin // 2), f"l = {depth}", "black", font, anchor="mm")
+        top = margin + row * (height + gap)
+        picture.paste(name.rotate(90, expand=True), (0, top))
+        for column, cell in enumerate(pictures[row]):
+            picture.paste(cell, (margin + column * (width + gap), top))
     return picture

@@ -11,7 +11,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +21,11 @@ from odelt_fast.model import DiT
 from odelt_fast.solvers import check_solver, integrate, predict_and_renoise
 from odelt_fast.velocity import VelocityField, check_guidance, compiled, step_index
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 # Training's streams are numbered from 0 (train/draws.py): these start far above, so that a model never meets its training noise.
 STREAMS = {"noise": 2**32, "label": 2**32 + 1, "renoise": 2**32 + 2}
 BACKENDS = ("auto", "eager", "compile", "fused")
 # Tokens of a batch when no batch size is given: activations of DiT-XL stay below 1 GiB on a CPU; a GPU needs more rows to be busy.
 _BATCH_TOKENS = {"cpu": 2**14, "cuda": 2**16}
-_TILE = 64  # pixels: smaller images are enlarged to at least about this
-_GAP = 2  # pixels of white between the images of a picture
-_LARGEST_PICTURE = 2**28  # pixels
 
 
 def image_noise(seed: int, index: int, shape: Sequence[int], stream: str = "noise", step: int = 0) -> np.ndarray:
@@ -248,43 +242,6 @@ def check_labels(labels: int | Sequence[int] | np.ndarray | Tensor | None, count
     if wrong.size:
         raise ValueError(f"label {wrong.flat[0]} is not allowed: labels go from 0 to {num_classes - 1}, {num_classes} is the null label")
     return np.broadcast_to(array.astype(np.int64), (count,)).copy()
-
-
-def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
-    """Images (N, C, H, W) float, clipped to [-1, 1] -> (N, H, W, C) uint8: -1 is 0, 1 is 255, rounded. ValueError if not finite."""
-    pixels = torch.as_tensor(images).detach().float()
-    if pixels.dim() != 4 or not torch.isfinite(pixels).all():
-        raise ValueError(f"images must be finite, of shape (N, C, H, W); these have shape {tuple(pixels.shape)}")
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
-
-
-def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
-    """One picture of (N, H, W, C) uint8 images, row by row, in `columns` columns (None: about as many as rows), with narrow white gaps.
-
-    C = 1 gives a grey picture, C = 3 RGB; other numbers of channels raise ValueError. Small images are enlarged by a whole factor.
-    """
-    from PIL import Image as PILImage
-
-    images = np.asarray(images)
-    if images.ndim != 4 or images.dtype != np.uint8 or not images.size:
-        raise ValueError(f"images must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
-    count, height, width, channels = images.shape
-    if channels not in (1, 3):
-        raise ValueError(f"{channels} channels make no picture: write arrays with --npz, or decode latents to images with a decoder")
-    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else _whole("columns", columns))
-    rows = math.ceil(count / columns)
-    scale = max(1, _TILE // max(height, width))
-    height, width = height * scale, width * scale
-    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
-    if size[0] * size[1] > _LARGEST_PICTURE:
-        raise ValueError(f"{count} images make a picture of {size[0]}x{size[1]}, which is too large: write arrays with --npz")
-    grid = PILImage.new("L" if channels == 1 else "RGB", size, "white")
-    for i, image in enumerate(images):
-        tile = PILImage.fromarray(image[:, :, 0] if channels == 1 else image)
-        grid.paste(
-            tile.resize((width, height), PILImage.Resampling.NEAREST), (i % columns * (width + _GAP), i // columns * (height + _GAP))
-        )
-    return grid
 
 
 def _stack(seed: int, indices: range, shape: Sequence[int], stream: str = "noise", step: int = 0) -> Tensor:

@@ -10,22 +10,21 @@ import torch
 from torch import Tensor
 
 from odelt_fast.model import NUM_STEP_INDICES, DiT
+from odelt_fast.probability_flow import probability_flow_velocity
 
 
 def step_index(sampling: str, steps: int) -> int:
     """Step index that the network is fed when `steps` time steps are taken: 0 (one step) to 7 (128 steps).
 
     `sampling` is `DiTConfig.sampling`. shortcut, consistency: floor(log2 steps), at most 7. flow: 7 at any number of steps. live_reflow:
-    0 below 128 steps, else 7. (A network that is not step-conditioned replaces it by 0 itself.) diffusion: ValueError.
+    0 below 128 steps, else 7. diffusion: 7, of no effect. (A network that is not step-conditioned replaces it by 0 itself.)
     """
     finest = NUM_STEP_INDICES - 1
     if sampling in ("shortcut", "consistency"):
         return min(steps.bit_length() - 1, finest)
-    if sampling == "flow":
-        return finest
     if sampling == "live_reflow":
         return 0 if steps < 2**finest else finest
-    raise ValueError(f"sampling kind {sampling} is not supported yet")
+    return finest
 
 
 def check_guidance(scale: float | None) -> float | None:
@@ -42,7 +41,8 @@ class VelocityField:
 
     Guidance scale w: None or 1 uses the labels only, 0 the null label only; otherwise v_null + w (v_label - v_null), both from one doubled
     batch. labels (B,) integer, on the model's device; num_classes is the null label. network: what is called in place of the model, with
-    its signature (its compiled form). Raises ValueError for a depth that the model does not have and a scale that is not finite.
+    its signature (its compiled form). What a diffusion model says is noise: its velocity is that of the probability-flow ODE.
+    Raises ValueError for a depth that the model does not have and a scale that is not finite.
 
     `evaluations` counts the network evaluations of every image so far: a call adds 1, a guided call 2.
     """
@@ -56,6 +56,7 @@ class VelocityField:
         network: Callable[..., Tensor] | None = None,
     ) -> None:
         self.depth = model.check_depth(depth)
+        self.says_noise = model.config.sampling == "diffusion"
         self.network = network or model
         scale = check_guidance(guidance_scale)
         null = torch.full_like(labels, model.config.num_classes)
@@ -69,13 +70,13 @@ class VelocityField:
         """x (B, C, H, W) at time t -> its velocity, in the shape and dtype of x; the network runs in its own dtype."""
         # Time and step index are tensors so that a compiled network is not compiled anew for each of their values.
         time, step = (torch.full((1,), value, dtype=torch.float32, device=x.device) for value in (t, log2_steps))
-        if self.guidance_scale is None:
+        said = self.network(x if self.guidance_scale is None else torch.cat([x, x]), time, step, self.labels, depth=self.depth).to(x.dtype)
+        self.evaluations += 1
+        if self.guidance_scale is not None:
             self.evaluations += 1
-            return self.network(x, time, step, self.labels, depth=self.depth).to(x.dtype)
-        self.evaluations += 2
-        both = self.network(torch.cat([x, x]), time, step, self.labels, depth=self.depth).to(x.dtype)
-        label, null = both.chunk(2)
-        return null + self.guidance_scale * (label - null)
+            label, null = said.chunk(2)
+            said = null + self.guidance_scale * (label - null)
+        return probability_flow_velocity(said, x, t) if self.says_noise else said
 
 
 def compiled(model: DiT, compiler: str = "inductor") -> Callable[..., Tensor]:

@@ -22,7 +22,8 @@ from odelt_fast.checkpoint import load_model, save_model
 from odelt_fast.cli import choose_dtype, main, write_whole
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.sampler import Sampler, drawn_labels, image_grid, to_uint8
+from odelt_fast.plots import image_grid, to_uint8
+from odelt_fast.sampler import Sampler, drawn_labels
 
 REFERENCE = Path(__file__).parent / "data" / "reference"
 

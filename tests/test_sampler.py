@@ -13,7 +13,9 @@ from torch import Tensor
 
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.sampler import STREAMS, Sampler, drawn_labels, image_grid, image_noise, to_uint8
+from odelt_fast.plots import image_grid, to_uint8
+from odelt_fast.probability_flow import vp_schedule
+from odelt_fast.sampler import STREAMS, Sampler, drawn_labels, image_noise
 from odelt_fast.solvers import integrate, predict_and_renoise
 from odelt_fast.velocity import VelocityField, compiled, step_index
 
@@ -111,8 +113,23 @@ def test_step_index_of_every_sampling_kind() -> None:
     assert [step_index("consistency", n) for n in steps] == [0, 1, 1, 2, 6, 6, 7, 7]
     assert {step_index("flow", n) for n in steps} == {7}
     assert [step_index("live_reflow", n) for n in steps] == [0] * 6 + [7, 7]
-    with pytest.raises(ValueError, match="diffusion is not supported yet"):
-        Sampler(random_model(sampling="diffusion"))
+    assert {step_index("diffusion", n) for n in steps} == {7}
+
+
+@pytest.mark.parametrize("scale", [None, 2.0])
+def test_diffusion_is_sampled_by_its_probability_flow(scale: float | None) -> None:
+    """With the exact noise predictor of Gaussian data (mean 0.5, deviation 0.3), unit noise flows to that Gaussian, guided or not."""
+
+    def exact_noise(x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: int) -> Tensor:
+        alpha, sigma, _ = vp_schedule(t)
+        return sigma * (x - alpha * 0.5) / ((0.3 * alpha) ** 2 + sigma**2)
+
+    model = random_model(sampling="diffusion")
+    noise = torch.randn(4000, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    field = VelocityField(model, None, torch.zeros(4000, dtype=torch.long), scale, exact_noise)
+    end = integrate(field, noise, 500, 7)
+    assert end.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert end.std().item() == pytest.approx(0.3, abs=0.01)
 
 
 def test_euler_converges_with_order_one() -> None:

@@ -240,13 +240,12 @@ def _log_grid(trainer: Trainer) -> None:
     """The paper's Figure 1 of the EMA network: rows l (longest first), columns T = 128, 4, 1, same noise."""
     import numpy as np
 
-    from odelt_fast.sampler import Sampler, image_grid, to_uint8
+    from odelt_fast.evaluation import sample_depths_by_steps
+    from odelt_fast.plots import depth_steps_picture
 
-    rows = []
-    for depth in reversed(trainer.config.model.depths):
-        for steps in (128, 4, 1):
-            rows.append(to_uint8(Sampler(trainer.ema, depth=depth, steps=steps)(num_images=8, seed=0)))
-    picture = np.asarray(image_grid(np.concatenate(rows), columns=24).convert("RGB"))
+    depths, steps = trainer.config.model.depths[::-1], (128, 4, 1)
+    cells = sample_depths_by_steps(trainer.ema, depths, steps, num_images=10)
+    picture = np.asarray(depth_steps_picture(cells, depths, steps))
     for tracker in trainer.accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.writer.add_image("samples", picture, trainer.finished_steps, dataformats="HWC")

@@ -1,0 +1,89 @@
+"""Random cases of every kernel against float64: `python tests/kernel_cases.py --cases 300 --seed 0`.
+
+On a CUDA device the kernels run compiled, in float16, bfloat16 and float32, and `--repeats 1000` runs each case again that many times and
+wants equal bits. Elsewhere they run in Triton's interpreter, in float16 and float32: its bfloat16 arithmetic is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Case = Callable[[random.Random, torch.device, torch.dtype], object]
+REGISTRIES = ("kernel_cases_rows",)
+
+
+def collect() -> list[tuple[str, Case]]:
+    """(name, case) of every kernel; imports Triton, so TRITON_INTERPRET must be set before."""
+    cases = []
+    for registry in REGISTRIES:
+        cases += importlib.import_module(registry).CASES
+    return cases
+
+
+def run(name: str, case: Case, cases: int, seed: int, repeats: int, device: torch.device) -> list[str]:
+    """Runs the cases of one kernel; returns a line for each that failed, with the options that run it alone."""
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device.type == "cuda" else [])
+    failures = []
+    for index in range(cases):
+        key = f"{name}/{seed + index}"
+        dtype = dtypes[(seed + index) % len(dtypes)]
+        try:
+            first = case(random.Random(key), device, dtype)
+            for _ in range(repeats):
+                if not _equal(first, case(random.Random(key), device, dtype)):
+                    raise AssertionError("a repeat gave other bits")
+        except Exception:
+            error = traceback.format_exc().strip().splitlines()
+            place = next((line.strip() for line in reversed(error) if "kernel_cases_" in line), "")
+            failures.append(f"--kernel {name} --cases 1 --seed {seed + index} ({dtype}): {error[-1]} [{place}]")
+    return failures
+
+
+def _equal(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    if isinstance(first, (tuple, list)):
+        return isinstance(second, (tuple, list)) and len(first) == len(second) and all(map(_equal, first, second))
+    return first is None and second is None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=300, help="cases a kernel")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kernel", action="append", help="only this kernel (may be given again)")
+    parser.add_argument("--repeats", type=int, default=0, help="run each case again this often; its results must be equal bit by bit")
+    parser.add_argument("--interpret", action="store_true", help="use the interpreter on a CUDA machine too")
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available() and not arguments.interpret
+    if not cuda:
+        os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    known = dict(collect())
+    unknown = set(arguments.kernel or ()) - set(known)
+    if unknown:
+        parser.error(f"no kernel {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    failed = False
+    for name in arguments.kernel or known:
+        start = time.perf_counter()
+        failures = run(name, known[name], arguments.cases, arguments.seed, arguments.repeats, torch.device("cuda" if cuda else "cpu"))
+        seconds = time.perf_counter() - start
+        print(f"{name}: {arguments.cases - len(failures)} of {arguments.cases} cases right, {seconds:.1f} s", flush=True)
+        for line in failures:
+            print("  " + line, flush=True)
+        failed |= bool(failures)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
