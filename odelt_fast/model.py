@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(config.mlp_size, size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition)).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition).to(x.dtype)).chunk(6, dim=1)
         x = torch.addcmul(x, gate_a[:, None], self.attention(modulate(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))
 
@@ -87,7 +87,7 @@ class FinalLayer(nn.Module):
         self.out = nn.Linear(config.hidden_size, config.patch_size**2 * config.channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=1)
+        shift, scale = self.modulation(F.silu(condition).to(x.dtype)).chunk(2, dim=1)
         return self.out(modulate(x, shift, scale))
 
 
@@ -242,7 +242,9 @@ class DiT(nn.Module):
         """Time + label + step-size embedding (B, D), which the final layer sees; blocks see it plus the length embedding."""
         index = log2_steps if self.config.step_conditioned else 0
         time, step = (_as_vector(value, y.device) for value in (t, index))
-        return self.time_embed(time) + self.label_embed(y) + self.step_embed(step)
+        # Summed in float32 at least, as in the reference: rounding it would shift every token of a sample the same way.
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return self.time_embed(time).to(wide) + self.label_embed(y) + self.step_embed(step)
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p*p*C) -> (B, C, H, W); each patch holds its pixels row by row, channels last."""

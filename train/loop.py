@@ -127,7 +127,7 @@ class Trainer:
         """Has the optimizer leave out a step whose gradient is not finite, decided on the device, and counts such steps."""
         if self.accelerator.scaler is not None:  # fp16: the loss scaler does it
             return
-        norms = torch._foreach_norm([parameter.grad for parameter in self.model.parameters()])
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         bad = (~torch.isfinite(torch.stack(norms)).all()).float()
         if self.accelerator.num_processes > 1:  # shards of one gradient may lie in several processes
             bad = self.accelerator.reduce(bad).clamp(max=1)
