@@ -65,7 +65,16 @@ class Sample:
     guidance_scale: Number = None
     """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them, other values cost twice as much."""
     solver: str = "euler"
-    """euler."""
+    """With --steps equal steps: euler, midpoint, heun2, ralston, kutta3, rk4, rk38, or fixed:NAME. Choosing their own steps: dopri5, tsit5,
+    bosh3, dop853, adaptive_heun. torchdiffeq:NAME is torchdiffeq's."""
+    rtol: float = 1e-2
+    """Relative error that an adaptive solver allows itself in a step."""
+    atol: float = 1e-2
+    """Absolute error, added to it."""
+    max_steps: int = 4096
+    """Steps of an adaptive solver, at most."""
+    time_shift: float = 1.0
+    """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -190,7 +199,7 @@ def run(arguments: list[str]) -> int:
 
 def sample(options: Sample) -> None:
     """`odelt-fast sample`."""
-    for name in ("steps", "num_images", "batch_size"):
+    for name in ("steps", "num_images", "batch_size", "max_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -217,6 +226,10 @@ def sample(options: Sample) -> None:
         depth=options.depth,
         steps=options.steps,
         solver=options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        max_steps=options.max_steps,
+        time_grid="uniform" if options.time_shift == 1 else ("shift", options.time_shift),
         guidance_scale=options.guidance_scale,
         batch_size=options.batch_size,
     )
@@ -227,7 +240,7 @@ def sample(options: Sample) -> None:
     labels = np.resize(options.labels, count) if options.labels else None
     hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
     try:
-        with tqdm(total=count * options.steps, unit="step", leave=False, disable=hidden) as bar:
+        with tqdm(total=None if sampler.adaptive else count * options.steps, unit="step", leave=False, disable=hidden) as bar:
             images = sampler(num_images=count, labels=labels, seed=options.seed, progress=bar.update)
     except torch.OutOfMemoryError as error:
         raise MemoryError from error
@@ -254,7 +267,12 @@ def report(options: Sample, sampler: Sampler, blocks: int, written: Sequence[Pat
         return
     print(f"{' and '.join(map(str, written))}: {plural(count, 'image')} of {options.model}")
     used = f"{about['live_blocks']} of {plural(blocks, 'block')}"
-    print(f"depth {about['depth']} ({used}), {plural(options.steps, 'step')} of {about['solver']}")
+    if sampler.adaptive:
+        taken = [a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)]
+        steps = f"{min(taken)} to {max(taken)} steps" if min(taken) < max(taken) else plural(taken[0], "step")
+    else:
+        steps = plural(options.steps, "step")
+    print(f"depth {about['depth']} ({used}), {steps} of {about['solver']}")
     print(f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on {about['device']} in {about['dtype']}")
 
 

@@ -7,7 +7,6 @@ same pictures come out on every device, in any batch size.
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +17,24 @@ import torch
 from torch import Tensor
 
 from odelt_fast.model import DiT
-from odelt_fast.solvers import check_solver, integrate, predict_and_renoise
-from odelt_fast.velocity import VelocityField, check_guidance, compiled, step_index
+from odelt_fast.solvers import (
+    ERROR_NORMS,
+    MAX_STEPS,
+    NON_FINITE,
+    STATUSES,
+    Solution,
+    check_solver,
+    check_time_grid,
+    check_tolerances,
+    integrate_adaptive,
+    integrate_fixed,
+    integrate_torchdiffeq,
+    is_adaptive,
+    predict_and_renoise,
+    time_grid,
+)
+from odelt_fast.tableau import find_tableau
+from odelt_fast.velocity import DepthSchedule, VelocityField, check_depth_schedule, check_guidance, compiled, step_index
 
 # Training's streams are numbered from 0 (train/draws.py): these start far above, so that a model never meets its training noise.
 STREAMS = {"noise": 2**32, "label": 2**32 + 1, "renoise": 2**32 + 2}
@@ -53,9 +68,18 @@ class Sampler:
     depth: number of active blocks l (None: all that are loaded). steps: number of time steps T. guidance_scale w: None = labels only,
     0 = null label only, otherwise v_null + w (v_label - v_null). backend: "eager" runs the model, "compile" its torch.compile form; "auto"
     is eager. batch_size: images at a time (None: by the number of tokens); it changes no picture. decoder: a callable from latents
-    (B, C, H, W) float32 to images, applied to every batch. rtol, atol, max_steps and error_norm are for adaptive solvers: checked and kept.
+    (B, C, H, W) float32 to images, applied to every batch.
 
-    `stats` holds, of the last call, images, evaluations (of the network, in all), evaluations_per_image and seconds.
+    solver: euler, midpoint, heun2, ralston, kutta3, rk4, rk38 take `steps` steps; adaptive_heun, bosh3, dopri5, tsit5, dop853 choose theirs
+    by rtol, atol and error_norm, at most max_steps for each image ("fixed:dopri5" takes `steps` equal ones); torchdiffeq:NAME is
+    torchdiffeq's, with one error for the whole batch. Consistency models have a rule of their own in euler's place and take no other.
+    error_norm: "per_sample" (each image has its own steps) or "batch". time_grid: "uniform", or "shift:3.0" with more steps near the noise
+    (`solvers.time_grid`); for fixed steps. depth_schedule, in place of depth: pairs (t, l) with t rising from 0, or a function t -> l;
+    an adaptive solver then needs error_norm="batch", since the images of a batch must agree on the time. The step index is that of
+    `step_index`: log2 T for Euler's equal steps, else 7.
+
+    `stats` holds, of the last call, images, evaluations (of the network, in all), evaluations_per_image and seconds; and, for each image,
+    accepted and rejected steps, evaluations_needed (the rest of its batch may have needed more) and status (`solvers.STATUSES`).
     Raises ValueError for every value that cannot be used, naming what is allowed.
     """
 
@@ -76,8 +100,8 @@ class Sampler:
         precision: str | None = None,
         max_steps: int = 4096,
         error_norm: str = "per_sample",
-        time_grid: str = "uniform",
-        depth_schedule: Sequence[int] | None = None,
+        time_grid: str | tuple[str, float] = "uniform",
+        depth_schedule: DepthSchedule | None = None,
     ) -> None:
         if not isinstance(model, DiT):
             raise ValueError(f"model must be a DiT, as load_model returns, not {type(model).__name__}")
@@ -85,7 +109,18 @@ class Sampler:
         self.depth = model.check_depth(depth)
         self.steps = _whole("steps", steps)
         self.solver = check_solver(solver)
-        self.step_index = step_index(model.config.sampling, self.steps)
+        self.adaptive = is_adaptive(self.solver)
+        self.shift = check_time_grid(time_grid)
+        if self.adaptive and self.shift != 1:
+            raise ValueError(f"time_grid {time_grid!r} is for solvers with fixed steps: {self.solver} chooses its own")
+        if self.solver.endswith("_adams") and self.shift != 1:
+            raise ValueError(f"time_grid {time_grid!r} does not go with {self.solver}, whose weights hold for equal steps only")
+        if model.config.sampling == "consistency" and (self.solver != "euler" or self.shift != 1):
+            raise ValueError(
+                "a consistency model predicts the data and adds noise anew, in equal steps: solver euler, time_grid uniform only"
+            )
+        jumps = self.solver in ("euler", "fixed:euler", "torchdiffeq:euler") and self.shift == 1
+        self.step_index = step_index(model.config.sampling, None if self.adaptive else self.steps, jumps)
         self.guidance_scale = check_guidance(guidance_scale)
         self.backend = _one_of("backend", backend, BACKENDS)
         if backend == "fused":
@@ -96,13 +131,17 @@ class Sampler:
         self.decoder = decoder
         self.attention = _one_of("attention", attention, ("auto", "sdpa"))
         self.precision = _one_of("precision", precision, (None,))
-        self.rtol, self.atol = _tolerance("rtol", rtol), _tolerance("atol", atol)
+        self.rtol, self.atol = check_tolerances(rtol, atol)
         self.max_steps = _whole("max_steps", max_steps)
-        self.error_norm = _one_of("error_norm", error_norm, ("per_sample", "batch"))
-        self.time_grid = _one_of("time_grid", time_grid, ("uniform",))
-        self.depth_schedule = _one_of("depth_schedule", depth_schedule, (None,))
+        self.error_norm = _one_of("error_norm", error_norm, ERROR_NORMS)
+        self.time_grid = time_grid
+        self.depth_schedule = None if depth_schedule is None else check_depth_schedule(model, depth_schedule)
+        if self.depth_schedule and depth is not None:
+            raise ValueError(f"depth {depth} and depth_schedule are both given: leave one out")
+        if self.depth_schedule and self.adaptive and error_norm == "per_sample" and not self.solver.startswith("torchdiffeq:"):
+            raise ValueError(f"depth_schedule with {self.solver} needs error_norm='batch': with per_sample every image has its own time")
         self.network: Callable[..., Tensor] = compiled(model) if backend == "compile" else model
-        self.stats: dict[str, float] = {}
+        self.stats: dict[str, Any] = {}
 
     def __call__(
         self,
@@ -120,7 +159,7 @@ class Sampler:
         instead of the seed's; H and W may be other multiples of the patch size than the model's own. progress(n) is called when n images
         have been advanced by one step.
 
-        Raises ValueError for arguments that do not fit, and naming the images whose result is not finite.
+        Raises ValueError for arguments that do not fit, and naming the images that the solver could not finish or that are not finite.
         """
         config = self.model.config
         seed = _whole("seed", seed, 0)
@@ -135,6 +174,7 @@ class Sampler:
         out = None if self.decoder else _allocate((count, *shape), self.model.device)
         batch = min(self.batch_size or self._default_batch(shape), count)
         training, start, evaluations = self.model.training, time.perf_counter(), 0
+        each: dict[str, list[Any]] = {"accepted": [], "rejected": [], "evaluations_needed": [], "status": []}
         self.model.eval()
         try:
             with torch.inference_mode():
@@ -142,10 +182,16 @@ class Sampler:
                     indices = range(first, min(first + batch, count))
                     chosen = drawn_labels(seed, indices, config.num_classes) if given is None else given[first : indices.stop]
                     x = _stack(seed, indices, shape) if noise is None else noise[first : indices.stop]
-                    x, per_image = self._solve(x.to(self.model.device), chosen, seed, indices, progress)
+                    solution, per_image = self._solve(x.to(self.model.device), chosen, seed, indices, progress)
                     evaluations += per_image * len(indices)
-                    self._check_finite(x, first, count)
+                    self._check_done(solution, first, count)
+                    x = solution.x
                     images = self.decoder(x) if self.decoder else x
+                    rows = 1 if self.guidance_scale in (None, 0, 1) else 2
+                    each["accepted"] += solution.accepted.tolist()
+                    each["rejected"] += solution.rejected.tolist()
+                    each["evaluations_needed"] += (solution.evaluations * rows).tolist()
+                    each["status"] += [STATUSES[status] for status in solution.status.tolist()]
                     if out is None:
                         out = _allocate((count, *images.shape[1:]), images.device)
                     out[first : indices.stop] = images
@@ -153,7 +199,8 @@ class Sampler:
             self.model.train(training)
         assert out is not None
         seconds = time.perf_counter() - start
-        self.stats = {"images": count, "evaluations": evaluations, "evaluations_per_image": evaluations / count, "seconds": seconds}
+        cost = {"images": count, "evaluations": evaluations, "evaluations_per_image": evaluations / count, "seconds": seconds}
+        self.stats = {**cost, **each}
         return out
 
     def explain(self) -> dict[str, Any]:
@@ -163,29 +210,36 @@ class Sampler:
             why["compile"] = "only runs when asked for by name: compiling takes longer than most sampling"
         else:
             why["eager"] = "backend compile was asked for"
-        guided = self.guidance_scale not in (None, 0, 1)
+        per_step = 2 if self.guidance_scale not in (None, 0, 1) else 1
+        if not self.solver.startswith("torchdiffeq:"):
+            tableau = find_tableau(self.solver)[0]
+            per_step *= tableau.stages - tableau.fsal
+        known = not self.adaptive and (not self.solver.startswith("torchdiffeq:") or self.solver == "torchdiffeq:euler")
         return {
             "backend": "compile" if self.backend == "compile" else "eager",
             "not_taken": why,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "depth": self.depth,
+            "depth": "by schedule" if self.depth_schedule else self.depth,
             "live_blocks": self.model.config.live_blocks(self.depth),
             "sampling": self.model.config.sampling,
             "solver": self.solver,
-            "steps": self.steps,
+            "steps": "adaptive" if self.adaptive else self.steps,
+            **({"rtol": self.rtol, "atol": self.atol, "max_steps": self.max_steps, "error_norm": self.error_norm} if self.adaptive else {}),
+            "time_grid": self.time_grid,
             "step_index": self.step_index if self.model.config.step_conditioned else 0,
             "guidance_scale": self.guidance_scale,
-            "evaluations_per_image": self.steps * (2 if guided else 1),
+            "evaluations_per_image": self.steps * per_step if known else self.stats.get("evaluations_per_image"),
             "batch_size": self.batch_size or "by tokens",
             "attention": "sdpa",
         }
 
     def _solve(
         self, x: Tensor, labels: np.ndarray, seed: int, indices: range, progress: Callable[[int], None] | None
-    ) -> tuple[Tensor, int]:
-        """State at t = 1 of one batch, and the network evaluations that each of its images took."""
-        field = VelocityField(self.model, self.depth, torch.from_numpy(labels).to(x.device), self.guidance_scale, self.network)
+    ) -> tuple[Solution, int]:
+        """Solution at t = 1 of one batch, and the network evaluations that each of its images took."""
+        depth = self.depth_schedule or self.depth
+        field = VelocityField(self.model, depth, torch.from_numpy(labels).to(x.device), self.guidance_scale, self.network)
 
         def on_step(i: int) -> None:
             if progress:
@@ -196,8 +250,17 @@ class Sampler:
             def fresh(i: int) -> Tensor:
                 return _stack(seed, indices, x.shape[1:], "renoise", i).to(x.device)
 
-            return predict_and_renoise(field, x, self.steps, self.step_index, fresh, on_step), field.evaluations
-        return integrate(field, x, self.steps, self.step_index, self.solver, on_step), field.evaluations
+            end = predict_and_renoise(field, x, self.steps, self.step_index, fresh, on_step)
+            return Solution.of_fixed_steps(end, self.steps, self.steps), field.evaluations
+        times = time_grid(self.steps, self.shift)
+        limits: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "max_steps": self.max_steps, "on_step": on_step}
+        if self.solver.startswith("torchdiffeq:"):
+            method = self.solver.removeprefix("torchdiffeq:")
+            return integrate_torchdiffeq(field, x, times, self.step_index, method, **limits), field.evaluations
+        tableau = find_tableau(self.solver)[0]
+        if not self.adaptive:
+            return integrate_fixed(field, x, times, self.step_index, tableau, on_step), field.evaluations
+        return integrate_adaptive(field, x, self.step_index, tableau, error_norm=self.error_norm, **limits), field.evaluations
 
     def _check_noise(self, noise: Tensor, num_images: int | None) -> Tensor:
         config = self.model.config
@@ -215,13 +278,23 @@ class Sampler:
             raise ValueError("noise holds values that are not finite")
         return noise
 
-    def _check_finite(self, x: Tensor, first: int, count: int) -> None:
-        bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
-        if not bad:
+    def _check_done(self, solution: Solution, first: int, count: int) -> None:
+        """ValueError naming the images of the batch from `first` on whose status is not done, and what to do about the worst of them."""
+        worst = int(solution.status.max())
+        if worst == 0:
             return
+        bad = (solution.status == worst).nonzero().flatten().tolist()
         names = ", ".join(str(first + row) for row in bad[:8]) + (", ..." if len(bad) > 8 else "")
-        advice = "use bfloat16 or float32" if self.model.dtype == torch.float16 else "check the weights, the guidance scale and the noise"
-        raise ValueError(f"samples are not finite (images {names} of {count}): {advice}")
+        if worst == NON_FINITE:
+            half = self.model.dtype == torch.float16
+            advice = "use bfloat16 or float32" if half else "check the weights, the guidance scale and the noise"
+            raise ValueError(f"samples are not finite (images {names} of {count}): {advice}")
+        reason = f"took {self.max_steps} steps" if worst == MAX_STEPS else "cannot make its steps small enough"
+        advice = "raise max_steps, or rtol and atol" if worst == MAX_STEPS else "raise rtol and atol"
+        raise ValueError(
+            f"{self.solver} {reason} and did not reach t = 1 at rtol {self.rtol:g}, atol {self.atol:g} ({STATUSES[worst]}: "
+            f"images {names} of {count}): {advice}"
+        )
 
     def _default_batch(self, shape: Sequence[int]) -> int:
         tokens = shape[1] * shape[2] // self.model.config.patch_size**2
@@ -263,12 +336,6 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or number < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     return number
-
-
-def _tolerance(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
-    return float(value)
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +14,20 @@ from torch import Tensor
 from odelt_fast.model import NUM_STEP_INDICES, DiT
 from odelt_fast.probability_flow import probability_flow_velocity
 
+DepthSchedule = Sequence[tuple[float, int]] | Callable[[float], int]
 
-def step_index(sampling: str, steps: int) -> int:
+
+def step_index(sampling: str, steps: int | None, jumps: bool = True) -> int:
     """Step index that the network is fed when `steps` time steps are taken: 0 (one step) to 7 (128 steps).
 
     `sampling` is `DiTConfig.sampling`. shortcut, consistency: floor(log2 steps), at most 7. flow: 7 at any number of steps. live_reflow:
     0 below 128 steps, else 7. diffusion: 7, of no effect. (A network that is not step-conditioned replaces it by 0 itself.)
+    steps None (an adaptive solver): 7, the instantaneous velocity. jumps False (a solver other than Euler's, or steps of unequal length):
+    7 for shortcut too, because what it learnt below 7 is the mean velocity over one Euler step of length 1/steps, not the velocity.
     """
     finest = NUM_STEP_INDICES - 1
+    if steps is None or (sampling == "shortcut" and not jumps):
+        return finest
     if sampling in ("shortcut", "consistency"):
         return min(steps.bit_length() - 1, finest)
     if sampling == "live_reflow":
@@ -36,8 +44,30 @@ def check_guidance(scale: float | None) -> float | None:
     return float(scale)
 
 
+def check_depth_schedule(model: DiT, schedule: DepthSchedule) -> Callable[[float], int]:
+    """The depth l at each time t that a schedule asks for: pairs (t, l) with rising t from 0, each holding until the next; or a function.
+
+    Raises ValueError for pairs that are none or out of order, and for a depth that the model does not have (a function's when it is met).
+    """
+    if callable(schedule):
+        given = schedule
+        return lambda t: model.check_depth(given(t))
+    wanted = "depth_schedule must be a function t -> depth, or pairs (t, depth) with t rising from 0, such as [(0, 4), (0.5, 12)]"
+    try:
+        pairs = [(float(t), depth) for t, depth in schedule]
+    except (TypeError, ValueError):
+        raise ValueError(f"{wanted}, not {schedule!r}") from None
+    times = [t for t, _ in pairs]
+    if not times or times[0] != 0 or not all(a < b <= 1 for a, b in itertools.pairwise(times)):
+        raise ValueError(f"{wanted}, not {schedule!r}")
+    depths = [model.check_depth(depth) for _, depth in pairs]
+    return lambda t: depths[max(bisect.bisect_right(times, t) - 1, 0)]
+
+
 class VelocityField:
     """f(t, x, log2_steps): velocity of `model` at a fixed depth, for one batch of labels, with classifier-free guidance.
+
+    depth: a depth l, None (all that are loaded), or a function t -> l (`check_depth_schedule`), for solvers that give all samples one time.
 
     Guidance scale w: None or 1 uses the labels only, 0 the null label only; otherwise v_null + w (v_label - v_null), both from one doubled
     batch. labels (B,) integer, on the model's device; num_classes is the null label. network: what is called in place of the model, with
@@ -50,12 +80,12 @@ class VelocityField:
     def __init__(
         self,
         model: DiT,
-        depth: int | None,
+        depth: int | Callable[[float], int] | None,
         labels: Tensor,
         guidance_scale: float | None = None,
         network: Callable[..., Tensor] | None = None,
     ) -> None:
-        self.depth = model.check_depth(depth)
+        self.depth = depth if callable(depth) else model.check_depth(depth)
         self.says_noise = model.config.sampling == "diffusion"
         self.network = network or model
         scale = check_guidance(guidance_scale)
@@ -66,11 +96,19 @@ class VelocityField:
             self.labels = torch.cat([labels, null])
         self.evaluations = 0
 
-    def __call__(self, t: float, x: Tensor, log2_steps: int) -> Tensor:
-        """x (B, C, H, W) at time t -> its velocity, in the shape and dtype of x; the network runs in its own dtype."""
+    def __call__(self, t: float | Tensor, x: Tensor, log2_steps: int) -> Tensor:
+        """x (B, C, H, W) at time t, a number or (B,) -> its velocity, in the shape and dtype of x; the network runs in its own dtype."""
         # Time and step index are tensors so that a compiled network is not compiled anew for each of their values.
-        time, step = (torch.full((1,), value, dtype=torch.float32, device=x.device) for value in (t, log2_steps))
-        said = self.network(x if self.guidance_scale is None else torch.cat([x, x]), time, step, self.labels, depth=self.depth).to(x.dtype)
+        step = torch.full((1,), log2_steps, dtype=torch.float32, device=x.device)
+        if isinstance(t, Tensor):
+            time = t.reshape(-1).to(x.device, torch.float32)
+        else:
+            time = torch.full((1,), t, dtype=torch.float32, device=x.device)
+        depth = self.depth(float(t.reshape(-1)[0] if isinstance(t, Tensor) else t)) if callable(self.depth) else self.depth
+        state = x
+        if self.guidance_scale is not None:
+            state, time = torch.cat([x, x]), time if len(time) == 1 else torch.cat([time, time])
+        said = self.network(state, time, step, self.labels, depth=depth).to(x.dtype)
         self.evaluations += 1
         if self.guidance_scale is not None:
             self.evaluations += 1
