@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
+from odelt_fast.outputs import flush
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 _PARTIAL = ".partial"  # the folder, in the model's folder, of files that are being written
@@ -92,7 +93,7 @@ def save_model(model: DiT, folder: str | Path, *, dtype: torch.dtype | None = No
                 # The writer of safetensors leaves files that only their owner can read.
                 (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
                 for path in (partial / CONFIG_NAME, partial / WEIGHTS_NAME, partial):
-                    _flush(path)
+                    flush(path)
                 os.fsync(directory)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -113,14 +114,6 @@ def _finish_interrupted_save(folder: Path) -> None:
     with contextlib.suppress(CheckpointError):
         if pending.is_file() and _read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
             os.replace(pending, folder / CONFIG_NAME)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

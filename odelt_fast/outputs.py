@@ -73,3 +73,12 @@ def try_out(option: str, path: Path, picture: Any) -> None:
             picture.save(file, format=Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError, KeyError, RuntimeError, SystemError) as error:
         raise ValueError(f"{option} {path}: a picture of {picture.width}x{picture.height} cannot be written: {error}") from None
+
+
+def flush(path: Path) -> None:
+    """Makes a file's contents, or a folder's names, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

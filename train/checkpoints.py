@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from odelt_fast.outputs import flush
+
 # A folder being written, one that a newer one of the same number replaces, one that is being deleted.
 _WRITING, _REPLACED, _DELETED = ".partial", ".replaced", ".deleted"
 STATE_NAME = "state.json"  # written last: its absence marks a folder that is not ours
@@ -78,12 +80,3 @@ def written_whole(folder: Path) -> Iterator[None]:
         kept = checkpoints(folder.parent)
         rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise ValueError(f"{folder} cannot be written ({str(error).splitlines()[0]}): {rest}") from error
-
-
-def flush(path: Path) -> None:
-    """Makes a file's contents, or a folder's names, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from torch import Tensor
 from odelt_fast.checkpoint import one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import NUM_STEP_INDICES, DiT
+from odelt_fast.outputs import flush
 from odelt_fast.train.draws import Draws, StepDraws
 from odelt_fast.train.objectives.targets import Networks, Targets, grid_times, guided_velocity
 
@@ -93,9 +94,9 @@ def generate_pairs(
         manifest = {"count": count, "shape": shape, "num_classes": config.num_classes, "steps": 2**log2_steps}
         (partial / MANIFEST).write_text(json.dumps(manifest | {"guidance_scale": guidance_scale, "seed": seed}))
         for path in (partial / "labels.npy", partial / MANIFEST, partial):
-            _flush(path)
+            flush(path)
         os.replace(partial, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"cannot write pairs to {folder}: {one_line(error)}") from None
@@ -151,11 +152,3 @@ class PairSource(ImageSource):
     ) -> tuple[np.ndarray, np.ndarray]:
         rows = np.asarray(indices)
         return np.concatenate([self._noise[rows], self._data[rows]], axis=1), self.labels[rows]
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
