@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 Case = Callable[[random.Random, torch.device, torch.dtype], object]
-REGISTRIES = ("kernel_cases_rows",)
+REGISTRIES = ("kernel_cases_rows", "kernel_cases_gemm", "kernel_cases_network", "kernel_faults")
 
 
 def collect() -> list[tuple[str, Case]]:
@@ -57,18 +57,35 @@ def _equal(first: object, second: object) -> bool:
     return first is None and second is None
 
 
+def check_operators() -> int:
+    """Schema, autograd registration, fake implementation and tracing of every operator; prints a line for each, returns 1 if one fails."""
+    failed = 0
+    for registry in REGISTRIES:
+        for operator, operands in getattr(importlib.import_module(registry), "opchecks", list)():
+            try:
+                torch.library.opcheck(operator, operands)
+                print(f"{operator._qualname}: opcheck passes", flush=True)
+            except Exception as error:
+                print(f"{operator._qualname}: {error}", flush=True)
+                failed = 1
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=300, help="cases a kernel")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kernel", action="append", help="only this kernel (may be given again)")
     parser.add_argument("--repeats", type=int, default=0, help="run each case again this often; its results must be equal bit by bit")
+    parser.add_argument("--opcheck", action="store_true", help="instead, run torch.library.opcheck on every operator")
     parser.add_argument("--interpret", action="store_true", help="use the interpreter on a CUDA machine too")
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and not arguments.interpret
     if not cuda:
         os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).resolve().parent))
+    if arguments.opcheck:
+        return check_operators()
     known = dict(collect())
     unknown = set(arguments.kernel or ()) - set(known)
     if unknown:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from kernel_cases_gemm import exact_float8_cast
 from kernel_checks import GUARD, batch_size, check_error, guarded, watched
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from odelt_fast.kernels.group_end import group_end, group_end_reference, last_gr
 from odelt_fast.kernels.modulation import modulation, modulation_reference
 from odelt_fast.kernels.norm_modulate import norm_modulate, norm_modulate_reference
 from odelt_fast.kernels.patch import patch_embed, patch_embed_reference
+from odelt_fast.kernels.quantize import quantize_rows_reference
+from odelt_fast.kernels.row_float8 import gated_residual_float8, group_end_float8, norm_modulate_float8
 from odelt_fast.kernels.solver_update import combine_stages, combine_stages_reference, error_norm, error_norm_reference
 
 SIZES = (1, 4, 8, 12, 20, 24, 33, 64, 72, 96, 100, 128, 130)
@@ -24,9 +27,9 @@ WIDE = (384, 768, 1152)
 
 
 def differentiable(
-    rng: random.Random, operator: Callable[..., Any], reference: Callable[..., Any], arguments: Sequence[Any]
+    rng: random.Random, operator: Callable[..., Any], reference: Callable[..., Any], arguments: Sequence[Any], terms: int
 ) -> list[Tensor]:
-    """Outputs of `operator` and its gradients for every tensor argument, against `reference`; returns them."""
+    """Outputs of `operator`, each a sum of `terms` values, and its gradients for all tensors, against `reference`; returns them."""
     exact_arguments = [argument.double() if isinstance(argument, Tensor) else argument for argument in arguments]
     given = [argument for argument in arguments if isinstance(argument, Tensor)]
     leaves = [i for i, argument in enumerate(arguments) if isinstance(argument, Tensor)]
@@ -44,11 +47,10 @@ def differentiable(
             gradients = torch.autograd.grad(outputs, [values[i] for i in leaves], weights)
         results.append([*(output.detach() for output in outputs), *gradients])
     for index, (got, plain, exact) in enumerate(zip(*results)):
-        if index < len(cotangents):
-            check_error(f"output {index}", got, plain, exact)
-        else:
-            summed = cotangents[0].numel() / max(1, got.numel())
-            check_error(f"gradient of argument {leaves[index - len(cotangents)]}", got, plain, exact, summed)
+        what = f"output {index}" if index < len(cotangents) else f"gradient of argument {leaves[index - len(cotangents)]}"
+        # A weight's gradient is summed over all rows of the output, a packed modulation's over those that share its row.
+        summed = 0 if got.dim() > 2 else cotangents[0][..., 0].numel() / (got.shape[0] if cotangents[0].dim() > got.dim() > 1 else 1)
+        check_error(what, got, plain, exact, max(terms, summed))
     return results[0]
 
 
@@ -69,7 +71,7 @@ def norm_modulate_case(rng: random.Random, device: torch.device, dtype: torch.dt
     shape = token_shape(rng)
     x = guarded(rng, shape, dtype, device, rng.choice([0.1, 1.0, 30.0]))
     table, columns = packed(rng, shape[0], shape[2], 2, dtype, device)
-    return differentiable(rng, norm_modulate, norm_modulate_reference, (x, table, *columns))
+    return differentiable(rng, norm_modulate, norm_modulate_reference, (x, table, *columns), shape[2])
 
 
 def gated_residual_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
@@ -77,7 +79,7 @@ def gated_residual_case(rng: random.Random, device: torch.device, dtype: torch.d
     x, y = (guarded(rng, shape, dtype, device, rng.choice([0.1, 1.0, 30.0])) for _ in range(2))
     gates, (gate,) = packed(rng, shape[0], shape[2], 1, dtype, device)
     table, columns = packed(rng, shape[0], shape[2], 2, dtype, device)
-    return differentiable(rng, gated_residual, gated_residual_reference, (x, y, gates, gate, table, *columns))
+    return differentiable(rng, gated_residual, gated_residual_reference, (x, y, gates, gate, table, *columns), shape[2])
 
 
 def group_end_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
@@ -90,12 +92,12 @@ def group_end_case(rng: random.Random, device: torch.device, dtype: torch.dtype)
     rest = (gates, gate, table, *columns)
     first = rng.choice([None, vr])
     if rng.random() < 0.5:
-        return differentiable(rng, _with(group_end, steps), _with(group_end_reference, steps), (x, y, xr, first, *rest))
+        return differentiable(rng, _with(group_end, steps), _with(group_end_reference, steps), (x, y, xr, first, *rest), shape[2])
 
     def last_reference(x: Tensor, y: Tensor, vr: Tensor | None, *others: Any) -> Any:
         return group_end_reference(x, y, None, vr, *others)
 
-    return differentiable(rng, _with(last_group_end, steps), _with(last_reference, steps), (x, y, first, *rest))
+    return differentiable(rng, _with(last_group_end, steps), _with(last_reference, steps), (x, y, first, *rest), shape[2])
 
 
 def _with(function: Callable[..., Any], steps: Tensor | None) -> Callable[..., Any]:
@@ -104,10 +106,10 @@ def _with(function: Callable[..., Any], steps: Tensor | None) -> Callable[..., A
 
 def modulation_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
     size, columns, count = rng.choice(SIZES), rng.randint(1, 200), rng.choice([1, 2, 3, 15, 16, 17, batch_size(rng)])
-    condition = guarded(rng, (count, size), dtype, device)
+    condition = guarded(rng, (count, size), rng.choice([dtype, torch.float32]), device)
     weight = guarded(rng, (columns, size), dtype, device, size**-0.5)
     bias = guarded(rng, (columns,), dtype, device)
-    return differentiable(rng, modulation, modulation_reference, (condition, weight, bias))
+    return differentiable(rng, modulation, modulation_reference, (condition, weight, bias), size)
 
 
 def patch_embed_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
@@ -121,7 +123,7 @@ def patch_embed_case(rng: random.Random, device: torch.device, dtype: torch.dtyp
     # A state that the weights' dtype holds exactly, so that its rounding is no error of either; positions are data, without a gradient.
     x.copy_(x.to(dtype)) if 0 not in x.stride() else None
     operator, reference = (lambda *values, f=f: f(*values, positions, patch) for f in (patch_embed, patch_embed_reference))
-    return differentiable(rng, operator, reference, (x, weight, bias))
+    return differentiable(rng, operator, reference, (x, weight, bias), weight.shape[1])
 
 
 def final_layer_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
@@ -141,7 +143,7 @@ def final_layer_case(rng: random.Random, device: torch.device, dtype: torch.dtyp
     plain = final_layer_reference(x, h, weight, bias, patch, height, width, step, guidance)
     doubled = (None if x is None else x.double(), h.double(), weight.double(), bias.double())
     exact = final_layer_reference(*doubled, patch, height, width, step, guidance)
-    check_error("velocity" if x is None else "state", got, plain.to(state), exact)
+    check_error("velocity" if x is None else "state", got, plain.to(state), exact, size)
     return got
 
 
@@ -155,7 +157,8 @@ def combine_stages_case(rng: random.Random, device: torch.device, dtype: torch.d
         size = combine_stages_reference(x.abs(), stages.double().abs(), coefficients.abs(), step.abs())
         assert bool(((got - plain).abs() <= 2 * (len(coefficients) + 2) * torch.finfo(torch.float64).eps * size).all())
     else:
-        check_error("state", got, plain, combine_stages_reference(x.double(), stages.double(), coefficients.double(), step.double()))
+        exact = combine_stages_reference(x.double(), stages.double(), coefficients.double(), step.double())
+        check_error("state", got, plain, exact, len(coefficients) + 1)
     return got
 
 
@@ -168,7 +171,11 @@ def error_norm_case(rng: random.Random, device: torch.device, dtype: torch.dtype
     stages = stages.nan_to_num()
     plain = error_norm_reference(x, x_new, stages, weights, step, rtol.item(), atol.item()).float()
     doubled = (tensor.double() for tensor in (x, x_new, stages, weights, step))
-    check_error("norm", got, plain, error_norm_reference(*doubled, rtol.item(), atol.item()))
+    check_error("norm", got, plain, error_norm_reference(*doubled, rtol.item(), atol.item()), x[0].numel())
+    sample = rng.randrange(len(x))
+    x_new = x_new.clone(memory_format=torch.contiguous_format)
+    x_new[sample].view(-1)[-1] = float("nan")
+    assert error_norm(x, x_new, stages, weights, step, rtol, atol).isnan().nonzero().flatten().tolist() == [sample]
     return got
 
 
@@ -211,6 +218,61 @@ def ema_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> ob
     return [average.clone() for average in ema]
 
 
+def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
+    """Every operator with arguments that torch.library.opcheck may try it on."""
+    x, y, xr, vr = (torch.randn(2, 3, 8, requires_grad=True) for _ in range(4))
+    table = torch.randn(2, 48, requires_grad=True)
+    weight, bias = torch.randn(16, 8, requires_grad=True), torch.randn(16, requires_grad=True)
+    image, h = torch.randn(2, 4, 2, 6), torch.randn(2, 3, 8)
+    stages, step, tolerance = torch.randn(3, 2, 5), torch.ones(1), torch.full((1,), 0.1)
+    return [
+        (norm_modulate, (x, table, 0, 8)),
+        (gated_residual, (x, y, table, 16, table, 24, 32)),
+        (group_end, (x, y, xr, vr, table, 40, table, 0, 8, torch.ones(2))),
+        (group_end, (x, y, xr, None, table, 40, table, 0, 8)),
+        (last_group_end, (x, y, vr, table, 40, table, 0, 8)),
+        (modulation, (torch.randn(2, 8, requires_grad=True), weight, bias)),
+        (modulation, (torch.randn(17, 8), weight.detach().half(), bias.detach().half())),
+        (
+            patch_embed,
+            (image.clone().requires_grad_(), weight.detach().t().contiguous().requires_grad_(), torch.randn(8), torch.randn(3, 8), 2),
+        ),
+        (final_euler, (image, h, weight.detach(), bias.detach(), 2, 0.5)),
+        (final_velocity, (torch.cat([h, h]), weight.detach(), bias.detach(), 2, 2, 6, torch.float32, 1.5)),
+        (combine_stages, (torch.randn(2, 5), stages, torch.randn(3), step)),
+        (error_norm, (torch.randn(2, 5), torch.randn(2, 5), stages, torch.randn(3), step, tolerance, tolerance)),
+        (ema_update, ([torch.randn(3), torch.randn(2, 2)], [torch.randn(3), torch.randn(2, 2)], 0.9)),
+    ]
+
+
+def float8_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
+    """The float8 forms: the sums as without float8, bit by bit, and q*scales within twice the error of PyTorch's result quantised."""
+    shape = token_shape(rng)
+    x, y, xr, vr = (guarded(rng, shape, dtype, device) for _ in range(4))
+    gates, (gate,) = packed(rng, shape[0], shape[2], 1, dtype, device)
+    table, columns = packed(rng, shape[0], shape[2], 2, dtype, device)
+    arguments, plain_operator, operator, reference = rng.choice(
+        [
+            ((x, table, *columns), norm_modulate, norm_modulate_float8, norm_modulate_reference),
+            ((x, y, gates, gate, table, *columns), gated_residual, gated_residual_float8, gated_residual_reference),
+            ((x, y, xr, rng.choice([None, vr]), gates, gate, table, *columns), group_end, group_end_float8, group_end_reference),
+        ]
+    )
+    with watched(x, y, xr, vr, gates, table), exact_float8_cast():
+        *sums, q, scales = operator(*arguments)
+    unquantised = plain_operator(*arguments)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, unquantised)) or isinstance(unquantised, Tensor)
+    results = [_last(reference(*arguments)), _last(reference(*(v.double() if isinstance(v, Tensor) else v for v in arguments)))]
+    plain_q, plain_scales = quantize_rows_reference(results[0])
+    assert bool((q.float().abs() <= 448).all()), "a value outside e4m3, or NaN"
+    check_error("float8", q.float() * scales[..., None], plain_q.float() * plain_scales[..., None], results[1], shape[2])
+    return (*sums, q.view(torch.uint8), scales)
+
+
+def _last(outputs: Any) -> Tensor:
+    return outputs[-1] if isinstance(outputs, tuple) else outputs
+
+
 CASES: list[tuple[str, Callable[[random.Random, torch.device, torch.dtype], object]]] = [
     ("norm_modulate", norm_modulate_case),
     ("gated_residual", gated_residual_case),
@@ -221,4 +283,5 @@ CASES: list[tuple[str, Callable[[random.Random, torch.device, torch.dtype], obje
     ("combine_stages", combine_stages_case),
     ("error_norm", error_norm_case),
     ("ema", ema_case),
+    ("row_float8", float8_case),
 ]

@@ -1,0 +1,194 @@
+"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, and fails on code that would be slow or could not be launched.
+
+    python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--update-baseline]
+
+For each `CompileCase` of each module in kernels/: no spills, shared memory within the card's limit, global loads as wide as the case
+demands, and no more registers than the stored baseline (benchmarks/compile_baseline.json, one table for each Triton version; a case that
+it lacks is shown as new). Nothing is cached. Prints a table; exit code 1 when a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from odelt_fast.kernels.compile_case import CompileCase
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = Path(__file__).with_name("compile_baseline.json")
+ARCHES = (80, 90, 100)
+# Shared memory that one block may use, in bytes: the CUDA programming guide's table of compute capabilities (163 and 227 KiB).
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel uses: registers a thread, bytes of shared memory, bytes of spills a thread, widest global load in bytes."""
+
+    registers: int
+    shared: int
+    spills: int
+    load_bytes: int
+
+
+def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
+    """The cases of every module in kernels/ that match one of the patterns; with `one`, the first of each kernel function."""
+    sys.path.insert(0, str(ROOT))
+    seen: set[str] = set()
+    names: set[str] = set()
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        module = importlib.import_module(f"odelt_fast.kernels.{path.stem}")
+        for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
+            if case.name in names:
+                raise ValueError(f"two compile cases are called {case.name}")
+            names.add(case.name)
+            if not any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns) or (one and case.fn.__name__ + path.stem in seen):
+                continue
+            seen.add(case.fn.__name__ + path.stem)
+            yield case
+
+
+def compile_case(case: CompileCase, arch: int) -> Resources:
+    """Compiles one case for one target and reads its resources from the machine code, and from the PTX."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    index = {name: i for i, name in enumerate(case.signature)}
+    source = ASTSource(
+        case.fn,
+        dict(case.signature),
+        constexprs={(index[name],): value for name, value in case.constexprs.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in case.divisible},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, stack = machine_resources(compiled.asm["cubin"])
+    # A stack frame without spills (an array indexed at run time) is as slow: it counts as spilled.
+    return Resources(registers, compiled.metadata.shared, stack, widest_load(compiled.asm["ptx"]))
+
+
+def machine_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) a thread, from `cuobjdump -res-usage`; the stack is where ptxas puts spills."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        result = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", result.stdout)
+    if not usage:
+        raise RuntimeError(f"cuobjdump reported no resources: {result.stdout!r}")
+    return max(int(registers) for registers, _, _ in usage), max(int(stack) + int(local) for _, stack, local in usage)
+
+
+def widest_load(ptx: str) -> int:
+    """Bytes of the widest load from global memory in the PTX; a copy by the tensor memory accelerator counts as 128."""
+    widths = [0]
+    if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared[\w.:]*\.global", ptx):
+        widths.append(128)
+    copies = r"cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
+    widths += [int(size, 0) for size in re.findall(copies, ptx)]
+    for line in re.findall(r"ld\.global[\w.:]*", ptx):
+        vector, bits = re.search(r"\.v(\d)", line), re.search(r"\.[bsuf](\d+)$", line)
+        if bits:
+            widths.append((int(vector[1]) if vector else 1) * int(bits[1]) // 8)
+    return max(widths)
+
+
+def judge(case: CompileCase, arch: int, found: Resources, baseline: dict[str, int] | None) -> list[str]:
+    """The reasons why a compiled case fails; none when it passes."""
+    faults = []
+    if found.spills:
+        faults.append(f"spills or local memory: {found.spills} bytes a thread")
+    if found.shared > SHARED_LIMIT[arch]:
+        faults.append(f"shared memory {found.shared} is over the card's {SHARED_LIMIT[arch]} bytes")
+    if found.load_bytes < case.vector_bytes:
+        faults.append(f"scalar loads: the widest is {found.load_bytes} bytes, {case.vector_bytes} are due")
+    if baseline is not None and found.registers > baseline["registers"]:
+        faults.append(f"registers grew from {baseline['registers']} to {found.registers}")
+    return faults
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compile_gate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=list(ARCHES), help="targets")
+    parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help='only cases with such names, e.g. "linear/*/bf16/*"')
+    parser.add_argument("--one", action="store_true", help="only the first matching case of each kernel function")
+    parser.add_argument("--baseline", type=Path, default=BASELINE, help="file of the stored register counts")
+    parser.add_argument(
+        "--update-baseline", action="store_true", help="store this run's registers and shared memory for this Triton version"
+    )
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
+        print("compile_gate: TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it", file=sys.stderr)
+        return 1
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        return run(options)
+
+
+def run(options: argparse.Namespace) -> int:
+    import triton
+
+    stored: dict[str, dict[str, dict[str, int]]] = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
+    version = f"triton {triton.__version__}"
+    baseline = stored.get(version, {})
+    print(f"{version}: {len(baseline)} cases in the baseline")
+    print(f"{'case':44} {'arch':>6} {'registers':>9} {'shared':>7} {'load':>4} {'s':>6}")
+    results: dict[str, dict[str, int]] = {}
+    failed = total = 0
+    for case in collect(options.case, options.one):
+        for arch in [arch for arch in options.arch if arch in case.arches]:
+            key, start = f"{case.name} sm_{arch}", time.perf_counter()
+            total += 1
+            try:
+                found = compile_case(case, arch)
+            except Exception as error:  # a compiler's fault has any type; the other cases are still to be judged
+                text = str(error).strip()
+                print(
+                    f"{case.name:44} sm_{arch:<4} does not compile: {type(error).__name__}: {text.splitlines()[-1] if text else ''}",
+                    flush=True,
+                )
+                failed += 1
+                continue
+            known = None if options.update_baseline else baseline.get(key)
+            faults = judge(case, arch, found, known)
+            if not faults:
+                results[key] = {"registers": found.registers, "shared": found.shared}
+            verdict = "; ".join(faults) if faults else "ok" if known or options.update_baseline else "ok (new)"
+            seconds = time.perf_counter() - start
+            print(
+                f"{case.name:44} sm_{arch:<4} {found.registers:9} {found.shared:7} {found.load_bytes:4} {seconds:5.1f}  {verdict}",
+                flush=True,
+            )
+            failed += bool(faults)
+    if not total:
+        print("no case matches", file=sys.stderr)
+        return 1
+    if options.update_baseline:
+        # A run over some of the cases must not forget the others.
+        stored[version] = dict(sorted({**baseline, **results}.items()))
+        options.baseline.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+    print(f"{total - failed} of {total} passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
