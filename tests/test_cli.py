@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from odelt_fast import __version__
 from odelt_fast.checkpoint import load_model, save_model
-from odelt_fast.cli import choose_dtype, main, write_whole
+from odelt_fast.cli import main
+from odelt_fast.commands.options import choose_dtype
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
+from odelt_fast.outputs import write_whole
 from odelt_fast.plots import image_grid, to_uint8
 from odelt_fast.sampler import Sampler, drawn_labels
 

@@ -19,6 +19,7 @@ LAYERS = (
     ("sampler",),
     ("evaluation", "likelihood", "planner", "pipeline"),
     ("train", "demo", "server"),
+    ("commands",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -41,7 +42,7 @@ def imported(path: Path) -> set[str]:
 
 
 def modules() -> list[Path]:
-    folders = [PACKAGE, *(PACKAGE / name for name in ("images", "train", "train/objectives", "kernels"))]
+    folders = [PACKAGE, *(PACKAGE / name for name in ("commands", "images", "train", "train/objectives", "kernels"))]
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 
 

@@ -1,0 +1,1 @@
+"""The commands of `odelt-fast`, one module each."""

@@ -1,0 +1,61 @@
+"""`odelt-fast convert`: a checkpoint of the reference implementation becomes a model folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from odelt_fast.outputs import check_folder
+
+
+@dataclass(frozen=True)
+class Command:
+    """Turn a checkpoint of the reference implementation (.pkl) into a model folder. Nothing in the file is executed."""
+
+    file: tyro.conf.Positional[Path]
+    """The checkpoint."""
+    out: Path
+    """Folder to write: new, empty, or a model folder, which is replaced."""
+    num_heads: int = 12
+    depth_min: int = 4
+    """Smallest depth l."""
+    depth_group: int = 4
+    """Blocks in a group, G."""
+    image_size: int = 32
+    """Side of what the network sees (latents: 32 for 256 pixels)."""
+    step_conditioned: bool = True
+    """Off for models trained with ignore_dt."""
+    weights: Literal["ema", "raw"] = "ema"
+
+
+def run(options: Command) -> None:
+    """Runs it; mistakes are raised."""
+    if not options.file.is_file():
+        raise ValueError(f"{options.file} {'is not a file' if options.file.exists() else 'does not exist'}: give the reference's .pkl file")
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is not a folder: give a new or empty folder, or a model folder to replace")
+    if options.out.exists() and any(options.out.iterdir()) and not (options.out / "config.json").is_file():
+        raise ValueError(f"--out {options.out} holds other files: give a new or empty folder, or a model folder to replace")
+    nearest = next(folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir())
+    check_folder("--out", options.out, nearest)
+
+    from odelt_fast.checkpoint import save_model
+    from odelt_fast.conversion import convert_reference_checkpoint
+
+    model = convert_reference_checkpoint(
+        options.file,
+        num_heads=options.num_heads,
+        depth_min=options.depth_min,
+        depth_group=options.depth_group,
+        image_size=options.image_size,
+        step_conditioned=options.step_conditioned,
+        weights=options.weights,
+    )
+    save_model(model, options.out, metadata={"weights": options.weights})
+    config = model.config
+    print(f"{options.out}: {options.weights} weights, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(" ".join(f"{name}={value}" for name, value in config.to_dict().items()))
+    print(f"runs at depth {', '.join(map(str, config.depths))}: odelt-fast sample --model {options.out}")

@@ -1,0 +1,139 @@
+"""`odelt-fast sample`: pictures of a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Whole, load, plural
+from odelt_fast.outputs import check_target, picture_formats, save_picture, try_out, write_whole
+
+if TYPE_CHECKING:
+    from odelt_fast.sampler import Sampler
+
+
+@dataclass(frozen=True)
+class Command:
+    """Draw images with a model: --depth and --steps set the cost."""
+
+    model: str = "digits"
+    """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
+    depth: Whole = None
+    """Active blocks l, one of the model's depths; all by default."""
+    steps: int = 4
+    """Time steps T. Shortcut models make good images with few (1, 4); plain flow models want 128."""
+    num_images: int = 16
+    """Images to draw. The noise of image i depends on the seed and i alone."""
+    labels: Labels = ()
+    """Classes, repeated in turn if fewer than images; the number of classes is the null label. Drawn from the seed by default."""
+    seed: int = 0
+    """From 0 to 2^64 - 1."""
+    guidance_scale: Number = None
+    """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them, other values cost twice as much."""
+    solver: str = "euler"
+    """With --steps equal steps: euler, midpoint, heun2, ralston, kutta3, rk4, rk38, or fixed:NAME. Choosing their own steps: dopri5, tsit5,
+    bosh3, dop853, adaptive_heun. torchdiffeq:NAME is torchdiffeq's."""
+    rtol: float = 1e-2
+    """Relative error that an adaptive solver allows itself in a step."""
+    atol: float = 1e-2
+    """Absolute error, added to it."""
+    max_steps: int = 4096
+    """Steps of an adaptive solver, at most."""
+    time_shift: float = 1.0
+    """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
+    device: Device = "auto"
+    """auto: cuda if there is a GPU."""
+    dtype: Dtype = "auto"
+    """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
+    batch_size: Whole = None
+    """Images at a time; by the size of the model's input by default. Changes no picture."""
+    out: File = None
+    """Picture of all images in a grid (.png, .jpg, ...). Default: samples.png, or none if --npz is given."""
+    npz: File = None
+    """Arrays for evaluators: arr_0 images (N, H, W, C) uint8 (latents: float32, as they are), arr_1 labels."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def run(options: Command) -> None:
+    """Runs it; mistakes are raised."""
+    for name in ("steps", "num_images", "batch_size", "max_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 <= options.seed < 2**64:
+        raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
+    if len(options.labels) > options.num_images:
+        raise ValueError(f"--labels: {len(options.labels)} labels for {options.num_images} images: raise --num-images")
+    picture = Path("samples.png") if options.out is None and options.npz is None else options.out
+    if picture is not None:
+        check_target("--out", picture, picture_formats())
+    if options.npz is not None:
+        check_target("--npz", options.npz, (".npz",))
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from odelt_fast.plots import image_grid, to_uint8
+    from odelt_fast.sampler import Sampler, drawn_labels
+
+    model = load(options.model, options.device, options.dtype, options.depth)
+    sampler = Sampler(
+        model,
+        depth=options.depth,
+        steps=options.steps,
+        solver=options.solver,
+        rtol=options.rtol,
+        atol=options.atol,
+        max_steps=options.max_steps,
+        time_grid="uniform" if options.time_shift == 1 else ("shift", options.time_shift),
+        guidance_scale=options.guidance_scale,
+        batch_size=options.batch_size,
+    )
+    config, count = model.config, options.num_images
+    if picture is not None:
+        blank = np.broadcast_to(np.uint8(0), (count, config.image_size, config.image_size, config.channels))
+        try_out("--out", picture, image_grid(blank))
+    labels = np.resize(options.labels, count) if options.labels else None
+    hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
+    try:
+        with tqdm(total=None if sampler.adaptive else count * options.steps, unit="step", leave=False, disable=hidden) as bar:
+            images = sampler(num_images=count, labels=labels, seed=options.seed, progress=bar.update)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError from error
+    written = []
+    if options.npz is not None:
+        arrays = to_uint8(images) if config.channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
+        if labels is None:
+            labels = drawn_labels(options.seed, range(count), config.num_classes)
+        write_whole(options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels))
+        written.append(options.npz)
+    if picture is not None:
+        save_picture(picture, image_grid(to_uint8(images)))
+        written.append(picture)
+    report(options, sampler, config.depth, written)
+
+
+def report(options: Command, sampler: Sampler, blocks: int, written: Sequence[Path]) -> None:
+    """Prints what was drawn, where it is, and what it cost (without loading the model)."""
+    about, count = sampler.explain(), options.num_images
+    evaluations, seconds = sampler.stats["evaluations_per_image"], sampler.stats["seconds"] / count
+    if options.json:
+        numbers = {"num_images": count, "evaluations": sampler.stats["evaluations"], "seconds_per_image": seconds}
+        print(json.dumps({"files": list(map(str, written)), "model": options.model, "seed": options.seed, **numbers, **about}))
+        return
+    print(f"{' and '.join(map(str, written))}: {plural(count, 'image')} of {options.model}")
+    used = f"{about['live_blocks']} of {plural(blocks, 'block')}"
+    if sampler.adaptive:
+        taken = [a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)]
+        steps = f"{min(taken)} to {max(taken)} steps" if min(taken) < max(taken) else plural(taken[0], "step")
+    else:
+        steps = plural(options.steps, "step")
+    print(f"depth {about['depth']} ({used}), {steps} of {about['solver']}")
+    print(f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on {about['device']} in {about['dtype']}")
