@@ -1,10 +1,11 @@
 """Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, and fails on code that would be slow or could not be launched.
 
-    python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--update-baseline]
+    python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--sample N --seed S] [--update-baseline [--missing]]
 
 For each `CompileCase` of each module in kernels/: no spills, shared memory within the card's limit, global loads as wide as the case
 demands, and no more registers than the stored baseline (benchmarks/compile_baseline.json, one table for each Triton version; a case that
-it lacks is shown as new). Nothing is cached. Prints a table; exit code 1 when a case fails.
+it lacks is shown as new). Nothing is cached. Prints a table; exit code 1 when a case fails. All cases take minutes: --sample draws some.
+The baseline is saved after every case, so that an interrupted update goes on with --missing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fnmatch
 import importlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -131,6 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=list(ARCHES), help="targets")
     parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help='only cases with such names, e.g. "linear/*/bf16/*"')
     parser.add_argument("--one", action="store_true", help="only the first matching case of each kernel function")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of the matching cases and targets, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--missing", action="store_true", help="only what the baseline lacks")
     parser.add_argument("--baseline", type=Path, default=BASELINE, help="file of the stored register counts")
     parser.add_argument(
         "--update-baseline", action="store_true", help="store this run's registers and shared memory for this Triton version"
@@ -150,44 +155,50 @@ def run(options: argparse.Namespace) -> int:
     stored: dict[str, dict[str, dict[str, int]]] = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
     version = f"triton {triton.__version__}"
     baseline = stored.get(version, {})
-    print(f"{version}: {len(baseline)} cases in the baseline")
-    print(f"{'case':44} {'arch':>6} {'registers':>9} {'shared':>7} {'load':>4} {'s':>6}")
-    results: dict[str, dict[str, int]] = {}
-    failed = total = 0
-    for case in collect(options.case, options.one):
-        for arch in [arch for arch in options.arch if arch in case.arches]:
-            key, start = f"{case.name} sm_{arch}", time.perf_counter()
-            total += 1
-            try:
-                found = compile_case(case, arch)
-            except Exception as error:  # a compiler's fault has any type; the other cases are still to be judged
-                text = str(error).strip()
-                print(
-                    f"{case.name:44} sm_{arch:<4} does not compile: {type(error).__name__}: {text.splitlines()[-1] if text else ''}",
-                    flush=True,
-                )
-                failed += 1
-                continue
-            known = None if options.update_baseline else baseline.get(key)
-            faults = judge(case, arch, found, known)
-            if not faults:
-                results[key] = {"registers": found.registers, "shared": found.shared}
-            verdict = "; ".join(faults) if faults else "ok" if known or options.update_baseline else "ok (new)"
-            seconds = time.perf_counter() - start
-            print(
-                f"{case.name:44} sm_{arch:<4} {found.registers:9} {found.shared:7} {found.load_bytes:4} {seconds:5.1f}  {verdict}",
-                flush=True,
-            )
-            failed += bool(faults)
-    if not total:
+    pairs = [(case, arch) for case in collect(options.case, options.one) for arch in options.arch if arch in case.arches]
+    if not pairs:
         print("no case matches", file=sys.stderr)
         return 1
-    if options.update_baseline:
-        # A run over some of the cases must not forget the others.
-        stored[version] = dict(sorted({**baseline, **results}.items()))
-        options.baseline.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
-    print(f"{total - failed} of {total} passed")
+    if options.missing:
+        pairs = [(case, arch) for case, arch in pairs if f"{case.name} sm_{arch}" not in baseline]
+    if options.sample is not None:
+        pairs = random.Random(options.seed).sample(pairs, min(options.sample, len(pairs)))
+    print(f"{version}: {len(baseline)} cases in the baseline")
+    print(f"{'case':44} {'arch':>6} {'registers':>9} {'shared':>7} {'load':>4} {'s':>6}")
+    failed = 0
+    for case, arch in pairs:
+        key, start = f"{case.name} sm_{arch}", time.perf_counter()
+        try:
+            found = compile_case(case, arch)
+        except Exception as error:  # a compiler's fault has any type; the other cases are still to be judged
+            text = str(error).strip()
+            reason = f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}"
+            print(f"{case.name:44} sm_{arch:<4} does not compile: {reason}", flush=True)
+            failed += 1
+            continue
+        known = None if options.update_baseline else baseline.get(key)
+        faults = judge(case, arch, found, known)
+        if options.update_baseline and not faults:
+            baseline[key] = {"registers": found.registers, "shared": found.shared}
+            stored[version] = baseline
+            save(options.baseline, stored)
+        verdict = "; ".join(faults) if faults else "ok" if known or options.update_baseline else "ok (new)"
+        resources = f"{found.registers:9} {found.shared:7} {found.load_bytes:4}"
+        print(f"{case.name:44} sm_{arch:<4} {resources} {time.perf_counter() - start:5.1f}  {verdict}", flush=True)
+        failed += bool(faults)
+    print(f"{len(pairs) - failed} of {len(pairs)} passed")
     return 1 if failed else 0
+
+
+def save(path: Path, stored: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Writes the baseline in one move, a line a case."""
+    tables = []
+    for version, table in sorted(stored.items()):
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+        tables.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
+    part = path.with_name(path.name + ".part")
+    part.write_text("{\n" + ",\n".join(tables) + "\n}\n")
+    part.replace(path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
 
 MAX_HEAD_DIM = 256
 
@@ -69,9 +68,7 @@ def attention_kernel(
     MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (query tiles, B * heads). HEAD_DIM columns are computed as MAIN + TAIL, masked beyond HEAD_DIM."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     i_head = tl.program_id(1) % HEADS
     i_batch = (tl.program_id(1) // HEADS).to(tl.int64)
@@ -134,15 +131,14 @@ def launch_attention(qkv: Tensor, out: Tensor, num_heads: int, launch: Launch, p
     batch, tokens, width = out.shape
     head_dim = width // num_heads
     main, tail = head_parts(head_dim)
-    # Under the interpreter and on cards before Hopper, launches know no such argument.
-    options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages} | ({"launch_pdl": True} if pdl else {})
+    options = launch_options(qkv.device, launch.num_warps, launch.num_stages, pdl)
     per_launch = 65535 // num_heads  # samples: the second grid dimension is that of CUDA
     with torch.cuda.device_of(qkv):
         for first in range(0, batch, per_launch):
             part, part_out = qkv[first : first + per_launch], out[first : first + per_launch]
             attention_kernel[(triton.cdiv(tokens, launch.block_m), len(part) * num_heads)](
                 part, part_out, tokens, qkv.stride(0), qkv.stride(1), 1.4426950408889634 / head_dim, HEADS=num_heads, HEAD_DIM=head_dim,
-                MAIN=main, TAIL=tail, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, PDL=pdl, **options,
+                MAIN=main, TAIL=tail, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **options,
             )  # fmt: skip
 
 

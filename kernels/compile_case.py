@@ -40,3 +40,8 @@ class CompileCase:
             raise ValueError(f"compile case {self.name}: constexprs {sorted(self.constexprs)} are not {sorted(constants)}")
         if any(not 0 <= index < len(names) for index in self.divisible):
             raise ValueError(f"compile case {self.name}: divisible {self.divisible} is outside 0..{len(names) - 1}")
+
+
+def overlap_options(pdl: bool) -> dict[str, Any]:
+    """Fields of a case that is compiled for programmatic dependent launch, which sm_90 brought; none without it."""
+    return {"options": {"launch_pdl": True}, "arches": (90, 100)} if pdl else {}

@@ -78,17 +78,50 @@ def chunk_table(ema: Sequence[Tensor], live: Sequence[Tensor]) -> Tensor:
     return torch.cat([offsets[tensor] + start[:, None], counts[:, None]], dim=1)
 
 
-@torch.library.custom_op("odelt_fast::ema_update", mutates_args={"ema"})
-def ema_update(ema: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> None:
-    """ema[i] <- decay*ema[i] + (1 - decay)*live[i], in place; float16, bfloat16 or float32, one dtype in each list, contiguous tensors.
+class EmaUpdate:
+    """ema[i] <- decay*ema[i] + (1 - decay)*live[i] of the same tensors again and again, as ema_update does it.
 
-    The tensors of a list may lie in any allocations of one device. Raises ValueError for lists, shapes, dtypes, layouts and devices
-    that do not fit.
+    The table of addresses is made here, so that a call only launches one kernel and a CUDA graph can hold it. It is made anew when a
+    tensor has moved (`model.to`, `parameter.data = ...`), but not in a capture; a graph keeps the addresses that it was captured with.
+    Raises ValueError for lists, shapes, dtypes, layouts and devices that do not fit.
     """
+
+    def __init__(self, ema: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+        self.ema, self.live = list(ema), list(live)
+        self._make_table()
+
+    def __call__(self, decay: float) -> None:
+        if self._addresses != self._current_addresses():
+            self._make_table()
+        if not self._ema:
+            return
+        # 1 - decay is taken before it is rounded to float32: at decay 0.9999 it would lose three digits afterwards.
+        with torch.cuda.device_of(self._ema[0]):
+            _kernel[(len(self._table),)](
+                self._ema[0], self._live[0], self._table, decay, 1.0 - decay, BLOCK=_BLOCK, ALIGNED=self._aligned, num_warps=_WARPS
+            )
+
+    def _make_table(self) -> None:
+        _check(self.ema, self.live)
+        filled = [i for i, tensor in enumerate(self.ema) if tensor.numel()]
+        self._ema, self._live = [self.ema[i] for i in filled], [self.live[i] for i in filled]
+        self._addresses = self._current_addresses()
+        if not filled:
+            return
+        if self._ema[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            raise ValueError("ema_update: the tensors' addresses are not known yet, and cannot be copied to the device in a capture")
+        table = chunk_table(self._ema, self._live)
+        starts = all(tensors[0].data_ptr() % 16 == 0 for tensors in (self._ema, self._live))
+        self._aligned = starts and not bool((table[:, :2] % _ALIGNMENT).any())
+        self._table = table.to(self._ema[0].device)
+
+    def _current_addresses(self) -> list[int]:
+        return [tensor.data_ptr() for tensors in (self.ema, self.live) for tensor in tensors]
+
+
+def _check(ema: Sequence[Tensor], live: Sequence[Tensor]) -> None:
     if len(ema) != len(live):
         raise ValueError(f"ema has {len(ema)} tensors, live {len(live)}")
-    if not ema:
-        return
     for index, (average, value) in enumerate(zip(ema, live)):
         if average.shape != value.shape or not (average.is_contiguous() and value.is_contiguous()):
             raise ValueError(
@@ -99,18 +132,18 @@ def ema_update(ema: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> N
             raise ValueError(
                 f"tensor {index}: each list must be all float16, bfloat16 or float32, not {average.dtype} in ema and {value.dtype} in live"
             )
-    require_device("ema_update", *ema, *live)
-    filled = [i for i, tensor in enumerate(ema) if tensor.numel()]
-    if not filled:
-        return
-    ema, live = [ema[i] for i in filled], [live[i] for i in filled]
-    table = chunk_table(ema, live)
-    aligned = all(tensors[0].data_ptr() % 16 == 0 for tensors in (ema, live)) and not bool((table[:, :2] % _ALIGNMENT).any())
-    # 1 - decay is taken before it is rounded to float32: at decay 0.9999 it would lose three digits afterwards.
-    with torch.cuda.device_of(ema[0]):
-        _kernel[(len(table),)](
-            ema[0], live[0], table.to(ema[0].device), decay, 1.0 - decay, BLOCK=_BLOCK, ALIGNED=aligned, num_warps=_WARPS
-        )
+    if ema:
+        require_device("ema_update", *ema, *live)
+
+
+@torch.library.custom_op("odelt_fast::ema_update", mutates_args={"ema"})
+def ema_update(ema: Sequence[Tensor], live: Sequence[Tensor], decay: float) -> None:
+    """ema[i] <- decay*ema[i] + (1 - decay)*live[i], in place; float16, bfloat16 or float32, one dtype in each list, contiguous tensors.
+
+    The tensors of a list may lie in any allocations of one device. Makes and copies the table of addresses each time: for a loop or a graph
+    take EmaUpdate. Raises ValueError for lists, shapes, dtypes, layouts and devices that do not fit.
+    """
+    EmaUpdate(ema, live)(decay)
 
 
 @ema_update.register_fake

@@ -8,6 +8,7 @@ Bytes: one read of h; x and v are 1/48 of that in DiT-B/2. Sampling only: traini
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -15,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.compile_case import CompileCase, overlap_options
+from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
 from odelt_fast.kernels.rows import DTYPES, WIDTHS, check_tokens, rows
 
 _BLOCK_OUT, _BLOCK_D, _WARPS, _STAGES = 64, 64, 4, 4
@@ -55,8 +56,9 @@ def _project(h, weight, o_n, o_out, tokens, h_token, OUT: tl.constexpr, D: tl.co
 def _kernel(
     x, h, weight, bias, out, batch, tokens, columns, h_batch, h_token, step, guidance,
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, D: tl.constexpr, GUIDED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     OUT: tl.constexpr = PATCH * PATCH * CHANNELS
     out_blocks: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
     chunks = tl.cdiv(tokens, BLOCK_N)
@@ -69,14 +71,14 @@ def _kernel(
     b_v += b_bias
     if GUIDED:
         b_null = _project(h + (i_b + batch) * h_batch, weight, o_n, o_out, tokens, h_token, OUT, D, BLOCK_D) + b_bias
-        b_v = b_null + guidance * (b_v - b_null)
+        b_v = tl.fma(guidance, b_v - b_null, b_null)
     o_row = (o_n // columns * PATCH)[:, None] + (o_out // (PATCH * CHANNELS))[None, :]
     o_column = (o_n % columns * PATCH)[:, None] + (o_out // CHANNELS % PATCH)[None, :]
     o_channel = i_b * CHANNELS + (o_out % CHANNELS).to(tl.int64)[None, :]
     o_pixel = o_channel * tokens * (PATCH * PATCH) + o_row * columns * PATCH + o_column
     mask = (o_n < tokens)[:, None] & (o_out < OUT)[None, :]
     if x is not None:
-        b_v = tl.load(x + o_pixel, mask=mask, other=0.0).to(tl.float32) + step * b_v
+        b_v = tl.fma(step, b_v, tl.load(x + o_pixel, mask=mask, other=0.0).to(tl.float32))
     tl.store(out + o_pixel, b_v.to(out.dtype.element_ty), mask=mask)
 
 
@@ -108,7 +110,7 @@ def _launch(
         _kernel[(batch * triton.cdiv(tokens, block_n) * triton.cdiv(values, block_out),)](
             x, h, weight, bias, out, batch, tokens, width // patch_size, h.stride(0), h.stride(1), step, guidance or 0.0,
             CHANNELS=channels, PATCH=patch_size, D=size, GUIDED=guidance is not None,
-            BLOCK_N=block_n, BLOCK_OUT=block_out, BLOCK_D=block_d, num_warps=_WARPS, num_stages=_STAGES,
+            BLOCK_N=block_n, BLOCK_OUT=block_out, BLOCK_D=block_d, **launch_options(h.device, _WARPS, _STAGES),
         )  # fmt: skip
 
 
@@ -160,17 +162,16 @@ def _(
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every dtype, width and tile, with and without guidance, on latents of 4 channels in 2 x 2 patches; update or velocity alone."""
-    for dtype in DTYPES.values():
-        for size in WIDTHS:
-            for least, _ in _TILES:
-                for guided, euler in ((False, True), (True, True), (True, False)):
-                    block_n, block_out, block_d = _blocks(least, 16, size)
-                    constants: dict[str, object] = {"CHANNELS": 4, "PATCH": 2, "D": size, "GUIDED": guided}
-                    constants |= {"BLOCK_N": block_n, "BLOCK_OUT": block_out, "BLOCK_D": block_d} | ({} if euler else {"x": None})
-                    kinds = {"x": "*fp32", "out": "*fp32", "step": "fp32", "guidance": "fp32"}
-                    kinds |= {**dict.fromkeys(("h", "weight", "bias"), f"*{dtype}"), **dict.fromkeys(constants, "constexpr")}
-                    signature = {name: kinds.get(name, "i32") for name in _kernel.arg_names}
-                    aligned = ("x", "h", "weight", "bias", "out", "tokens", "columns", "h_batch", "h_token")
-                    divisible = tuple(i for i, name in enumerate(signature) if name in aligned and name not in constants)
-                    name = f"final_layer/{'euler' if euler else 'velocity'}{'_guided' if guided else ''}/{dtype}/{size}/{block_n}"
-                    yield CompileCase(name, _kernel, signature, constants, divisible, _WARPS, _STAGES)
+    forms = {"euler": (False, True, False), "euler_guided": (True, True, False), "velocity_guided": (True, False, False)}
+    for dtype, size, (least, _) in itertools.product(DTYPES.values(), WIDTHS, _TILES):
+        for form, (guided, euler, pdl) in (forms | ({"overlapped": (False, True, True)} if dtype == "bf16" else {})).items():
+            block_n, block_out, block_d = _blocks(least, 16, size)
+            constants: dict[str, object] = {"CHANNELS": 4, "PATCH": 2, "D": size, "GUIDED": guided, "PDL": pdl}
+            constants |= {"BLOCK_N": block_n, "BLOCK_OUT": block_out, "BLOCK_D": block_d} | ({} if euler else {"x": None})
+            kinds = {"x": "*fp32", "out": "*fp32", "step": "fp32", "guidance": "fp32"}
+            kinds |= {**dict.fromkeys(("h", "weight", "bias"), f"*{dtype}"), **dict.fromkeys(constants, "constexpr")}
+            signature = {name: kinds.get(name, "i32") for name in _kernel.arg_names}
+            aligned = ("x", "h", "weight", "bias", "out", "tokens", "columns", "h_batch", "h_token")
+            divisible = tuple(i for i, name in enumerate(signature) if name in aligned and name not in constants)
+            name = f"final_layer/{form}/{dtype}/{size}/{block_n}"
+            yield CompileCase(name, _kernel, signature, constants, divisible, _WARPS, _STAGES, **overlap_options(pdl))

@@ -3,7 +3,7 @@
 x + gate*y is the last block's output; xr is that block's input. Then h = LN(b)*(1 + scale) + shift with the next layer's modulation:
 b = xr' before the next block (group_end), b = vr' before the final layer (last_group_end, which has no use for xr).
 All tensors (B, N, D) in one dtype; gates and modulation packed (B or 1, K). vr None is the first group's zero. steps (B or 1,) float32 are
-G/l of each row for inner_step="inverse_depth", None is the reference's 1. Kernels: gated_residual.py.
+G/l of each row for inner_step="inverse_depth", None is the reference's 1. Kernels: residual_rows.py.
 Bytes: group_end four reads (three in the first group) and three writes of (B, N, D), last_group_end three reads and two writes.
 """
 
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.gated_residual import backward_kernel, forward_kernel, launch_backward, launch_forward
+from odelt_fast.kernels.gated_residual import launch_backward, launch_forward
+from odelt_fast.kernels.residual_rows import backward_kernel, forward_kernel
 from odelt_fast.kernels.rows import EPS, row_cases
 
 
@@ -140,5 +141,6 @@ def compile_cases() -> Iterator[CompileCase]:
     ):
         yield from row_cases(f"group_end/{name}", forward_kernel, absent, group_end=True, float8=name == "float8")
     yield from row_cases("group_end/last", forward_kernel, ("steps", "scales", "xr", "out_x"), group_end=True)
+    yield from row_cases("group_end/overlapped", forward_kernel, ("steps", "scales"), group_end=True, pdl=True)
     yield from row_cases("group_end/backward", backward_kernel, ("steps",), group_end=True)
     yield from row_cases("group_end/backward_last", backward_kernel, ("steps", "grad_vr"), group_end=True)

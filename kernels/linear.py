@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -21,42 +19,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import architecture, require_device
+from odelt_fast.kernels.device import architecture, launch_options, require_device
 from odelt_fast.kernels.linear_tiles import descriptor_kernel, pointer_kernel
+from odelt_fast.kernels.quantize import FP8
+from odelt_fast.kernels.tiles import SPLITS, TILES, Tile, choose_tile, workspace_elements
 
-FP8 = torch.float8_e4m3fn
 ACTIVATIONS = ("none", "gelu")
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A launch configuration: output tile, slice of `inner`, shares of `inner` (split-K), warps, pipeline stages, way of loading."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-    splits: int = 1
-    descriptors: bool = False
-    group_m: int = 8
-    pdl: bool = False
-
-
-# By hand, from register and shared-memory counts of the compile gate; not yet chosen by timing.
-TILES = MappingProxyType(
-    {
-        "float32": Tile(64, 64, 32, num_warps=4, num_stages=3),  # no tensor cores: exact float32 products
-        "small": Tile(64, 64, 64, num_warps=4, num_stages=4),  # few rows: many tiles, three of them on a multiprocessor
-        "large": Tile(128, 128, 32, num_warps=8, num_stages=4),
-        "hopper": Tile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
-        "hopper_narrow": Tile(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),  # where 256 columns leave processors idle
-        "fp8_small": Tile(64, 64, 128, num_warps=4, num_stages=4),
-        "fp8_hopper": Tile(128, 256, 128, num_warps=8, num_stages=3, descriptors=True),
-        "fp8_hopper_narrow": Tile(128, 128, 128, num_warps=8, num_stages=4, descriptors=True),
-    }
-)
-SPLITS = (4, 2)
 
 
 def linear_reference(
@@ -73,38 +41,6 @@ def linear_reference(
     if gate is not None and residual is not None:
         y = torch.addcmul(residual.to(y.dtype), gate[:, None].to(y.dtype), y)
     return y.to(out_dtype)
-
-
-def choose_tile(rows: int, columns: int, inner: int, dtype: torch.dtype, arch: int, processors: int, aligned: bool, gated: bool) -> Tile:
-    """The configuration for x (rows, inner) of `dtype` on a device; `aligned`: tensor descriptors can address the operands."""
-    if dtype == torch.float32:
-        return TILES["float32"]
-
-    def count(tile: Tile) -> int:
-        return triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-
-    prefix = "fp8_" if dtype == FP8 else ""
-    names = [f"{prefix}hopper", f"{prefix}hopper_narrow"] if arch >= 90 and aligned else ["large"] if dtype != FP8 else []
-    if arch >= 100 and gated and len(names) == 2:
-        names = names[1:]  # the wider tile spills there
-    for name in names:
-        if count(TILES[name]) >= processors:
-            return TILES[name]
-    small = TILES[f"{prefix}small"]
-    steps = triton.cdiv(inner, small.block_k)
-    for splits in SPLITS:
-        # Twice the processors: two or three small tiles run on each at once. Shorter shares would not fill the load pipeline.
-        if count(small) * splits <= 2 * processors and steps >= splits * small.num_stages:
-            return replace(small, splits=splits)
-    return small
-
-
-def workspace_elements(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
-    """(int32 counters, float32 partial sums) that a split-K launch needs; the counters must be zero and are left so."""
-    if tile.splits == 1:
-        return 0, 0
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-    return 4 * triton.cdiv(tiles, 4), tiles * tile.splits * tile.block_m * tile.block_n
 
 
 def launch_linear(
@@ -127,9 +63,8 @@ def launch_linear(
     residual_stride = residual.stride(0) if residual is not None else columns
     gate_stride, tokens = (gate.stride(0) * (gate.shape[0] > 1), rows // gate.shape[0]) if gate is not None else (columns, 1)
     parts = {"GELU": activation == "gelu", "BIAS": bias is not None, "GATED": gate is not None, "SCALED": x_scale is not None}
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "PDL": tile.pdl}
-    # Only with the option set: under the interpreter, and on cards before Hopper, launches know no such argument.
-    options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages} | ({"launch_pdl": True} if tile.pdl else {})
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m}
+    options = launch_options(x.device, tile.num_warps, tile.num_stages, tile.pdl)
     tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
     with torch.cuda.device_of(x):
         if tile.descriptors:

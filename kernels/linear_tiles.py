@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from odelt_fast.kernels.device import wait_for_inputs
+
 
 @triton.jit
 def epilogue(
@@ -25,15 +27,15 @@ def epilogue(
     if BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        # y (1 + tanh u) / 2 = y sigmoid(2 u): no cancellation where tanh u is near -1.
-        acc = acc * tl.sigmoid(1.5957691216057308 * (acc + 0.044715 * acc * acc * acc))
+        # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), u = sqrt(2/pi) (y + 0.044715 y^3): no cancellation where tanh u is near -1.
+        acc = acc / (1.0 + tl.exp(-acc * tl.fma(acc * acc, 0.07135481627260025, 1.5957691216057308)))
     if GATED:
         mask = mask_m[:, None] & mask_n[None, :]
         o_gate = (offs_m // tokens).to(tl.int64) * gate_stride
         o_residual = offs_m.to(tl.int64) * residual_stride
         gate = tl.load(gate_ptr + o_gate[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
         residual = tl.load(residual_ptr + o_residual[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        acc = residual + gate * acc
+        acc = tl.fma(gate, acc, residual)
     return acc
 
 
@@ -58,9 +60,7 @@ def pointer_kernel(
     float32; the last to arrive (counter (tiles,) int32, zero before and after) adds the shares in a fixed order, so bits never change."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
     tiles = tl.num_programs(0)
     i_m, i_n = tile_position(tile, tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP_M)
     offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -124,9 +124,7 @@ def descriptor_kernel(
     x_desc (BLOCK_M, BLOCK_K), weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2): outside the tensors, loads give 0 and
     stores do nothing.
     """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     steps = tl.cdiv(inner, BLOCK_K)

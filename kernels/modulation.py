@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.compile_case import CompileCase, overlap_options
+from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
 from odelt_fast.kernels.rows import DTYPES, WIDTHS, rows
 
 FEW_ROWS = 16  # the narrow side of a tensor-core tile
@@ -41,8 +41,9 @@ def modulation_reference(condition: Tensor, weight: Tensor, bias: Tensor) -> Ten
 @triton.jit
 def _kernel(
     condition, weight, bias, out, count, columns, condition_row, weight_row,
-    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     o_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     o_r = tl.arange(0, BLOCK_R)
     m_k = o_k < columns
@@ -80,14 +81,14 @@ def modulation(condition: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         )
     require_device("modulation", condition, weight, bias)
     if count > FEW_ROWS or not count * columns:
-        return modulation_reference(condition, weight, bias)
+        return modulation_reference(condition.contiguous(), weight.contiguous(), bias)  # see _gradients
     condition, weight, bias = rows(condition), rows(weight), bias.contiguous()
     out = torch.empty((count, columns), dtype=weight.dtype, device=condition.device)
     with torch.cuda.device_of(condition):
         block_k, block_d = _tile(DTYPES[weight.dtype], size)
         _kernel[(triton.cdiv(columns, block_k),)](
             condition, weight, bias, out, count, columns, condition.stride(0), weight.stride(0),
-            D=size, BLOCK_R=FEW_ROWS, BLOCK_K=block_k, BLOCK_D=block_d, num_warps=_WARPS, num_stages=_STAGES,
+            D=size, BLOCK_R=FEW_ROWS, BLOCK_K=block_k, BLOCK_D=block_d, **launch_options(condition.device, _WARPS, _STAGES),
         )  # fmt: skip
     return out
 
@@ -107,7 +108,8 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    condition, weight = ctx.saved_tensors
+    # PyTorch's float16 products on a CPU take in what lies between the rows of a strided operand; on a card nothing is copied as a rule.
+    condition, weight, grad = (tensor.contiguous() for tensor in (*ctx.saved_tensors, grad))
     needs_condition, needs_weight, needs_bias = ctx.needs_input_grad
     grad_condition = torch.ops.aten.silu_backward((grad @ weight).to(condition.dtype), condition) if needs_condition else None
     return grad_condition, grad.t() @ F.silu(condition).to(weight.dtype) if needs_weight else None, grad.sum(0) if needs_bias else None
@@ -117,12 +119,13 @@ modulation.register_autograd(_gradients, setup_context=_save)
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every dtype and network width, with the model's float32 condition."""
-    for dtype in DTYPES.values():
+    """Every dtype and network width, with the model's float32 condition; in bfloat16 also overlapped with the kernel before."""
+    for dtype, pdl in (*((dtype, False) for dtype in DTYPES.values()), ("bf16", True)):
         for size in WIDTHS:
             block_k, block_d = _tile(dtype, size)
-            constants: dict[str, object] = {"D": size, "BLOCK_R": FEW_ROWS, "BLOCK_K": block_k, "BLOCK_D": block_d}
+            constants: dict[str, object] = {"D": size, "BLOCK_R": FEW_ROWS, "BLOCK_K": block_k, "BLOCK_D": block_d, "PDL": pdl}
             pointers = ("condition", "weight", "bias", "out")
             kinds = {**dict.fromkeys(pointers, f"*{dtype}"), "condition": "*fp32", **dict.fromkeys(constants, "constexpr")}
             signature = {name: kinds.get(name, "i32") for name in _kernel.arg_names}
-            yield CompileCase(f"modulation/{dtype}/{size}", _kernel, signature, constants, (0, 1, 2, 3, 5, 6, 7), _WARPS, _STAGES)
+            name = f"modulation/{'overlapped/' * pdl}{dtype}/{size}"
+            yield CompileCase(name, _kernel, signature, constants, (0, 1, 2, 3, 5, 6, 7), _WARPS, _STAGES, **overlap_options(pdl))

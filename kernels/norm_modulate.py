@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
 from odelt_fast.kernels.rows import (
     BACKWARD_TOKENS,
     EPS,
@@ -24,6 +24,7 @@ from odelt_fast.kernels.rows import (
     check_tokens,
     column_gradient,
     empty_rows,
+    modulate,
     normalize,
     normalize_backward,
     row_cases,
@@ -45,8 +46,9 @@ def norm_modulate_reference(x: Tensor, modulation: Tensor, shift_column: int, sc
 @triton.jit
 def _forward_kernel(
     x, modulation, out, scales, tokens, x_batch, x_token, modulation_row, shift_column, scale_column, eps,
-    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     chunks = tl.cdiv(tokens, ROWS)
     i_b = (tl.program_id(0) // chunks).to(tl.int64)
     o_n = (tl.program_id(0) % chunks) * ROWS + tl.arange(0, ROWS)
@@ -58,8 +60,7 @@ def _forward_kernel(
     b_shift = tl.load(p_row + shift_column + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_scale = tl.load(p_row + scale_column + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_normalized, _ = normalize(b_x, m_d, eps, D)
-    b_y = b_normalized * (1.0 + b_scale)[None, :] + b_shift[None, :]
-    store_rows(out, scales, b_y, (i_b * tokens + o_n)[:, None], o_d, mask, D)
+    store_rows(out, scales, modulate(b_normalized, b_shift, b_scale), (i_b * tokens + o_n)[:, None], o_d, mask, D)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def launch_forward(
         with torch.cuda.device_of(x):
             _forward_kernel[(batch * triton.cdiv(tokens, launch.rows),)](
                 x, modulation, out, scales, tokens, *token_strides(x), row_stride(modulation), shift_column, scale_column, eps,
-                D=size, BLOCK=launch.block, ROWS=launch.rows, num_warps=launch.warps,
+                D=size, BLOCK=launch.block, ROWS=launch.rows, **launch_options(x.device, launch.warps),
             )  # fmt: skip
     return out, scales
 
@@ -167,4 +168,5 @@ def compile_cases() -> Iterator[CompileCase]:
     """Forward, also to float8, and backward for every dtype and network width."""
     yield from row_cases("norm_modulate/forward", _forward_kernel, ("scales",))
     yield from row_cases("norm_modulate/float8", _forward_kernel, float8=True)
+    yield from row_cases("norm_modulate/overlapped", _forward_kernel, ("scales",), pdl=True)
     yield from row_cases("norm_modulate/backward", _backward_kernel)

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.compile_case import CompileCase, overlap_options
+from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
 from odelt_fast.kernels.rows import DTYPES, WIDTHS
 
 _BLOCK_N, _BLOCK_D, _WARPS = 64, 64, 4
@@ -33,8 +33,9 @@ def patch_embed_reference(x: Tensor, weight: Tensor, bias: Tensor, positions: Te
 @triton.jit
 def _kernel(
     x, weight, bias, positions, out, total, tokens, columns, x_batch, x_channel, x_row, x_column, K, D,
-    PATCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    PATCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait_for_inputs(PDL)
     blocks = tl.cdiv(D, BLOCK_D)
     o_m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # row of all samples' tokens
     o_d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -88,7 +89,7 @@ def patch_embed(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patc
     with torch.cuda.device_of(x):
         _kernel[(triton.cdiv(batch * tokens, _BLOCK_N) * triton.cdiv(size, _BLOCK_D),)](
             x, weight, bias, positions, out, batch * tokens, tokens, width // patch_size, *x.stride(), values, size,
-            PATCH=patch_size, BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D, BLOCK_K=_block_k(values), num_warps=_WARPS,
+            PATCH=patch_size, BLOCK_N=_BLOCK_N, BLOCK_D=_BLOCK_D, BLOCK_K=_block_k(values), **launch_options(x.device, _WARPS),
         )  # fmt: skip
     return out
 
@@ -109,11 +110,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # Two small products, left to cuBLAS: patches (B, N, K) are 1/48 of the tokens in DiT-B/2.
-    x, weight = ctx.saved_tensors
+    x, weight = ctx.saved_tensors[0], ctx.saved_tensors[1].contiguous()  # see modulation.py
     patch, (batch, channels, height, width) = ctx.patch, x.shape
     grid = (batch, channels, height // patch, patch, width // patch, patch)
     patches = x.reshape(grid).permute(0, 2, 4, 1, 3, 5).reshape(-1, weight.shape[1]).to(weight.dtype)
-    flat = grad.reshape(-1, grad.shape[2])
+    flat = grad.reshape(-1, grad.shape[2]).contiguous()
     pixels = (flat @ weight).reshape(batch, grid[2], grid[4], channels, patch, patch)
     grad_x = pixels.permute(0, 3, 1, 4, 2, 5).reshape(x.shape).to(x.dtype)
     return grad_x, flat.t() @ patches, flat.sum(0), None, None
@@ -124,13 +125,14 @@ patch_embed.register_autograd(_gradients, setup_context=_save)
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every dtype and network width, on latents of 4 channels in 2 x 2 patches; the state is float32 or the weights' dtype."""
-    for dtype in DTYPES.values():
-        for state in sorted({dtype, "fp32"}):
-            for size in WIDTHS:
-                constants: dict[str, object] = {"PATCH": 2, "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "BLOCK_K": _block_k(16)}
-                kinds = {"x": f"*{state}", "positions": "*fp32", **dict.fromkeys(("weight", "bias", "out"), f"*{dtype}")}
-                kinds |= dict.fromkeys(constants, "constexpr")
-                signature = {name: kinds.get(name, "i32") for name in _kernel.arg_names}
-                unaligned = ("x_column", "columns", *constants)
-                divisible = tuple(i for i, name in enumerate(signature) if name not in unaligned)
-                yield CompileCase(f"patch_embed/{dtype}/{state}/{size}", _kernel, signature, constants, divisible, _WARPS)
+    kinds_of_call = [(dtype, state, False) for dtype in DTYPES.values() for state in sorted({dtype, "fp32"})] + [("bf16", "fp32", True)]
+    for dtype, state, pdl in kinds_of_call:
+        for size in WIDTHS:
+            constants: dict[str, object] = {"PATCH": 2, "BLOCK_N": _BLOCK_N, "BLOCK_D": _BLOCK_D, "BLOCK_K": _block_k(16), "PDL": pdl}
+            kinds = {"x": f"*{state}", "positions": "*fp32", **dict.fromkeys(("weight", "bias", "out"), f"*{dtype}")}
+            kinds |= dict.fromkeys(constants, "constexpr")
+            signature = {name: kinds.get(name, "i32") for name in _kernel.arg_names}
+            unaligned = ("x_column", "columns", *constants)
+            divisible = tuple(i for i, name in enumerate(signature) if name not in unaligned)
+            name = f"patch_embed/{'overlapped/' * pdl}{dtype}/{state}/{size}"
+            yield CompileCase(name, _kernel, signature, constants, divisible, _WARPS, **overlap_options(pdl))

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
+from odelt_fast.kernels.compile_case import CompileCase, overlap_options
 from odelt_fast.kernels.quantize import FP8, quantize_tile
 
 EPS = 1e-6  # of the network's LayerNorm
@@ -110,12 +110,14 @@ def column_gradient(like: Tensor, sums: Tensor, columns: tuple[int, ...]) -> Ten
     return gradient.to(like.dtype)
 
 
-def row_cases(name: str, fn: Any, absent: tuple[str, ...] = (), group_end: bool = False, float8: bool = False) -> Iterator[CompileCase]:
+def row_cases(
+    name: str, fn: Any, absent: tuple[str, ...] = (), group_end: bool = False, float8: bool = False, pdl: bool = False
+) -> Iterator[CompileCase]:
     """A row kernel for every dtype and network width, without the pointers in `absent`; float8: with a float8 `out` and `scales`."""
-    for dtype in DTYPES.values():
+    for dtype in ("bf16",) if pdl else DTYPES.values():
         for size in WIDTHS:
             launch = row_launch(size)
-            constants: dict[str, object] = {"D": size, "BLOCK": launch.block, "ROWS": launch.rows, "GROUP_END": group_end}
+            constants: dict[str, object] = {"D": size, "BLOCK": launch.block, "ROWS": launch.rows, "GROUP_END": group_end, "PDL": pdl}
             if "TOKENS" in fn.arg_names:
                 constants |= {"ROWS": min(launch.rows, BACKWARD_TOKENS), "TOKENS": BACKWARD_TOKENS}
             constants = {key: value for key, value in constants.items() if key in fn.arg_names} | dict.fromkeys(absent)
@@ -124,8 +126,8 @@ def row_cases(name: str, fn: Any, absent: tuple[str, ...] = (), group_end: bool 
                 types["out"] = "*fp8e4nv"
             signature = {key: "constexpr" if key in constants else types.get(key, "i32") for key in fn.arg_names}
             divisible = tuple(i for i, key in enumerate(signature) if key not in {"tokens", "step_row", "eps", *constants})
-            arches = (90, 100) if float8 else (80, 90, 100)  # float8 conversion needs sm_89
-            yield CompileCase(f"{name}/{dtype}/{size}", fn, signature, constants, divisible, launch.warps, arches=arches)
+            limits = {"arches": (90, 100)} if float8 else overlap_options(pdl)  # float8 conversion needs sm_89
+            yield CompileCase(f"{name}/{dtype}/{size}", fn, signature, constants, divisible, launch.warps, **limits)
 
 
 @triton.jit
@@ -135,6 +137,12 @@ def normalize(b_x, m_columns, eps, D: tl.constexpr):
     centered = tl.where(m_columns[None, :], b_x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)[:, None]
     return centered * rstd, rstd
+
+
+@triton.jit
+def modulate(b_normalized, b_shift, b_scale):
+    """normalised*(1 + scale) + shift of a tile (ROWS, BLOCK); shift and scale (BLOCK,); the product is not rounded."""
+    return tl.fma(b_normalized, (1.0 + b_scale)[None, :], b_shift[None, :])
 
 
 @triton.jit

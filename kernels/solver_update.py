@@ -19,7 +19,7 @@ from torch import Tensor
 from odelt_fast.kernels.compile_case import CompileCase
 from odelt_fast.kernels.device import require_device
 
-_STATES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+STATES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _BLOCK, _WARPS = 1024, 4
 _CHUNK = 16384  # values whose squares one program adds: a sample of 4 x 32 x 32 latents needs no second pass
 _STAGES = (1, 2, 4, 6, 7)  # of Euler, Heun and midpoint, RK4 and Bogacki-Shampine, Dormand-Prince without and with its seventh
@@ -38,12 +38,13 @@ def error_norm_reference(x: Tensor, x_new: Tensor, stages: Tensor, weights: Tens
 
 
 @triton.jit
-def _stage_sum(stages, coefficients, o_x, mask, stage_stride, STAGES: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
+def stage_sum(stages, coefficients, o_x, mask, stage_stride, STAGES: tl.constexpr, BLOCK: tl.constexpr, SUM: tl.constexpr):
     """sum_i a_i k_i of a block; a stage whose coefficient is 0 may hold anything."""
     b_sum = tl.zeros((BLOCK,), SUM)
     for i_stage in tl.static_range(STAGES):
         b_a = tl.zeros((BLOCK,), SUM) + tl.load(coefficients + i_stage).to(SUM)
-        b_sum += b_a * tl.load(stages + tl.full((), i_stage, tl.int64) * stage_stride + o_x, mask=mask & (b_a != 0.0), other=0.0).to(SUM)
+        p_stage = stages + tl.full((), i_stage, tl.int64) * stage_stride + o_x
+        b_sum = tl.fma(b_a, tl.load(p_stage, mask=mask & (b_a != 0.0), other=0.0).to(SUM), b_sum)
     return b_sum
 
 
@@ -57,8 +58,8 @@ def _combine_kernel(
     o_n = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     mask = o_n < count
     o_x = i_b * count + o_n
-    b_sum = _stage_sum(stages, coefficients, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
-    b_x = tl.load(x + o_x, mask=mask, other=0.0).to(SUM) + tl.load(step + i_b * step_row).to(SUM) * b_sum
+    b_sum = stage_sum(stages, coefficients, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
+    b_x = tl.fma(tl.load(step + i_b * step_row).to(SUM), b_sum, tl.load(x + o_x, mask=mask, other=0.0).to(SUM))
     tl.store(out + o_x, b_x.to(out.dtype.element_ty), mask=mask)
 
 
@@ -78,7 +79,7 @@ def _error_kernel(
         o_n = first + start + tl.arange(0, BLOCK)
         mask = o_n < count
         o_x = i_b * count + o_n
-        b_error = b_h * _stage_sum(stages, weights, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
+        b_error = b_h * stage_sum(stages, weights, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
         b_x = tl.abs(tl.load(x + o_x, mask=mask, other=0.0).to(SUM))
         b_new = tl.abs(tl.load(x_new + o_x, mask=mask, other=0.0).to(SUM))
         b_largest = tl.where((b_x >= b_new) | (b_x != b_x), b_x, b_new)  # NaN in either state must reach the norm
@@ -89,10 +90,10 @@ def _error_kernel(
 
 def _check(operator: str, x: Tensor, stages: Tensor, coefficients: Tensor, step: Tensor, *others: Tensor) -> Tensor:
     """The stages that have a coefficient, each of them contiguous; ValueError for what does not fit."""
-    if x.dim() < 1 or x.dtype not in _STATES:
+    if x.dim() < 1 or x.dtype not in STATES:
         raise ValueError(f"{operator}: x must be (B, ...) in float16, bfloat16, float32 or float64, not {tuple(x.shape)} in {x.dtype}")
     count = coefficients.shape[0] if coefficients.dim() == 1 else 0
-    if not count or stages.shape[1:] != x.shape or stages.shape[0] < count or stages.dtype not in _STATES:
+    if not count or stages.shape[1:] != x.shape or stages.shape[0] < count or stages.dtype not in STATES:
         raise ValueError(
             f"{operator}: stages must be (S, *{tuple(x.shape)}), S at least the number of coefficients, "
             f"not {tuple(stages.shape)} in {stages.dtype} for coefficients of shape {tuple(coefficients.shape)}"
@@ -106,8 +107,9 @@ def _check(operator: str, x: Tensor, stages: Tensor, coefficients: Tensor, step:
     return used if used[0].is_contiguous() else used.contiguous()
 
 
-def _sum_type(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
+def sum_type(dtype: torch.dtype) -> tl.dtype:
+    """In which type a state of `dtype` is added up."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 @torch.library.custom_op("odelt_fast::combine_stages", mutates_args=())
@@ -125,7 +127,7 @@ def combine_stages(x: Tensor, stages: Tensor, coefficients: Tensor, step: Tensor
         with torch.cuda.device_of(x):
             _combine_kernel[(len(x) * triton.cdiv(count, _BLOCK),)](
                 x, used, coefficients, step, out, count, used.stride(0), int(len(step) > 1),
-                STAGES=len(used), BLOCK=_BLOCK, SUM=_sum_type(x), num_warps=_WARPS,
+                STAGES=len(used), BLOCK=_BLOCK, SUM=sum_type(x.dtype), num_warps=_WARPS,
             )  # fmt: skip
     return out
 
@@ -156,7 +158,7 @@ def error_norm(x: Tensor, x_new: Tensor, stages: Tensor, weights: Tensor, step: 
     with torch.cuda.device_of(x):
         _error_kernel[(squares.numel(),)](
             x, x_new, used, weights, step, rtol, atol, squares, count, used.stride(0), int(len(step) > 1),
-            STAGES=len(used), BLOCK=_BLOCK, CHUNK=_CHUNK, SUM=_sum_type(x), num_warps=_WARPS,
+            STAGES=len(used), BLOCK=_BLOCK, CHUNK=_CHUNK, SUM=sum_type(x.dtype), num_warps=_WARPS,
         )  # fmt: skip
     return (squares.sum(1) / count).sqrt()
 
@@ -168,8 +170,8 @@ def _(x: Tensor, x_new: Tensor, stages: Tensor, weights: Tensor, step: Tensor, r
 
 def compile_cases() -> Iterator[CompileCase]:
     """Every dtype of the state (stages in it, coefficients float32) and number of stages."""
-    for dtype, kind in _STATES.items():
-        total = tl.float64 if dtype == torch.float64 else tl.float32
+    for dtype, kind in STATES.items():
+        total = sum_type(dtype)
         for stages in _STAGES:
             for name, fn, extra in (("combine", _combine_kernel, {}), ("error", _error_kernel, {"CHUNK": _CHUNK})):
                 constants: dict[str, object] = {"STAGES": stages, "BLOCK": _BLOCK, "SUM": total, **extra}

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 Case = Callable[[random.Random, torch.device, torch.dtype], object]
-REGISTRIES = ("kernel_cases_rows", "kernel_cases_gemm", "kernel_cases_network", "kernel_faults")
+REGISTRIES = ("kernel_cases_rows", "kernel_cases_gemm", "kernel_cases_solver", "kernel_cases_network", "kernel_faults")
 
 
 def collect() -> list[tuple[str, Case]]:
@@ -59,16 +59,26 @@ def _equal(first: object, second: object) -> bool:
 
 def check_operators() -> int:
     """Schema, autograd registration, fake implementation and tracing of every operator; prints a line for each, returns 1 if one fails."""
-    failed = 0
+    failed, checked = 0, set()
     for registry in REGISTRIES:
         for operator, operands in getattr(importlib.import_module(registry), "opchecks", list)():
+            name = str(getattr(operator, "_qualname", None) or operator.name())
+            checked.add(name)
             try:
                 torch.library.opcheck(operator, operands)
-                print(f"{operator._qualname}: opcheck passes", flush=True)
+                print(f"{name}: opcheck passes", flush=True)
             except Exception as error:
-                print(f"{operator._qualname}: {error}", flush=True)
+                print(f"{name}: {error}", flush=True)
                 failed = 1
+    for name in sorted(set(registered_operators()) - checked):
+        print(f"{name}: opcheck has no arguments for it", flush=True)
+        failed = 1
     return failed
+
+
+def registered_operators() -> list[str]:
+    """Operators that the kernels imported so far have registered."""
+    return [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("odelt_fast::")]
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from kernel_checks import GUARD, batch_size, check_error, guarded, watched
+from kernel_checks import GUARD, Axes, batch_size, check_error, enough_tokens, guarded, watched
 from torch import Tensor
 
 from odelt_fast.kernels.attention import attention, attention_reference, choose_launch, launch_attention
@@ -25,8 +25,9 @@ def double(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.double()
 
 
-def problem(rng: random.Random, device: torch.device, dtype: torch.dtype, batch: int, tokens: int, columns: int, inner: int) -> list[Any]:
+def problem(rng: random.Random, device: torch.device, dtype: torch.dtype, columns: int, inner: int) -> list[Any]:
     """x, weight, bias, activation, gate, residual of one layer, of random layouts; optional parts are None now and then."""
+    batch, tokens = token_shape(rng, columns)
     x = guarded(rng, (batch, tokens, inner), dtype, device, rng.choice([0.1, 1.0, 4.0]))
     weight = guarded(rng, (columns, inner), dtype, device, inner**-0.5, rng.choice(["contiguous", "strided", "misaligned"]))
     bias = guarded(rng, (columns,), dtype, device) if rng.random() < 0.8 else None
@@ -40,17 +41,17 @@ def problem(rng: random.Random, device: torch.device, dtype: torch.dtype, batch:
     return [x, weight, bias, rng.choice(["none", "gelu"]), gate, residual]
 
 
-def token_shape(rng: random.Random) -> tuple[int, int]:
+def token_shape(rng: random.Random, width: int) -> tuple[int, int]:
     batch = batch_size(rng)
-    return batch, rng.randint(1, 40) if batch < 6 else rng.randint(1, 3)
+    return batch, enough_tokens(rng.randint(1, 40) if batch < 6 else rng.randint(1, 3), batch * width)
 
 
 def linear_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    arguments = problem(rng, device, dtype, *token_shape(rng), rng.choice(WIDTHS), rng.choice(WIDTHS))
+    arguments = problem(rng, device, dtype, rng.choice(WIDTHS), rng.choice(WIDTHS))
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     with watched(*tensors):
         got = linear(*arguments)
-    compare("linear", got, arguments)
+    compare(rng, "linear", got, arguments)
     return got
 
 
@@ -61,20 +62,16 @@ def linear_tiles_case(rng: random.Random, device: torch.device, dtype: torch.dty
         fits = [tile for tile in fits if not tile.descriptors]
     tile = rng.choice(fits)
     unit = 8 if tile.descriptors else 1  # tensor descriptors need rows of whole 16 bytes
-    arguments = problem(rng, device, dtype, *token_shape(rng), unit * rng.randint(1, 300 // unit), unit * rng.randint(1, 200 // unit))
+    arguments = problem(rng, device, dtype, unit * rng.randint(1, 300 // unit), unit * rng.randint(1, 200 // unit))
     if tile.descriptors:
         arguments[:2] = [tensor.clone(memory_format=torch.contiguous_format) for tensor in arguments[:2]]
     x, weight, bias, activation, gate, residual = arguments
     rows = [None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (x, residual)]
-    # The audit of addresses cannot follow tensor descriptors through the interpreter: there the output's own guards stand alone.
     tensors = [value for value in arguments if isinstance(value, Tensor)]
-    with (
-        contextlib.nullcontext() if tile.descriptors else watched(*tensors),
-        poisoned_output(len(rows[0]), len(weight), dtype, device) as out,
-    ):
+    with watched(*tensors), poisoned_output(len(rows[0]), len(weight), dtype, device) as out:
         launch_linear(rows[0], weight, bias, activation, gate, rows[1], None, None, out, None, tile)
     got = out.view(*x.shape[:-1], -1)
-    compare(str(tile), got, arguments)
+    compare(rng, str(tile), got, arguments)
     return got
 
 
@@ -87,9 +84,9 @@ def poisoned_output(rows: int, columns: int, dtype: torch.dtype, device: torch.d
 
 
 def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    """Split-K: programs exchange sums in the workspace, ordered by atomics, which the race check cannot know: guards stand alone."""
+    """Split-K: programs exchange sums in the workspace, ordered by atomics."""
     tile = replace(TILES["float32" if dtype == torch.float32 else "small"], splits=rng.choice(SPLITS))
-    arguments = problem(rng, device, dtype, *token_shape(rng), rng.choice(WIDTHS), rng.randint(1, 400))
+    arguments = problem(rng, device, dtype, rng.choice(WIDTHS), rng.randint(1, 400))
     x, weight, bias, activation, gate, residual = arguments
     rows = [None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous() for tensor in (x, residual)]
     counters, partials = workspace_elements(rows[0].shape[0], weight.shape[0], tile)
@@ -99,29 +96,35 @@ def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dty
     results = []
     for _ in range(2):
         workspace[counters:].view(torch.float32).fill_(math.nan)
-        with poisoned_output(len(rows[0]), len(weight), dtype, device) as out:
+        tensors = [value for value in arguments if isinstance(value, Tensor)]
+        with watched(*tensors), poisoned_output(len(rows[0]), len(weight), dtype, device) as out:
             launch_linear(rows[0], weight, bias, activation, gate, rows[1], None, None, out, workspace, tile)
         assert bool((workspace[:counters] == 0).all()), "split-K left its counters set"
         results.append(out.view(*x.shape[:-1], -1))
     assert bool((storage[:GUARD] == UNTOUCHED).all() and (storage[-GUARD:] == UNTOUCHED).all()), "split-K wrote outside its workspace"
     assert torch.equal(results[0], results[1]), "a second run on the same workspace gave other bits"
-    compare(str(tile), results[0], arguments)
+    compare(rng, str(tile), results[0], arguments)
     return results[0]
 
 
-def compare(name: str, got: Tensor, arguments: list[Any]) -> None:
+def compare(rng: random.Random, name: str, got: Tensor, arguments: list[Any]) -> None:
     x, weight, bias, activation, gate, residual = arguments
     exact = linear_reference(
         x.double(), weight.double(), double(bias), activation, double(gate), double(residual), out_dtype=torch.float64
     )  # fmt: skip
-    check_error(name, got, linear_reference(*arguments), exact, x.shape[-1])
+    check_error(name, got, linear_axes(x, weight).plain(rng, linear_reference, *arguments), exact)
+
+
+def linear_axes(x: Tensor, weight: Tensor) -> Axes:
+    names = ("bni", "oi", "o", None, "bo", "bno", "bn", "o", None)
+    return Axes(names, ("bno",), {**dict(zip("bni", x.shape)), "o": len(weight)})
 
 
 def linear_float8_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
     # A tensor core of Hopper adds float8 products with fewer bits than float32 has: on a card only 16-bit results can be held to PyTorch's.
     out_dtype = torch.bfloat16 if dtype == torch.float32 and device.type == "cuda" else dtype
     unit = rng.choice([1, 16])  # 16: rows that tensor descriptors can address
-    arguments = problem(rng, device, out_dtype, *token_shape(rng), unit * rng.randint(1, 200 // unit), unit * rng.randint(1, 200 // unit))
+    arguments = problem(rng, device, out_dtype, unit * rng.randint(1, 200 // unit), unit * rng.randint(1, 200 // unit))
     (x, x_scale), (weight, weight_scale) = (quantize_rows_reference(tensor) for tensor in arguments[:2])
     arguments[:2] = [poisoned(rng, tensor) for tensor in (x, weight)]
     named = {"x_scale": x_scale, "weight_scale": weight_scale, "out_dtype": out_dtype}
@@ -129,7 +132,8 @@ def linear_float8_case(rng: random.Random, device: torch.device, dtype: torch.dt
         got = linear(*arguments, **named)
     dequantised = [x.double() * x_scale.double()[..., None], weight.double() * weight_scale.double()[:, None]]
     exact = linear_reference(*dequantised, double(arguments[2]), arguments[3], double(arguments[4]), double(arguments[5]))
-    check_error("linear float8", got, linear_reference(*arguments, **named), exact, x.shape[-1])
+    plain = linear_axes(x, weight).plain(rng, linear_reference, *arguments, x_scale, weight_scale, out_dtype)
+    check_error("linear float8", got, plain, exact)
     return got
 
 
@@ -142,16 +146,21 @@ def poisoned(rng: random.Random, values: Tensor) -> Tensor:
 
 
 def attention_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    batch, tokens = token_shape(rng)
     heads = rng.randint(1, 3)
     head_dim = rng.choice([64, 64, 72, 72, 24, 32, rng.randint(1, 40), rng.randint(65, 130)])
+    batch, tokens = token_shape(rng, heads * head_dim)
     if batch == 1 and rng.random() < 0.2:
         tokens, heads, head_dim = rng.randint(60, 270), 1, rng.choice([64, 72])
     # At 1/head_dim the logits of unit normal values are flat; large values give peaked rows.
     qkv = guarded(rng, (batch, tokens, 3 * heads * head_dim), dtype, device, rng.choice([0.1, 1.0, 8.0]))
     with watched(qkv):
         got = attention(qkv, heads)
-    check_error("attention", got, attention_reference(qkv, heads), attention_reference(qkv.double(), heads), tokens + head_dim)
+    features = {
+        "d": lambda order: (order["h"][:, None] * head_dim + order["e"]).flatten(),
+        "k": lambda order: (torch.arange(3)[:, None, None] * (heads * head_dim) + order["h"][:, None] * head_dim + order["e"]).flatten(),
+    }
+    axes = Axes(("bnk", None), ("bnd",), {"b": batch, "n": tokens, "h": heads, "e": head_dim}, features)
+    check_error("attention", got, axes.plain(rng, attention_reference, qkv, heads), attention_reference(qkv.double(), heads))
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
         overlapped = torch.empty_like(got)
         rows = qkv if qkv.stride(2) == 1 else qkv.contiguous()
@@ -161,8 +170,8 @@ def attention_case(rng: random.Random, device: torch.device, dtype: torch.dtype)
 
 
 def quantize_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    batch, tokens = token_shape(rng)
-    x = guarded(rng, (batch, tokens, rng.choice([*WIDTHS, 768])), dtype, device, rng.choice([1e-3, 1.0, 100.0]))
+    width = rng.choice([*WIDTHS, 768])
+    x = guarded(rng, (*token_shape(rng, width), width), dtype, device, rng.choice([1e-3, 1.0, 100.0]))
     if rng.random() < 0.3:
         x = x.clone()
         x[0, 0] = 0

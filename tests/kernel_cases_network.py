@@ -41,7 +41,7 @@ def network_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -
         got = fused_velocity(model, x, labels, depth)
         plain = model(x, 0.25, 2, labels, depth)
         exact = exact_model(x.double(), 0.25, 2, labels, depth)
-    check_error("velocity", got, plain, exact, config.hidden_size)
+    check_error("velocity", got, plain, exact)
     return got
 
 

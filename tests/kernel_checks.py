@@ -1,4 +1,4 @@
-"""Instruments of the kernel cases: guarded tensors, poisoned outputs, an audit of every address a kernel touches, and the error bound.
+"""Instruments of the kernel cases: guarded tensors, poisoned outputs, equivalent orders of summation, and the error bound.
 
 A case is a function(rng, device, dtype): it draws sizes and inputs from `rng` (random.Random), runs a kernel inside `watched(...)`,
 compares it with float64 and returns what must be equal at every repeat. `kernel_cases_rows` and `kernel_cases_gemm` hold lists `CASES`
@@ -10,20 +10,27 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
+from kernel_audit import audited, exact_fma
 from torch import Tensor
 
 GUARD = 64  # elements before and after each tensor
-Ranges = list[tuple[int, int]]  # addresses [first, end)
+ORDERS = 31  # of summation, beside the given one, in which PyTorch's error is measured
+ENOUGH = 32  # elements, times results, without which an error is luck
 
 
 def batch_size(rng: random.Random, most: int = 257) -> int:
     """Mostly small, sometimes up to `most`."""
     return rng.choice([1, 1, 2, 3, 5, rng.randint(1, min(most, 17)), rng.randint(1, most) if rng.random() < 0.1 else 2])
+
+
+def enough_tokens(tokens: int, others: int) -> int:
+    """`tokens`, or as many as make 256 elements with `others` a token: the largest error of fewer is luck (`check_error`)."""
+    return max(tokens, -(-256 // others))
 
 
 def guarded(
@@ -57,9 +64,8 @@ def watched(*inputs: Tensor | None, reachable: Sequence[Tensor] = ()) -> Iterato
     """Runs kernels under guard; raises AssertionError for what they do to memory that is not theirs.
 
     Every torch.empty and torch.empty_like inside gives a NaN-filled tensor (largest value for integers) with guards on both sides; at the
-    end the guards and all `inputs`, with what surrounds them, must hold the bits they held before. In the interpreter every address that
-    is loaded or stored must belong to an argument of its launch or to a tensor in `reachable`, and no two programs of a launch may store
-    to one address, nor one load what another stores.
+    end the guards and all `inputs`, with what surrounds them, must hold the bits they held before. In the interpreter every address must
+    belong to an argument of its launch or to a tensor in `reachable`, and programs of a launch must not race (`kernel_audit`).
     """
     before = [(_bits(tensor), _bits(tensor).clone()) for tensor in inputs if tensor is not None]
     guards: list[Tensor] = []
@@ -80,7 +86,10 @@ def watched(*inputs: Tensor | None, reachable: Sequence[Tensor] = ()) -> Iterato
     empty_like = torch.empty_like
     torch.empty, torch.empty_like = guarded_empty, guarded_empty_like  # type: ignore[assignment]
     try:
-        with audited(reachable) if _interpreting() else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if _interpreting():
+                stack.enter_context(exact_fma())
+                stack.enter_context(audited(reachable))
             yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -93,93 +102,86 @@ def watched(*inputs: Tensor | None, reachable: Sequence[Tensor] = ()) -> Iterato
         assert torch.equal(now, then), "a kernel wrote into an input or beside it"
 
 
-@contextlib.contextmanager
-def audited(reachable: Sequence[Tensor] = ()) -> Iterator[None]:
-    """In the interpreter: AssertionError for a load or store outside the launch's tensors, and for a race between its programs."""
-    from triton.runtime import interpreter
+@dataclass(frozen=True)
+class Axes:
+    """Names of the dimensions of a function's tensors, one letter each, so that it can be run over them in any order.
 
-    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    load, store, call = builder.create_masked_load, builder.create_masked_store, executor.__call__
-    allowed: Ranges = []
-    accesses: dict[str, list[tuple[np.ndarray, int]]] = {"load": [], "store": []}
-
-    def record(kind: str, program: tuple[int, int, int], ptrs: Any, mask: Any) -> None:
-        chosen = ptrs.data[mask.data.astype(bool)].ravel().astype(np.int64)
-        width = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
-        inside = sum((((first <= chosen) & (chosen + width <= end)) for first, end in allowed), start=chosen < 0)
-        assert inside.all(), f"a {kind} of program {program}: {int((~inside).sum())} addresses are in no argument of the launch"
-        assert kind == "load" or len(np.unique(chosen)) == len(chosen), f"program {program} writes an address twice in one store"
-        accesses[kind].append((chosen, (program[0] << 40) + (program[1] << 20) + program[2]))
-
-    def audited_load(self: Any, ptrs: Any, mask: Any, *others: Any, **named: Any) -> Any:
-        record("load", self.grid_idx, ptrs, mask)
-        return load(self, ptrs, mask, *others, **named)
-
-    def audited_store(self: Any, ptrs: Any, value: Any, mask: Any, *others: Any, **named: Any) -> Any:
-        record("store", self.grid_idx, ptrs, mask)
-        return store(self, ptrs, value, mask, *others, **named)
-
-    def audited_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bases = [getattr(arg, "base", None) for arg in (*args, *kwargs.values())]
-        tensors = [tensor for tensor in (*args, *kwargs.values(), *bases, *reachable) if isinstance(tensor, Tensor) and tensor.numel()]
-        allowed[:] = [_extent(tensor) for tensor in tensors]
-        accesses.update(load=[], store=[])
-        result = call(self, *args, **kwargs)
-        stored, writers = _gather(accesses["store"])
-        loaded, readers = _gather(accesses["load"])
-        order = np.lexsort((writers, stored))
-        stored, writers = stored[order], writers[order]
-        assert not ((stored[1:] == stored[:-1]) & (writers[1:] != writers[:-1])).any(), "two programs store to one address"
-        if len(stored):
-            place = np.searchsorted(stored, loaded).clip(max=len(stored) - 1)
-            assert not ((stored[place] == loaded) & (writers[place] != readers)).any(), "one program loads what another stores"
-        return result
-
-    builder.create_masked_load, builder.create_masked_store, executor.__call__ = audited_load, audited_store, audited_call
-    try:
-        yield
-    finally:
-        builder.create_masked_load, builder.create_masked_store, executor.__call__ = load, store, call
-
-
-def check_error(name: str, got: Tensor, plain: Tensor, exact: Tensor, terms: float = 1.0) -> None:
-    """AssertionError unless `got` is at most twice as far from `exact` (float64) as `plain`, PyTorch's result in the same dtype, is.
-
-    Distances are the largest and the root of the mean square over all elements. `terms` is how many values a result is the sum of. What any
-    correct order of summation may lose is never counted against a kernel: the rounding of the largest value to the dtype, and the random
-    walk of sqrt(terms) roundings to float32. Where PyTorch is luckier than that (few elements), that is the bound.
+    arguments, outputs: a string for each, e.g. "bnd" for (B, N, D), None for what is no tensor. A dimension of size 1 stays as it is, and
+    so does one whose letter has no order. sizes: letter -> size of the dimensions that are permuted. derived: letter -> function that
+    makes its order from those of `sizes`, for dimensions that hold several others.
     """
+
+    arguments: Sequence[str | None]
+    outputs: Sequence[str]
+    sizes: Mapping[str, int]
+    derived: Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]] = field(default_factory=dict)
+
+    def orders(self, rng: random.Random, count: int = ORDERS) -> Iterator[dict[str, Tensor]]:
+        """`count` random orders of all dimensions: letter -> permutation."""
+        generator = torch.Generator().manual_seed(rng.getrandbits(60))
+        for _ in range(count):
+            order = {letter: torch.randperm(size, generator=generator) for letter, size in self.sizes.items()}
+            yield order | {letter: make(order) for letter, make in self.derived.items()}
+
+    def plain(self, rng: random.Random, function: Callable[..., Tensor], *arguments: Any) -> list[Tensor]:
+        """function(*arguments), and the same over permuted dimensions, permuted back; `function` has one result."""
+        arguments = tuple(map(dense, arguments))
+        results = [function(*arguments)]
+        for order in self.orders(rng):
+            result = function(*(permuted(argument, name, order) for argument, name in zip(arguments, self.arguments)))
+            results.append(permuted(result, self.outputs[0], inverse(order)))
+        return results
+
+
+def dense(value: Any) -> Any:
+    """A contiguous copy of a tensor: PyTorch's float16 products on a CPU take in what lies between the rows of a strided operand."""
+    return value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
+
+
+def inverse(order: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {letter: permutation.argsort() for letter, permutation in order.items()}
+
+
+def permuted(value: Any, name: str | None, order: Mapping[str, Tensor]) -> Any:
+    """A tensor with its named dimensions in another order; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    for dimension, letter in enumerate(name or ""):
+        if letter in order and value.shape[dimension] == len(order[letter]) > 1:
+            value = value.index_select(dimension, order[letter].to(value.device))
+    return value
+
+
+def check_error(name: str, got: Tensor, plain: Tensor | Sequence[Tensor], exact: Tensor) -> None:
+    """AssertionError unless `got` is at most twice as far from `exact` (float64) as PyTorch's result in the same dtype is.
+
+    Distances are the largest and the root of the mean square over all elements. plain: PyTorch's result, or several that are equally right,
+    made over permuted dimensions (`Axes.plain`); the farthest counts. On few elements, or where few are ill-conditioned (a row of little
+    variance), a single result lies near or far by luck, and twice its distance would say nothing; over many elements all lie equally far.
+    Cases therefore have at least ENOUGH elements, or sums whose order can be drawn.
+    """
+    plain = [plain] if isinstance(plain, Tensor) else list(plain)
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"
-    assert got.dtype == plain.dtype, f"{name}: {got.dtype}, not {plain.dtype}"
+    assert got.dtype == plain[0].dtype, f"{name}: {got.dtype}, not {plain[0].dtype}"
     if not exact.numel():
         return
+    assert exact.numel() * len(plain) >= ENOUGH, f"{name}: {exact.numel()} elements in {len(plain)} results prove nothing"
     assert bool(torch.isfinite(got).all()), f"{name}: not finite"
-    ours, theirs = ((tensor.double() - exact).abs() for tensor in (got, plain))
-    rounding = (torch.finfo(got.dtype).eps + torch.finfo(torch.float32).eps * terms**0.5) * exact.abs().max().item()
+    (largest, square), *others = ((error.max().item(), error.square().mean().sqrt().item()) for error in _distances(exact, got, *plain))
     for kind, mine, other in (
-        ("largest", ours.max().item(), theirs.max().item()),
-        ("mean square", ours.square().mean().sqrt().item(), theirs.square().mean().sqrt().item()),
+        ("largest", largest, max(error for error, _ in others)),
+        ("mean square", square, max(error for _, error in others)),
     ):
-        bound = max(2 * other, rounding)
-        assert mine <= bound, f"{name}: {kind} error {mine:.3e} is above {bound:.3e} (PyTorch: {other:.3e})"
+        assert mine <= 2 * other, f"{name}: {kind} error {mine:.3e} is above 2 x {other:.3e}, PyTorch's"
 
 
-def _gather(accesses: list[tuple[np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All addresses and the programs that touched them."""
-    if not accesses:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    programs = [np.full(len(addresses), program, np.int64) for addresses, program in accesses]
-    return np.concatenate([addresses for addresses, _ in accesses]), np.concatenate(programs)
+def _distances(exact: Tensor, *results: Tensor) -> Iterator[Tensor]:
+    return ((result.double() - exact).abs() for result in results)
 
 
 def _bits(tensor: Tensor) -> Tensor:
     """The whole storage behind a tensor, as bytes."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def _interpreting() -> bool:

@@ -44,7 +44,7 @@ def gate(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 def test_one_configuration_of_every_kernel_compiles_well_for_hopper() -> None:
     run = gate("--arch", "90", "--one")
     assert run.returncode == 0, run.stdout + run.stderr
-    for operator in ("linear/", "attention/", "quantize/", "norm_modulate/", "gated_residual/"):
+    for operator in ("linear/", "attention/", "quantize/", "norm_modulate/", "gated_residual/", "adaptive/", "ema/", "solver_update/"):
         assert f"\n{operator}" in run.stdout
 
 
@@ -63,10 +63,27 @@ def test_register_growth_over_the_baseline_fails(tmp_path: Path) -> None:
     assert "registers grew" in run.stdout
 
 
-def test_baseline_covers_attention_on_hopper() -> None:
-    wanted = {f"{case.name} sm_90" for case in compile_cases()}
-    for table in json.loads(compile_gate.BASELINE.read_text()).values():
-        assert wanted <= set(table)
+def test_baseline_covers_every_kernel_on_every_card_under_both_tritons() -> None:
+    wanted = {f"{case.name} sm_{arch}" for case in compile_gate.collect(["*"], one=True) for arch in case.arches}
+    tables = json.loads(compile_gate.BASELINE.read_text())
+    assert set(tables) == {"triton 3.6.0", "triton 3.8.0"}
+    for version, table in tables.items():
+        assert wanted <= set(table), f"{version}: {sorted(wanted - set(table))[:5]}"
+
+
+def test_a_seeded_sample_of_all_configurations_compiles_as_in_the_baseline() -> None:
+    run = gate("--sample", "12", "--seed", "0")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "12 of 12 passed" in run.stdout
+
+
+def test_an_interrupted_update_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    stored = tmp_path / "baseline.json"
+    update = ("--arch", "90", "--baseline", str(stored), "--update-baseline", "--missing", "--case")
+    assert "1 of 1 passed" in gate(*update, "quantize/768/bf16").stdout
+    assert "1 of 1 passed" in gate(*update, "quantize/768/bf16", "quantize/768/fp16").stdout
+    (table,) = json.loads(stored.read_text()).values()
+    assert sorted(table) == ["quantize/768/bf16 sm_90", "quantize/768/fp16 sm_90"]
 
 
 def test_interpreter_is_refused_with_one_line() -> None:

@@ -26,10 +26,10 @@ from odelt_fast.kernels.solver_update import combine_stages, error_norm
 TESTS = Path(__file__).resolve().parent
 KERNELS = (
     *("norm_modulate", "gated_residual", "group_end", "row_float8", "modulation"),
-    *("patch_embed", "final_layer", "combine_stages", "error_norm", "ema"),
+    *("patch_embed", "final_layer", "ema"),
 )
 CASES = 6
-# The matrix products have their own registry and test file.
+# The matrix products and the solvers' kernels have their own registries and test files.
 REGISTRIES = "('kernel_cases_rows', 'kernel_cases_network', 'kernel_faults')"
 RUN = f"import sys, kernel_cases; kernel_cases.REGISTRIES = {REGISTRIES}; sys.exit(kernel_cases.main())"
 
@@ -60,10 +60,10 @@ def test_a_faulty_kernel_is_caught(sample: str) -> None:
     assert f"faults: {CASES} of {CASES} cases right" in sample, sample
 
 
-def test_operators_pass_opcheck() -> None:
-    run = child(RUN, "--interpret", "--opcheck")
+def test_every_operator_passes_opcheck() -> None:
+    run = child("import sys, kernel_cases; sys.exit(kernel_cases.main())", "--interpret", "--opcheck")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("opcheck passes") >= 12
+    assert run.stdout.count("opcheck passes") >= 20
 
 
 def test_the_package_imports_no_kernel_and_works_without_triton() -> None:

@@ -1,0 +1,212 @@
+"""End of one attempted step of an adaptive solver, all on the device: error norm, acceptance, next step size, state, statistics.
+
+What `integrate_adaptive` decides on the host between two attempts, in three launches that a graph can hold and a while node repeat. With
+x_new and the stages k_i of one attempt: norm of h*sum_i e_i k_i over atol + rtol*max(|x|, |x_new|), root mean square of each sample or,
+shared, of all running ones; taken where norm <= 1; the PI controller's next h (Hairer and Wanner II, IV.2), in float64; then x and k_0 of
+the samples whose step is taken, their statistics, and times and step size of the next attempt. A sample that has ended stays as it is.
+
+Tensors of a solve, changed in place: x (B, ...) and stages (S, B, ...) in one dtype, the last stage being the velocity at x_new, which is
+stage S - 1 of a FSAL method and one stage more of others; control (5, B) float64: t, h, last good h, last accepted norm, limit of growth;
+counters (4, B) int64: status (-1 running, then the index into `STATUSES`), accepted, rejected, evaluations; step (B,) float64, signed;
+times (S, B) float64 of the stages; running (1,) int32: 0 once all have ended.
+Bytes: reads x, x_new and the stages with an error weight, and for taken samples reads x_new and one stage, writes x and k_0.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from odelt_fast.kernels.adaptive_kernels import commit_kernel, decide_kernel, norm_kernel
+from odelt_fast.kernels.compile_case import CompileCase
+from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.solver_update import STATES, sum_type
+
+MOST_SAMPLES = 1024  # whose step sizes one program decides: more spill
+_BLOCK, _WARPS, _CHUNK = 1024, 4, 16384
+_DONE, _MAX_STEPS, _UNDERFLOW, _NON_FINITE = range(4)  # indices into solution.STATUSES
+
+
+def step_rules(
+    exponent: float, t0: float, t1: float, rtol: float, atol: float, max_steps: int, factors: Sequence[float], device: torch.device
+) -> Tensor:
+    """(11,) float64 on the device: what a solve does not change. exponent: 1/(error order + 1); factors: safety, smallest and largest
+    change of the step size, integral share of the controller."""
+    safety, shrink, grow, share = factors
+    beta = share * exponent
+    smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
+    rules = [t0, t1, rtol, atol, smallest, max_steps, exponent - 0.75 * beta, beta, safety, shrink, grow]
+    return torch.tensor(rules, dtype=torch.float64, device=device)
+
+
+def first_attempt(control: Tensor, nodes: Tensor, rules: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(step (B,), times (S, B), whether it is the last (B,)) of an attempt from t and h in control; nodes (S,) float64: c of each stage."""
+    t0, t1 = rules[0], rules[1]
+    t, h = control[0], control[1]
+    last = 1.01 * h >= (t1 - t).abs()
+    step = torch.where(last, (t1 - t).abs(), h) * torch.where(t1 < t0, -1.0, 1.0).double()
+    times = torch.where(nodes[:, None] == 1, torch.where(last, t1, t + step), t + nodes[:, None] * step)
+    return step, times.clamp(torch.minimum(t0, t1), torch.maximum(t0, t1)), last
+
+
+def adaptive_step_update_reference(
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, nodes: Tensor, error: Tensor,
+    error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(x, k_0, control, counters, step, times, running) after the attempt, in plain PyTorch; the arithmetic of `integrate_adaptive`."""
+    _, t1, rtol, atol, smallest, max_steps, exponent, beta, safety, shrink, most = rules.tolist()
+    column = (-1, *[1] * (x.dim() - 1))
+    d = step.to(x.dtype).view(column)
+    t, h, h_good, previous, grow = control
+    status, accepted, rejected, evaluations = counters
+    running = status == -1
+    _, _, last = first_attempt(control, nodes, rules)
+    t_new = torch.where(last, t1, t + step)
+
+    def combination(weights: Tensor) -> Tensor:
+        terms = [weight * k for weight, k in zip(weights.tolist(), stages) if weight]
+        return d * sum(terms[1:], terms[0])
+
+    def mean_square(v: Tensor) -> Tensor:
+        ratio = torch.where(v == 0, 0, v / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))).double()
+        mean = ratio.square().flatten(1).mean(1)
+        return (torch.where(running, mean, 0).sum() / running.sum()).expand_as(mean) if shared else mean
+
+    estimate = combination(error)
+    finite = (x_new.isfinite() & estimate.isfinite()).flatten(1).all(1)
+    norm = mean_square(estimate)
+    if error3 is not None:
+        norm = torch.where(norm == 0, 0, norm.square() / (norm + 0.01 * mean_square(combination(error3))))
+    norm = norm.sqrt()
+    passed = norm <= 1
+    taken = passed & running
+    x = torch.where(taken.view(column), x_new, x)
+    k = torch.where(taken.view(column), stages[-1], stages[0])
+    accepted, rejected = accepted + taken, rejected + (running & ~passed)
+    evaluations = evaluations + running * (len(error) - 1) + (taken & ~last & (not fsal))
+    power = norm.nan_to_num(float("inf"), float("inf")).clamp(min=1e-10) ** -exponent
+    factor = safety * power * torch.where(passed, previous**beta, 1)
+    factor = torch.where(passed, torch.minimum(factor, grow), factor.clamp(max=1)).clamp(min=shrink)
+    moving = running | shared
+    t = torch.where(passed & moving, t_new, t)
+    h = torch.where(moving, step.abs() * factor, h)
+    h_good = torch.where(passed & moving, h, h_good)
+    previous = torch.where(passed & moving, norm.clamp(min=1e-4), previous)
+    grow = torch.where(passed, most, torch.ones_like(h))
+    tiny = running & ~passed & (h < smallest)
+    broken = running & ((tiny & ~finite) | (taken & ~last & ~k.isfinite().flatten(1).all(1)))
+    some = broken.any() & shared
+    h, tiny = torch.where(some & ~passed, h_good, h), tiny & (broken | ~some)
+    status = torch.where(taken & last, _DONE, status)
+    status = torch.where(running & ~(taken & last) & (accepted + rejected >= max_steps), _MAX_STEPS, status)
+    status = torch.where(tiny & finite, _UNDERFLOW, torch.where(broken, _NON_FINITE, status))
+    control = torch.stack([t, h, h_good, previous, grow])
+    counters = torch.stack([status, accepted, rejected, evaluations])
+    return x, k, control, counters, *first_attempt(control, nodes, rules)[:2], (status == -1).any().int().view(1)
+
+
+@torch.library.custom_op(
+    "odelt_fast::adaptive_step_update", mutates_args=("x", "stages", "control", "counters", "step", "times", "running")
+)
+def adaptive_step_update(
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
+    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
+) -> None:  # fmt: skip
+    """Changes what the module's text names, from x_new and the stages of the attempt that `step` and `times` were for.
+
+    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of the tableau; rules: `step_rules`. shared:
+    one norm, time and step for all samples. All on one device and contiguous. Raises ValueError for what does not fit.
+    """
+    _check(x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, fsal)
+    batch = len(x)
+    if not x.numel():
+        return
+    values, last_stage = x[0].numel(), len(stages) - 1
+    chunks = triton.cdiv(values, _CHUNK)
+    squares, squares3 = (torch.empty((batch, chunks), dtype=torch.float64, device=x.device) for _ in range(2))
+    faults = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
+    taken = torch.empty((batch,), dtype=torch.int32, device=x.device)
+    block = triton.next_power_of_2(batch)
+    with torch.cuda.device_of(x):
+        norm_kernel[(batch * chunks,)](
+            x, x_new, stages, error, error3, step, rules, squares, None if error3 is None else squares3, faults, values, last_stage,
+            stages.stride(0), STAGES=len(error), BLOCK=_norm_block(x.dtype), CHUNK=_CHUNK, SUM=sum_type(x.dtype), num_warps=_WARPS,
+        )  # fmt: skip
+        decide_kernel[(1,)](
+            squares, None if error3 is None else squares3, faults, control, counters, step, times, nodes, rules, taken, running, batch,
+            chunks, values, EVALUATIONS=len(error) - 1, NODES=len(stages), SHARED=shared, FSAL=fsal, BLOCK=block,
+            num_warps=_decide_warps(block),
+        )  # fmt: skip
+        commit_kernel[(batch * triton.cdiv(values, _BLOCK),)](
+            x, x_new, stages, taken, values, last_stage, stages.stride(0), BLOCK=_BLOCK, num_warps=_WARPS
+        )
+
+
+@adaptive_step_update.register_fake
+def _(
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
+    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
+) -> None:  # fmt: skip
+    return None
+
+
+def _norm_block(dtype: torch.dtype) -> int:
+    return _BLOCK // 4 if dtype == torch.float64 else _BLOCK  # 512 values of 12 stages and two sums spill in float64
+
+
+def _decide_warps(block: int) -> int:
+    return min(16, max(1, block // 128))
+
+
+def _check(
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
+    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, fsal: bool,
+) -> None:  # fmt: skip
+    batch = len(x) if x.dim() else 0
+    if not x.dim() or x.dtype not in STATES or batch > MOST_SAMPLES:
+        raise ValueError(f"x must be (B, ...), B up to {MOST_SAMPLES}, in a floating dtype, not {tuple(x.shape)} in {x.dtype}")
+    count = len(stages)
+    weights, f64 = (count - (not fsal),), torch.float64
+    wanted = {
+        "x": (x, x.shape, x.dtype), "x_new": (x_new, x.shape, x.dtype), "stages": (stages, (count, *x.shape), x.dtype),
+        "control": (control, (5, batch), f64), "counters": (counters, (4, batch), torch.int64), "step": (step, (batch,), f64),
+        "times": (times, (count, batch), f64), "running": (running, (1,), torch.int32), "nodes": (nodes, (count,), f64),
+        "error": (error, weights, f64), "error3": (error3, weights, f64), "rules": (rules, (11,), f64),
+    }  # fmt: skip
+    for name, (tensor, shape, dtype) in wanted.items():
+        if tensor is not None and (tensor.shape != torch.Size(shape) or tensor.dtype != dtype or not tensor.is_contiguous()):
+            found = f"{tuple(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype}"
+            raise ValueError(f"{name} must be contiguous {tuple(shape)} in {dtype}, not {found}")
+    require_device("adaptive_step_update", *(tensor for tensor, _, _ in wanted.values()))
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Every dtype of the state with 7 stages (Dormand-Prince 5) and 12 and two estimates (DOP853); decisions over few and many samples."""
+    for dtype, kind in STATES.items():
+        for stages in (7, 12):
+            constants: dict[str, object] = {"STAGES": stages, "BLOCK": _norm_block(dtype), "CHUNK": _CHUNK, "SUM": sum_type(dtype)}
+            absent = ("error3", "squares3") if stages == 7 else ()
+            yield _case(f"norm/{stages}/{kind}", norm_kernel, kind, constants | dict.fromkeys(absent), _WARPS)
+        yield _case(f"commit/{kind}", commit_kernel, kind, {"BLOCK": _BLOCK}, _WARPS)
+    for block, shared in itertools.product((1, 128, MOST_SAMPLES), (False, True)):
+        constants = {"EVALUATIONS": 6, "NODES": 7, "SHARED": shared, "FSAL": True, "BLOCK": block, "squares3": None}
+        yield _case(f"decide/{block}{'/shared' * shared}", decide_kernel, "fp64", constants, _decide_warps(block))
+
+
+def _case(name: str, fn: Any, kind: str, constants: dict[str, object], warps: int) -> CompileCase:
+    kinds = {
+        **dict.fromkeys(("x", "x_new", "stages"), f"*{kind}"),
+        **dict.fromkeys(("faults", "taken", "running"), "*i32"),
+        "counters": "*i64",
+    }
+    kinds |= dict.fromkeys(("error", "error3", "step", "rules", "squares", "squares3", "control", "times", "nodes"), "*fp64")
+    kinds |= dict.fromkeys(constants, "constexpr")
+    signature = {key: kinds.get(key, "i32") for key in fn.arg_names}
+    divisible = tuple(i for i, key in enumerate(signature) if key not in constants and key not in ("last_stage", "batch", "chunks"))
+    # Decisions read a few numbers of each sample, in rows that start anywhere.
+    return CompileCase(f"adaptive/{name}", fn, signature, constants, divisible, warps, vector_bytes=8 if fn is decide_kernel else 16)
