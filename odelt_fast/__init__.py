@@ -14,14 +14,28 @@ _HOME = {
     "save_model": "checkpoint",
     "CheckpointError": "checkpoint",
     "convert_reference_checkpoint": "conversion",
+    "OdeltPipeline": "pipeline",
+    "load_decoder": "decoder",
 }
-__all__ = ["PRESETS", "CheckpointError", "DiT", "DiTConfig", "Sampler", "convert_reference_checkpoint", "load_model", "save_model"]
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "DiT",
+    "DiTConfig",
+    "Sampler",
+    "convert_reference_checkpoint",
+    "load_decoder",
+    "load_model",
+    "save_model",
+]
 
 if TYPE_CHECKING:
     from odelt_fast.checkpoint import CheckpointError, load_model, save_model
     from odelt_fast.config import PRESETS, DiTConfig
     from odelt_fast.conversion import convert_reference_checkpoint
+    from odelt_fast.decoder import load_decoder
     from odelt_fast.model import DiT
+    from odelt_fast.pipeline import OdeltPipeline as OdeltPipeline  # not in __all__: needs an extra
     from odelt_fast.sampler import Sampler
 
 

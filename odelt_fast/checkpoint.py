@@ -138,12 +138,21 @@ def bundled_models() -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in models.iterdir() if entry.joinpath(CONFIG_NAME).is_file()))
 
 
-def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, depth: int | None = None) -> DiT:
+def load_model(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    depth: int | None = None,
+    *,
+    download: Mapping[str, Any] | None = None,
+) -> DiT:
     """Loads a model, in eval mode, from a local folder, by a bundled name, or from the Hub ("user/repo"); the first of these that fits.
 
     dtype: of the weights, float32 if None whatever the file stores (what saves space on disk is not what to compute in).
     depth: run at most at this length: only the blocks that it uses are read from disk, longer lengths raise ValueError afterwards.
-    A folder holds config.json and either model.safetensors or, for shards, model.safetensors.index.json.
+    download: how to get a Hub id: revision, token, cache_dir, force_download, local_files_only, as in huggingface_hub.
+    A folder holds config.json and either model.safetensors or, for shards, model.safetensors.index.json; of a saved pipeline, its
+    subfolder `transformer` is taken.
 
     Raises CheckpointError, in one line, for a name that is nothing of these and for files that are missing, damaged, hostile or not finite;
     ValueError for a depth, dtype or device that cannot be.
@@ -154,7 +163,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", dtype: torc
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {one_line(error)}") from None
-    folder = find_folder(name)
+    folder = find_folder(name, download)
     shards = _shards(folder)
     headers = {path: _read_header(path) for path in shards}
     config = _folder_config(folder, {digest for _, digest in headers.values()})
@@ -209,25 +218,32 @@ def refusals(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{one_line(repr(str(path)))}: {one_line(error) or type(error).__name__}") from None
 
 
-def find_folder(name: str | Path) -> Path:
+def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
     """The local folder of a model: an existing folder, else a bundled model, else a download from the Hub. Raises CheckpointError."""
     if os.path.isdir(name):
-        return Path(name)
+        return _transformer(Path(name))
     if isinstance(name, str) and name in bundled_models():
         return Path(str(importlib.resources.files("odelt_fast"))) / "models" / name
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
-        return _download(name)
+        return _transformer(_download(name, download or {}))
     bundled = ", ".join(bundled_models()) or "none"
     raise CheckpointError(
         f"no model {one_line(repr(str(name)))}: give a folder that exists, a bundled name ({bundled}) or a Hub id (user/repo)"
     )
 
 
-def _download(name: str) -> Path:
+def _transformer(folder: Path) -> Path:
+    """The folder itself, or the model in it if it is that of a pipeline."""
+    inner = folder / "transformer"
+    return inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).is_file() else folder
+
+
+def _download(name: str, options: Mapping[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = (CONFIG_NAME, INDEX_NAME, "*.safetensors", *(f"transformer/{file}" for file in (CONFIG_NAME, INDEX_NAME)))
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG_NAME, INDEX_NAME, "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=list(files), **options))
     except Exception as error:  # the client's own, its HTTP library's and the system's: all mean that there is no model
         bundled = ", ".join(bundled_models()) or "none"
         problem = f"is no folder here and cannot be had from the Hub ({one_line(error)})"
@@ -241,7 +257,8 @@ def _member(folder: Path, name: str) -> Path:
         problem = "it is not a regular file" if os.path.exists(path) else f"a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
         raise CheckpointError(f"no {name!r} in {one_line(repr(str(folder)))}: {problem}")
     root, target = (Path(os.path.realpath(place)) for place in (folder, path))
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    snapshot = root.parent if root.name == "transformer" else root
+    cache = snapshot.parent.parent / "blobs" if snapshot.parent.name == "snapshots" else root
     if not (target.is_relative_to(root) or target.is_relative_to(cache)):
         raise CheckpointError(f"{one_line(repr(str(path)))} is a link that leaves its folder: load the folder that it points to")
     return path

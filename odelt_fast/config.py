@@ -35,20 +35,35 @@ class DiTConfig:
     """
 
     image_size: int = 32
+    """Side, in pixels or latent values, of what the network sees (latents of 256 pixels: 32)."""
     channels: int = 4
+    """Channels of what the network sees: 1 grey, 3 colour, 4 latents."""
     patch_size: int = 2
+    """Side of a patch, in pixels or latent values; a patch is a token."""
     hidden_size: int = 768
+    """Width of a token."""
     depth: int = 12
+    """Number of blocks, and the greatest length l."""
     depth_min: int = 4
+    """Smallest length l, in blocks."""
     depth_group: int = 4
+    """Blocks in a group, G: one Euler step of the inner ODE."""
     num_heads: int = 12
+    """Heads of attention, among which hidden_size is divided."""
     mlp_ratio: float = 4.0
+    """Width of the MLP's hidden layer as a multiple of hidden_size."""
     num_classes: int = 1000
+    """Classes of the data; 1: unconditional."""
     length_conditioned: bool = True
+    """An inner ODE with a table of lengths; off: the conventional DiT, of one depth."""
     step_conditioned: bool = True
+    """Whether the network is told log2 of the number of time steps; off: it is always told 0."""
     inner_step: str = "unit"
+    """Size of a step of the inner ODE: unit (as the reference), or inverse_depth, G/l (equation 7)."""
     dropout: float = 0.0
+    """Probability of dropout in the MLPs while training."""
     sampling: str = "shortcut"
+    """How the trained model is to be sampled; training sets it for its objective."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -125,6 +140,8 @@ PRESETS: dict[str, DiTConfig] = {
     "DiT-L/2": DiTConfig(hidden_size=1024, depth=24, depth_min=8, depth_group=8, num_heads=16),
     "DiT-XL/2": DiTConfig(hidden_size=1152, depth=28, depth_min=12, depth_group=8, num_heads=16),
     "digits": DiTConfig(image_size=8, channels=1, patch_size=2, hidden_size=96, num_heads=4, num_classes=10),
-    "mnist": DiTConfig(image_size=28, channels=1, patch_size=4, hidden_size=128, num_heads=4, num_classes=10),
-    "cifar10": DiTConfig(image_size=32, channels=3, patch_size=2, hidden_size=256, num_heads=4, num_classes=10),
+    "mnist": DiTConfig(image_size=28, channels=1, patch_size=7, hidden_size=128, num_heads=8, num_classes=10),
+    "cifar10": DiTConfig(
+        image_size=32, channels=3, patch_size=2, hidden_size=192, num_heads=3, mlp_ratio=3.5, num_classes=10
+    ),  # 15.6 MB in float16
 }

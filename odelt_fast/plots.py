@@ -38,7 +38,7 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
         raise ValueError(f"images must be (N, H, W, C) uint8, not {images.shape} {images.dtype}")
     count, height, width, channels = images.shape
     if channels not in (1, 3):
-        raise ValueError(f"{channels} channels make no picture: write arrays with --npz, or decode latents to images with a decoder")
+        raise ValueError(f"{channels} channels make no picture: write arrays with --npz, or give the --decoder of the latents")
     if columns is not None and columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")
     columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
