@@ -16,17 +16,21 @@ import socket
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate  # noqa: F401  (once, before the forks)
 import torch
 from safetensors.torch import load_file
 
 from odelt_fast import load_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.train.checkpoints import checkpoints
-from odelt_fast.train.config import RECIPES, TrainConfig
-from odelt_fast.train.loop import Trainer, train
+from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.loop import Trainer
+from odelt_fast.train.recipes import RECIPES
+from odelt_fast.train.run import train
 
 STEPS = 200
 MODEL = DiTConfig(image_size=8, channels=1, hidden_size=16, depth=4, depth_min=2, depth_group=2, num_heads=2, num_classes=10, dropout=0.1)
@@ -70,8 +74,20 @@ class Witness:
         return found
 
 
-def start(config: TrainConfig, witness: Witness, processes: int) -> list[int]:
-    """Forks the processes of a run, so that torch is imported once only; returns their ids."""
+def shard() -> None:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` sets, on a CPU: accelerate shards on GPUs only, torch wherever gloo runs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP")
+    os.environ.update(FSDP_TRANSFORMER_CLS_TO_WRAP="Block", FSDP_CPU_RAM_EFFICIENT_LOADING="true", FSDP_RESHARD_AFTER_FORWARD="true")
+    PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def start(
+    config: TrainConfig, witness: Witness, processes: int, sharded: bool = False, work: Callable[[TrainConfig], object] = train
+) -> list[int]:
+    """Forks the processes of a run, so that torch is imported once only; returns their ids. sharded: with FSDP2. work: what they do."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -88,7 +104,9 @@ def start(config: TrainConfig, witness: Witness, processes: int) -> list[int]:
                 for stream in (1, 2):
                     os.dup2(os.open(witness.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
                 witness.watch()
-                train(config)
+                if sharded:
+                    shard()
+                work(config)
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -127,7 +145,9 @@ def equal(a: object, b: object) -> bool:
 
 
 def assert_same_run(run: Path, whole: Path) -> None:
-    for name in (f"checkpoint-{STEPS}/model.safetensors", f"checkpoint-{STEPS}/ema/model.safetensors", "model.safetensors"):
+    weights = [f"checkpoint-{STEPS}/{name}model.safetensors" for name in ("", "ema/", "power-0.1/")]
+    weights += [f"ema-snapshots/0.1/step-{step}/model.safetensors" for step in range(20, STEPS + 1, 20)]
+    for name in (*weights, "model.safetensors"):
         assert equal(load_file(run / name), load_file(whole / name)), f"{name} differs from the uninterrupted run's"
     optimizers = [torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.bin", weights_only=True) for folder in (run, whole)]
     assert equal(*optimizers), "the optimizer differs from the uninterrupted run's"
@@ -139,6 +159,7 @@ def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, in
     chance = random.Random(seed)
     base = replace(RECIPES["digits"], model=MODEL, steps=STEPS, train_batch_size=16, warmup_steps=2, logging_steps=50, sampling_steps=0)
     base = replace(base, checkpointing_steps=7, checkpoints_total_limit=2, log_with=(), resume_from_checkpoint="latest")
+    base = replace(base, depth_sampling="stratified", ema_widths=(0.1,), ema_snapshot_steps=20)
     whole = folder / "whole"
     witness = Witness(folder / "witness-whole")
     begin = time.monotonic()

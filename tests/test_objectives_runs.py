@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,28 @@ def test_unfinished_pairs_never_stand_under_the_name_of_the_folder(teacher: DiT,
     assert not (tmp_path / "pairs.partial").exists()
     with pytest.raises(ValueError, match="exists"):
         generate_pairs(teacher, folder, 8)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_pairs_of_several_processes_are_those_of_one(teacher: DiT, tmp_path: Path, processes: int) -> None:
+    """Threads stand for the processes: each makes every n-th batch, and the folder appears when all are finished."""
+    alone = PairSource(generate_pairs(teacher, tmp_path / "alone", 11, log2_steps=1, seed=2, batch_size=2))
+    barrier = threading.Barrier(processes)
+    made: list[bool] = []
+
+    def work(process: int) -> None:
+        folder, options = tmp_path / "together", {"log2_steps": 1, "seed": 2, "batch_size": 2}
+        generate_pairs(teacher, folder, 11, **options, process=process, processes=processes, wait_for_everyone=barrier.wait)
+        made.append(folder.exists())
+
+    threads = [threading.Thread(target=work, args=(process,)) for process in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [True] * processes
+    for a, b in zip(alone.read_many(np.arange(11)), PairSource(tmp_path / "together").read_many(np.arange(11))):
+        assert np.array_equal(a, b)
 
 
 def damage_shape(folder: Path) -> None:

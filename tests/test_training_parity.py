@@ -12,8 +12,9 @@ from torch import Tensor
 
 from odelt_fast.conversion import rename_parameters
 from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.ema import update_average
 from odelt_fast.train.length_consistency import LengthConsistency
-from odelt_fast.train.loop import build_optimizer, row_losses, update_ema
+from odelt_fast.train.loop import build_optimizer, row_losses, zero_gradients
 from odelt_fast.train.objectives.shortcut import Shortcut
 from odelt_fast.train.objectives.targets import Networks, Objective, Targets
 from reference_cases import Case, load_case, relative_error, training_cases
@@ -103,6 +104,7 @@ def updates(request: pytest.FixtureRequest) -> dict:
     start = copy.deepcopy(ema.state_dict())
     config = TrainConfig(model=case.config, adam_beta1=0.9, adam_beta2=0.999, weight_decay=0.1)
     optimizer = build_optimizer(live, config)
+    zero_gradients(list(live.parameters()))
     length_rows = len(case.arrays["update/step0/draw7_randint"])
     objective: Objective = LengthConsistency(shortcut_objective(case), case.config.depths, length_rows)
     steps = []
@@ -119,7 +121,7 @@ def updates(request: pytest.FixtureRequest) -> dict:
         steps.append((prefix, targets, losses.mean().item()))
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-        update_ema(ema, live, 0.999)
+        update_average(list(ema.parameters()), list(live.parameters()), torch.tensor(1 - 0.999))
     return {"case": case, "steps": steps, "gradient": first_gradient, "live": live, "ema": ema, "start": start}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,12 +72,18 @@ def finish_writing(folder: Path, limit: int | None) -> None:
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[None]:
     """Removes the unfinished folder if writing it fails (a full disk), and says so in one line; the checkpoints before it are untouched."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # torch and safetensors have errors of their own for the disk's
+    except _disk_errors() as error:
         shutil.rmtree(unfinished(folder), ignore_errors=True)
         kept = checkpoints(folder.parent)
         rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise ValueError(f"{folder} cannot be written ({str(error).splitlines()[0]}): {rest}") from error
+
+
+def _disk_errors() -> tuple[type[BaseException], ...]:
+    """torch, safetensors and, for sharded weights, torch.distributed have errors of their own for the disk's."""
+    from safetensors import SafetensorError
+
+    sharded = sys.modules.get("torch.distributed.checkpoint.api")  # slow to import, and only of use if it is there
+    return (OSError, RuntimeError, ValueError, SafetensorError, *([sharded.CheckpointException] if sharded else []))

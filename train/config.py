@@ -1,4 +1,4 @@
-"""What a training run is told: one frozen dataclass, its recipes, and the checks that need no data. Loads no torch."""
+"""What a training run is told: one frozen dataclass and the checks that need no data. Loads no torch. `recipes` has its presets."""
 
 from __future__ import annotations
 
@@ -29,17 +29,24 @@ SAMPLING = {
 }
 WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow")
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
+RecipeName = Literal["digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run (Algorithm 1 and Table 7 of the paper). A combination that cannot work raises ValueError."""
 
-    recipe: Literal["digits"] = "digits"
+    recipe: RecipeName = "digits"
     """Preset of every other option; options given beside it override it."""
     model: DiTConfig = PRESETS["digits"]
+    """Shape of the network, by its parts."""
+    dropout: float | None = None
+    """Dropout probability of the network while it trains; None: that of --model.dropout."""
     data: str = "digits"
-    """Image source: digits (scikit-learn's 1797 8x8 images)."""
+    """Images or latents: digits (scikit-learn's 1797 8x8 images), a folder of class folders, Parquet files, the id of a Hugging Face data
+    set, or a folder of latents (odelt-fast encode makes one)."""
+    random_flip: bool = True
+    """Mirror half of the images left to right, where the source allows it."""
     output_dir: Path = Path("runs/digits")
     """Folder of the run: checkpoint-N folders, tracker files, and at the end config.json + model.safetensors of the EMA weights."""
 
@@ -82,36 +89,58 @@ class TrainConfig:
     train_batch_size: int = 128
     """Images of one process in one forward pass; the global batch is this times processes times accumulation steps."""
     gradient_accumulation_steps: int = 1
+    """Batches of one process whose gradients are averaged before an optimizer step."""
+    depth_sampling: Literal["independent", "stratified"] = "independent"
+    """Depths l of the rows of a batch: drawn independently, or as many rows of each depth in every kind of row (fixed shapes; in kinds
+    whose rows the number of depths does not divide, depths take turns)."""
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, in the first phase."""
+    later_learning_rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = ()
+    """Peak learning rates of further phases, if any. The phases of a run are equally long, and each has its own warm-up and decay."""
     warmup_steps: int = 5000
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up from 0, in each phase."""
     decay_fraction: float = 0.1
-    """Share of the run, at its end, in which the learning rate falls to 0 along a cosine."""
+    """Share of a phase, at its end, in which the learning rate falls to 0 along a cosine."""
     weight_decay: float = 0.1
-    """Decoupled, on every parameter."""
+    """Decoupled weight decay of AdamW, on every parameter, per unit of learning rate."""
     adam_beta1: float = 0.9
+    """Decay per step of AdamW's average of gradients."""
     adam_beta2: float = 0.999
+    """Decay per step of AdamW's average of squared gradients."""
     ema_decay: float = 0.999
+    """Share of itself that the EMA of the weights keeps in a step; it is the teacher, and the model that the run leaves."""
     ema_warmup: bool = False
     """Decay (1 + n)/(10 + n) at step n while that is below ema_decay, so that targets taken from the EMA start to move early."""
+    ema_widths: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = ()
+    """Widths sigma_rel of power-function averages to track besides, as shares of the run so far: 0.05 0.10 lets `odelt-fast ema` make the
+    average of any width in between, and beyond, afterwards. Empty: none."""
+    ema_snapshot_steps: int = 5000
+    """Optimizer steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the output folder."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Arithmetic of the network; weights, optimizer and EMA are float32."""
     compile: bool = False
     """torch.compile each block (one compilation serves all)."""
     seed: int = 0
+    """Of every random number: initial weights, data order, noise, times, depths, dropout."""
     max_skipped_steps: int = 10
-    """Steps are left out when their loss is not finite; after so many in a row the run stops."""
+    """Steps are left out when their loss is not finite; after so many in a row the run returns to its last good state and stops."""
 
     logging_steps: int = 50
     """Steps between two logged losses; other steps never wait for the device."""
     sampling_steps: int = 0
     """Steps between two sample grids in the tracker (0: none)."""
     checkpointing_steps: int = 1000
+    """Optimizer steps between two checkpoints."""
     checkpoints_total_limit: int | None = 2
     """Newest checkpoints kept (None: all)."""
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint-N folder."""
     log_with: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER")] = ("tensorboard",)
+    """Trackers of losses and sample grids."""
+    push_to_hub: bool = False
+    """Upload the model to the Hugging Face Hub when the run is finished (log in first: hf auth login)."""
+    hub_model_id: str | None = None
+    """Repository to upload to, user/name; None: the output folder's name, of the account that is logged in."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -120,6 +149,7 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "logging_steps",
             "checkpointing_steps",
+            "ema_snapshot_steps",
             "num_pairs",
             "max_skipped_steps",
         ):
@@ -142,6 +172,22 @@ class TrainConfig:
         for name in ("label_dropout", "decay_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        for rate in self.later_learning_rates:
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"later_learning_rates must be finite numbers of at least 0, not {rate}")
+        phases = 1 + len(self.later_learning_rates)
+        if self.steps % phases:
+            raise ValueError(f"steps {self.steps} are not divisible into {phases} phases (one for each learning rate)")
+        for width in self.ema_widths:
+            if not 0.001 <= width <= 0.28:
+                raise ValueError(f"ema_widths must be from 0.001 to 0.28 (a uniform average has 0.289), not {width}")
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise ValueError(f"ema_widths must differ, not {self.ema_widths}")
+        if self.hub_model_id is not None and not self.push_to_hub:
+            raise ValueError("hub_model_id names where --push-to-hub uploads to: set --push-to-hub too")
         if self.denoise_timesteps < 2 or self.denoise_timesteps & (self.denoise_timesteps - 1) or self.denoise_timesteps > 128:
             raise ValueError(f"denoise_timesteps must be a power of 2 from 2 to 128, not {self.denoise_timesteps}")
         self._check_objective()
@@ -192,7 +238,8 @@ class TrainConfig:
             raise ValueError(f"objective {self.objective} is sampled as {sampling!r}: leave --model.sampling out")
         if step_conditioned and not self.model.step_conditioned:
             raise ValueError(f"objective {self.objective} tells the network its step size: set --model.step-conditioned")
-        return replace(self.model, sampling=sampling, step_conditioned=step_conditioned)
+        dropout = self.model.dropout if self.dropout is None else self.dropout
+        return replace(self.model, sampling=sampling, step_conditioned=step_conditioned, dropout=dropout)
 
     def row_sizes(self) -> dict[str, int]:
         """Rows of each kind in the batch of one process, in their order: time consistency (or Reflow), the guided half of these where
@@ -206,12 +253,15 @@ class TrainConfig:
         return {"time": time, "flow": batch - time - length, "length": length}
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up from 0, constant, then a cosine to 0 over the last `decay_fraction` of the run (0 beyond its end)."""
-        decay = int(self.steps * self.decay_fraction)
-        start = self.steps - decay
+        """In each phase: linear warm-up from 0, constant, then a cosine to 0 over its last `decay_fraction` (0 beyond the run's end)."""
+        rates = (self.learning_rate, *self.later_learning_rates)
+        length = self.steps // len(rates)
+        phase = min(step // length, len(rates) - 1)
+        step, rate, decay = step - phase * length, rates[phase], int(length * self.decay_fraction)
+        start = length - decay
         if step < start or not decay:
-            return self.learning_rate * min(1.0, step / self.warmup_steps if self.warmup_steps else 1.0)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(step - start, decay) / decay))
+            return rate * min(1.0, step / self.warmup_steps if self.warmup_steps else 1.0)
+        return rate * 0.5 * (1 + math.cos(math.pi * min(step - start, decay) / decay))
 
     def ema_decay_at(self, step: int) -> float:
         """Share of itself that the EMA keeps at this step."""
@@ -219,17 +269,3 @@ class TrainConfig:
 
 
 DEFAULT = TrainConfig()
-RECIPES: dict[str, TrainConfig] = {
-    "digits": replace(
-        DEFAULT,
-        time_consistency_every=4,
-        steps=18_000,
-        train_batch_size=96,
-        learning_rate=1e-3,
-        warmup_steps=300,
-        decay_fraction=0.4,
-        weight_decay=0.01,
-        ema_warmup=True,
-        sampling_steps=1000,
-    ),
-}

@@ -15,8 +15,9 @@ from odelt_fast.train.draws import generator
 class Loader:
     """Batches from an image source. An epoch is a permutation drawn from (seed, epoch); flips come from (seed, step, row)."""
 
-    def __init__(self, source: ImageSource, seed: int, global_batch: int) -> None:
+    def __init__(self, source: ImageSource, seed: int, global_batch: int, random_flip: bool = True) -> None:
         self.source, self.seed, self.global_batch = source, seed, global_batch
+        self.random_flip = random_flip and source.flippable
         self._permutation = lru_cache(maxsize=2)(lambda epoch: generator(seed, "order", epoch).permutation(len(source)))
 
     def batch(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ class Loader:
         positions = step * self.global_batch + rows
         indices = np.array([self._permutation(int(p) // len(self.source))[int(p) % len(self.source)] for p in positions])
         flips = np.zeros(len(rows), bool)
-        if self.source.flippable:
+        if self.random_flip:
             flips = (generator(self.seed, "flip", step).random(int(rows.max()) + 1) < 0.5)[rows]
         noise = [generator(self.seed, "posterior", step, int(row)) for row in rows]  # for sources of VAE posteriors
         images, labels = self.source.read_many(indices, flips, noise)

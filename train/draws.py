@@ -33,10 +33,13 @@ class Draws(Protocol):
 
 
 class StepDraws:
-    """Draws of one step for the local rows `global_rows`; float32 or int64 tensors on the CPU."""
+    """Draws of one step for the local rows `global_rows`; float32 or int64 tensors on the CPU.
 
-    def __init__(self, seed: int, step: int, global_rows: np.ndarray) -> None:
-        self.seed, self.step, self.global_rows = seed, step, global_rows
+    kinds: rows of each kind in the global batch, in their order; then "depth" and "teacher_depth" are not drawn but stratified.
+    """
+
+    def __init__(self, seed: int, step: int, global_rows: np.ndarray, kinds: Sequence[int] | None = None) -> None:
+        self.seed, self.step, self.global_rows, self.kinds = seed, step, global_rows, kinds
 
     def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor:
         chosen = self.global_rows[rows]
@@ -49,6 +52,8 @@ class StepDraws:
         return torch.from_numpy(self._scalars(name, rows).astype(np.float32).clip(max=np.float32(1 - 2**-24)))  # float32 rounds to 1
 
     def integers(self, name: str, rows: slice, high: int) -> Tensor:
+        if self.kinds is not None and name in ("depth", "teacher_depth"):
+            return torch.from_numpy(stratified(self.kinds, self.global_rows[rows], high, self.step, second=name == "teacher_depth"))
         return torch.from_numpy((self._scalars(name, rows) * high).astype(np.int64))
 
     def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor:
@@ -57,6 +62,30 @@ class StepDraws:
     def _scalars(self, name: str, rows: slice) -> np.ndarray:
         chosen = self.global_rows[rows]
         return generator(self.seed, name, self.step).random(int(chosen.max(initial=-1)) + 1)[chosen]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies a host tensor without waiting for the device: to a GPU, from pinned memory."""
+    if device.type != "cuda" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def stratified(kinds: Sequence[int], rows: np.ndarray, high: int, step: int, *, second: bool) -> np.ndarray:
+    """Whole numbers below `high` for rows of the global batch: in every kind of row each number equally often, but for at most one row.
+
+    Row i of a kind gets (i + shift) mod high, or, if `second`, (i + i//high + shift) mod high: over high^2 rows every pair of both occurs
+    once. The images, noises and times of rows are random already, so that nothing else needs to be. shift is constant where the rows of a
+    kind divide evenly, and otherwise moves with the step, so that over high^2 steps every number and pair is as frequent as any other. Rows
+    have the same numbers in whatever parts the batch is computed.
+    """
+    sizes = np.asarray(kinds)
+    ends = np.cumsum(sizes)
+    kind = np.searchsorted(ends, rows, side="right")
+    within, size = rows - (ends - sizes)[kind], sizes[kind]
+    if second:
+        return (within + within // high + np.where(size % high**2, step // high, 0)) % high
+    return (within + kind + np.where(size % high, step, 0)) % high
 
 
 def global_rows(sizes: Sequence[int], part: int, parts: int) -> np.ndarray:

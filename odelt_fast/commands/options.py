@@ -10,6 +10,9 @@ import tyro
 if TYPE_CHECKING:
     import torch
 
+    from odelt_fast.decoder import Decoder
+    from odelt_fast.model import DiT
+
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Labels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="LABEL...", help_behavior_hint="")]
@@ -28,6 +31,7 @@ def _optional(kind: type, metavar: str) -> Any:
 
 Whole = Annotated[int | None, _optional(int, "INT"), tyro.conf.arg(help_behavior_hint="")]
 Number = Annotated[float | None, _optional(float, "FLOAT"), tyro.conf.arg(help_behavior_hint="")]
+Text = Annotated[str | None, _optional(str, "TEXT"), tyro.conf.arg(help_behavior_hint="")]
 File = Annotated[Path | None, _optional(Path, "FILE"), tyro.conf.arg(help_behavior_hint="")]
 
 
@@ -42,6 +46,21 @@ def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_model(name, device=device, dtype=choose_dtype(dtype, device), depth=depth)
+
+
+def load_decoder(name: str | None, model: DiT) -> Decoder | None:
+    """The decoder of --decoder, on the model's device; ValueError if it takes other latents than the model makes."""
+    if name is None:
+        return None
+    import torch
+
+    from odelt_fast import decoder as decoders
+
+    # float16 overflows in the usual autoencoders.
+    found = decoders.load_decoder(name, model.device, torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
+    if found.latent_channels != model.config.channels:
+        raise ValueError(f"--decoder {name} takes latents of {found.latent_channels} channels, the model makes {model.config.channels}")
+    return found
 
 
 def choose_dtype(name: Dtype, device: str) -> torch.dtype:

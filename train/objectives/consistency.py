@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times
 from odelt_fast.train.paths import FlowMatchingPath
 
@@ -33,9 +33,9 @@ class Consistency:
         every = slice(0, batch)
         k = min(step * self.log2_steps // self.total_steps, self.log2_steps)
         y = labels if self.compat else dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        t = grid_times(draws.uniform("time", every).to(device), 2**k)
+        t = grid_times(to_device(draws.uniform("time", every), device), 2**k)
         later = t + 0.5**k
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         path = FlowMatchingPath(1e-5)
         x_t, x_later = path.sample(t, noise, images, noise), path.sample(later, noise, images, noise)
         index = torch.full((batch,), k, device=device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times, guided_velocity
 from odelt_fast.train.paths import FlowMatchingPath
 
@@ -33,8 +33,8 @@ class ConsistencyDistillation:
         batch, device = len(images), images.device
         every, d = slice(0, batch), 0.5**self.log2_steps
         y = labels if self.compat else dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        t = grid_times(draws.uniform("time", every).to(device), 2**self.log2_steps)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        t = grid_times(to_device(draws.uniform("time", every), device), 2**self.log2_steps)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         x_t = FlowMatchingPath(1e-5).sample(t, noise, images, noise)
         index = torch.full((batch,), self.log2_steps, device=device)
         depth = networks.depth(every)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times
 from odelt_fast.train.paths import VariancePreserving
 
@@ -30,10 +30,10 @@ class Diffusion:
         batch, device = len(images), images.device
         every, path = slice(0, batch), VariancePreserving()
         y = dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        t = draws.uniform("time", every).to(device)
+        t = to_device(draws.uniform("time", every), device)
         if self.times == "discrete":
             t = grid_times(t, 2**self.log2_steps)
         t = t.clamp(max=path.last_time)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         index = torch.full((batch,), self.log2_steps, device=device)
         return Targets(path.sample(t, noise, images, noise), t, index, y, noise)

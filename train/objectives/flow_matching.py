@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times
 from odelt_fast.train.paths import Path
 
@@ -32,14 +32,14 @@ class FlowMatching:
         batch, device, sections = len(images), images.device, 2**self.log2_steps
         every = slice(0, batch)
         y = dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        t = draws.uniform("time", every).to(device)
+        t = to_device(draws.uniform("time", every), device)
         if self.times == "discrete":
             t = torch.round(t * sections) / sections if self.compat else grid_times(t, sections)
         t = t.clamp(max=self.path.last_time)
-        x0 = draws.normal("noise", every, images.shape[1:]).to(device)
+        x0 = to_device(draws.normal("noise", every, images.shape[1:]), device)
         noise = x0
         if self.path.extra_noise and not self.compat:
-            noise = draws.normal("noise2", every, images.shape[1:]).to(device)
+            noise = to_device(draws.normal("noise2", every, images.shape[1:]), device)
         x_t = self.path.sample(t, x0, images, noise)
         index = torch.full((batch,), self.log2_steps, device=device)
         return Targets(x_t, t, index, y, self.path.velocity(t, x0, images, noise))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times, guided_velocity, without_dropout
 from odelt_fast.train.paths import FlowMatchingPath
 
@@ -39,8 +39,8 @@ class LiveReflow:
         y = dropped_labels(labels, draws, flow if self.compat else every, self.label_dropout, self.num_classes)
         if self.guidance_scale == 0 and not self.compat:
             y = torch.cat([torch.full_like(y[reflow], self.num_classes), y[flow]])
-        t = grid_times(draws.uniform("time", every).to(device), 2**self.log2_steps)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        t = grid_times(to_device(draws.uniform("time", every), device), 2**self.log2_steps)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         index = torch.full((batch,), self.log2_steps, device=device)
         path = FlowMatchingPath(1e-5)
         velocity = path.velocity(t, noise, images, noise)

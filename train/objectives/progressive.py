@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times, guided_velocity
 from odelt_fast.train.paths import FlowMatchingPath
 
@@ -42,8 +42,8 @@ class Progressive:
         k = self.log2_steps - 1 - stage(step, self.total_steps, self.log2_steps)
         scale = self.guidance_scale if k == self.log2_steps - 1 else None
         y = labels if self.compat else dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        t = grid_times(draws.uniform("time", every).to(device), 2**k)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        t = grid_times(to_device(draws.uniform("time", every), device), 2**k)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         x_t = FlowMatchingPath(1e-5).sample(t, noise, images, noise)
         d = 0.5**k / 2
         finer = (torch.full((batch,), k + 1, device=device), y, networks.depth(every))

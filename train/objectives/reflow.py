@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from odelt_fast.checkpoint import one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import NUM_STEP_INDICES, DiT
 from odelt_fast.outputs import flush
-from odelt_fast.train.draws import Draws, StepDraws
+from odelt_fast.train.draws import Draws, StepDraws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, grid_times, guided_velocity
 
 MANIFEST = "pairs.json"
+_ARRAYS = {"noise": ("<f4", 3), "data": ("<f4", 3), "labels": ("<i8", 0)}  # dtype, number of axes besides the pairs'
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Reflow:
     def __call__(self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int) -> Targets:
         batch, device = len(images), images.device
         noise, data = images.chunk(2, dim=1)
-        t = draws.uniform("time", slice(0, batch)).to(device)
+        t = to_device(draws.uniform("time", slice(0, batch)), device)
         if self.times == "discrete":
             t = grid_times(t, 2**self.log2_steps)
         index = torch.full((batch,), self.log2_steps, device=device)
@@ -57,48 +59,67 @@ def generate_pairs(
     label_dropout: float = 0.1,
     seed: int = 0,
     batch_size: int = 64,
+    process: int = 0,
+    processes: int = 1,
+    wait_for_everyone: Callable[[], object] = lambda: None,
 ) -> Path:
     """First stage: `count` pairs by Euler's method in 2^log2_steps steps of the teacher at full depth; returns the folder.
 
     Pair i depends on (seed, i) alone: Gaussian noise, a class drawn uniformly (the null label with probability label_dropout, and always
-    for a model of one class), guidance as in sampling. The folder appears under its name when it is complete: noise.npy and data.npy
-    (count, C, H, W) float32, labels.npy (count,) int64, pairs.json. Raises ValueError if it exists or cannot be written.
+    for a model of one class), guidance as in sampling. Processes make every `processes`-th batch each and must see the same folder. It
+    appears under its name when it is complete: noise.npy and data.npy (count, C, H, W) float32, labels.npy (count,) int64, pairs.json.
+    Raises ValueError if it exists or cannot be written.
     """
     from tqdm import tqdm
 
-    config = teacher.config
+    config, main = teacher.config, process == 0
     shape = (config.channels, config.image_size, config.image_size)
     partial = folder.with_name(folder.name + ".partial")
     if folder.exists():
         raise ValueError(f"{folder} exists: pairs are written to a new folder")
+    wait_for_everyone()  # nobody looks for the folder any more
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        labels = np.empty(count, np.int64)
-        with (partial / "noise.npy").open("wb") as noise_file, (partial / "data.npy").open("wb") as data_file:
-            for file in (noise_file, data_file):
-                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, *shape)})
-            for start in tqdm(range(0, count, batch_size), desc="pairs", unit="batch", disable=None):
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, (kind, of) in _ARRAYS.items():
+                header = {"descr": kind, "fortran_order": False, "shape": (count, *shape[:of])}
+                with (partial / f"{name}.npy").open("wb") as new:
+                    np.lib.format.write_array_header_1_0(new, header)
+        wait_for_everyone()
+        with contextlib.ExitStack() as stack:
+            files = {name: stack.enter_context((partial / f"{name}.npy").open("r+b")) for name in _ARRAYS}
+            headers = {}
+            for name, file in files.items():
+                np.lib.format.read_magic(file)
+                np.lib.format.read_array_header_1_0(file)
+                headers[name] = file.tell()
+            starts = range(process * batch_size, count, processes * batch_size)
+            for start in tqdm(starts, desc="pairs", unit="batch", disable=None if main else True):
                 rows = np.arange(start, min(start + batch_size, count))
                 noise, y = _draw(StepDraws(seed, 0, rows), len(rows), config.num_classes, shape, label_dropout)
                 data = _integrate(teacher, noise.to(teacher.device), y.to(teacher.device), log2_steps, guidance_scale)
                 if not data.isfinite().all():
                     raise ValueError("the teacher made values that are not finite")
-                noise_file.write(noise.numpy().tobytes())
-                data_file.write(data.float().cpu().numpy().tobytes())
-                labels[rows] = y.numpy()
-            for file in (noise_file, data_file):
+                # Written, not mapped: a full disk is then an error and no signal.
+                for name, values in {"noise": noise.numpy(), "data": data.float().cpu().numpy(), "labels": y.numpy()}.items():
+                    files[name].seek(headers[name] + start * values[0].nbytes)
+                    files[name].write(values.tobytes())
+            for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
-        np.save(partial / "labels.npy", labels)
-        manifest = {"count": count, "shape": shape, "num_classes": config.num_classes, "steps": 2**log2_steps}
-        (partial / MANIFEST).write_text(json.dumps(manifest | {"guidance_scale": guidance_scale, "seed": seed}))
-        for path in (partial / "labels.npy", partial / MANIFEST, partial):
-            flush(path)
-        os.replace(partial, folder)
-        flush(folder.parent)
+        wait_for_everyone()
+        if main:
+            manifest = {"count": count, "shape": shape, "num_classes": config.num_classes, "steps": 2**log2_steps}
+            (partial / MANIFEST).write_text(json.dumps(manifest | {"guidance_scale": guidance_scale, "seed": seed}))
+            for path in (partial / MANIFEST, partial):
+                flush(path)
+            os.replace(partial, folder)
+            flush(folder.parent)
+        wait_for_everyone()
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if main:
+            shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"cannot write pairs to {folder}: {one_line(error)}") from None
     return folder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Model, Networks, Targets, dropped_labels, grid_times, guided_velocity
 
 
@@ -39,9 +39,9 @@ class Shortcut:
         n, batch, device = self.time_rows, len(images), images.device
         every, time, flow = slice(0, batch), slice(0, n), slice(n, batch)
         index = torch.full((batch,), self.log2_steps, device=device)
-        index[time] = draws.integers("step_index", time, self.log2_steps).to(device)
-        uniform = draws.uniform("time", every).to(device)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        index[time] = to_device(draws.integers("step_index", time, self.log2_steps), device)
+        uniform = to_device(draws.uniform("time", every), device)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         if self.compat:
             rows = torch.arange(batch, device=device)
             if self.guidance_scale is not None:

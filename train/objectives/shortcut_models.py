@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times, guided_velocity
 from odelt_fast.train.paths import FlowMatchingPath
 
@@ -41,12 +41,12 @@ class ShortcutModels:
             levels = draws.integers("step_index", time, self.log2_steps)
         guided = (levels == self.log2_steps - 1).nonzero().flatten()
         index = torch.full((batch,), self.log2_steps, device=device)
-        index[time] = levels.to(device)
+        index[time] = to_device(levels, device)
         y = dropped_labels(labels, draws, flow if self.compat else every, self.label_dropout, self.num_classes)
 
         sections = torch.exp2(index.float())
-        t = grid_times(draws.uniform("time", every).to(device), sections)
-        noise = draws.normal("noise", every, images.shape[1:]).to(device)
+        t = grid_times(to_device(draws.uniform("time", every), device), sections)
+        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
         path = FlowMatchingPath(1e-5)
         x_t, velocity = path.sample(t, noise, images, noise), path.velocity(t, noise, images, noise)
         if n:

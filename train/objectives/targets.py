@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from odelt_fast.train.draws import Draws
+from odelt_fast.train.draws import Draws, to_device
 
 Model = Callable[..., Tensor]  # (x, t, log2_steps, y, depth=None) -> velocity, as DiT
 
@@ -65,7 +65,7 @@ def grid_times(uniform: Tensor, sections: int | Tensor) -> Tensor:
 
 def dropped_labels(labels: Tensor, draws: Draws, rows: slice, probability: float, null_label: int) -> Tensor:
     """The labels (B,) with the null label in those of the rows `rows` for which the draw "label_drop" says so."""
-    drop = draws.bernoulli("label_drop", rows, probability).to(labels.device)
+    drop = to_device(draws.bernoulli("label_drop", rows, probability), labels.device)
     return torch.cat([labels[: rows.start], torch.where(drop, null_label, labels[rows]), labels[rows.stop :]])
 
 
@@ -89,7 +89,7 @@ def guided_velocity(
     chosen = torch.arange(len(x)) if rows is None else rows
     if scale is None or scale == 1 or not len(chosen):
         return model(x, t, log2_steps, y, depth=depth)
-    picked = chosen.to(x.device)
+    picked = to_device(chosen, x.device)
     null = torch.full_like(y[picked], null_label)
     if scale == 0:
         return model(x, t, log2_steps, y.index_copy(0, picked, null), depth=depth)

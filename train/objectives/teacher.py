@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from odelt_fast.checkpoint import load_model
 from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DISTILLATIONS, TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate.state import AcceleratorState
 
 
 def start_from(model: DiT, source: DiT) -> str | None:
@@ -59,28 +64,27 @@ def load_start(config: TrainConfig, model: DiT) -> tuple[DiT | None, str | None]
     return (source.requires_grad_(False) if config.objective in ("progressive", "consistency-distillation") else None), remark
 
 
-def open_pairs(config: TrainConfig) -> ImageSource:
-    """The pairs of a Reflow run. The main process makes them, with the model of init_from, if the folder is not there."""
-    from accelerate import PartialState
-
+def open_pairs(config: TrainConfig, state: AcceleratorState) -> ImageSource:
+    """The pairs of a Reflow run. All processes make them, with the model of init_from, if the folder is not there."""
     from odelt_fast.train.objectives.reflow import PairSource, generate_pairs
 
     assert config.pairs is not None
-    state = PartialState()
-    with state.main_process_first():
-        if state.is_main_process and not config.pairs.exists():
-            if config.init_from is None:
-                raise ValueError(f"there are no pairs in {config.pairs}: --init-from FOLDER names the model that makes them")
-            teacher = load_model(config.init_from, device=state.device)
-            check_teacher(teacher, config)
-            generate_pairs(
-                teacher,
-                config.pairs,
-                config.num_pairs,
-                log2_steps=config.log2_steps,
-                guidance_scale=config.guidance_scale,
-                label_dropout=config.label_dropout,
-                seed=config.seed,
-                batch_size=config.train_batch_size,
-            )
-        return PairSource(config.pairs)
+    if not config.pairs.exists():
+        if config.init_from is None:
+            raise ValueError(f"there are no pairs in {config.pairs}: --init-from FOLDER names the model that makes them")
+        teacher = load_model(config.init_from, device=state.device)
+        check_teacher(teacher, config)
+        generate_pairs(
+            teacher,
+            config.pairs,
+            config.num_pairs,
+            log2_steps=config.log2_steps,
+            guidance_scale=config.guidance_scale,
+            label_dropout=config.label_dropout,
+            seed=config.seed,
+            batch_size=config.train_batch_size,
+            process=state.process_index,
+            processes=state.num_processes,
+            wait_for_everyone=state.wait_for_everyone,
+        )
+    return PairSource(config.pairs)

@@ -1,0 +1,95 @@
+"""Presets of training runs. Loads no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from odelt_fast.config import PRESETS
+from odelt_fast.train.config import DEFAULT, TrainConfig
+
+# What the small sets share: short runs at a high learning rate, whose teacher must start to move early.
+_SMALL = replace(
+    DEFAULT,
+    time_consistency_every=4,
+    learning_rate=1e-3,
+    warmup_steps=300,
+    decay_fraction=0.4,
+    weight_decay=0.01,
+    ema_warmup=True,
+    sampling_steps=1000,
+)
+# Table 7 of the paper: 100K steps at 1e-4 and 100K at 1e-5, each with 5000 of warm-up and the last 10 % a cosine; AdamW (0.9, 0.999) with
+# weight decay 0.1; EMA 0.999. train_batch_size is the table's batch on one process: divide it by the number of processes.
+_TABLE_7 = replace(
+    DEFAULT,
+    steps=200_000,
+    learning_rate=1e-4,
+    later_learning_rates=(1e-5,),
+    warmup_steps=5000,
+    decay_fraction=0.1,
+    weight_decay=0.1,
+    adam_beta1=0.9,
+    adam_beta2=0.999,
+    ema_decay=0.999,
+    time_consistency_every=8,
+    length_consistency_every=8,
+    mixed_precision="bf16",
+    sampling_steps=10_000,
+    checkpointing_steps=5000,
+)
+
+RECIPES: dict[str, TrainConfig] = {
+    "digits": replace(_SMALL, steps=18_000, train_batch_size=96),
+    "mnist": replace(
+        _SMALL,
+        recipe="mnist",
+        model=PRESETS["mnist"],
+        data="ylecun/mnist",
+        output_dir=Path("runs/mnist"),
+        random_flip=False,
+        steps=22_000,
+        train_batch_size=64,
+    ),
+    # Sized for 10 to 15 minutes of one H200. 240 rows: the three depths and both kinds of consistency rows divide them evenly.
+    "cifar10": replace(
+        _SMALL,
+        recipe="cifar10",
+        model=PRESETS["cifar10"],
+        data="uoft-cs/cifar10",
+        output_dir=Path("runs/cifar10"),
+        steps=20_000,
+        train_batch_size=240,
+        warmup_steps=500,
+        depth_sampling="stratified",
+        mixed_precision="bf16",
+        sampling_steps=5000,
+    ),
+    "celebahq256-b": replace(
+        _TABLE_7,
+        recipe="celebahq256-b",
+        model=replace(PRESETS["DiT-B/2"], num_classes=1),
+        data="latents/celebahq256",
+        output_dir=Path("runs/celebahq256-b"),
+        train_batch_size=128,
+    ),
+    # The table starts both from the shortcut-models checkpoint: convert it and name it with --init-from.
+    "imagenet256-b": replace(
+        _TABLE_7,
+        recipe="imagenet256-b",
+        model=PRESETS["DiT-B/2"],
+        data="latents/imagenet256",
+        output_dir=Path("runs/imagenet256-b"),
+        train_batch_size=256,
+        guidance_scale=1.5,
+    ),
+    "imagenet256-xl": replace(
+        _TABLE_7,
+        recipe="imagenet256-xl",
+        model=PRESETS["DiT-XL/2"],
+        data="latents/imagenet256",
+        output_dir=Path("runs/imagenet256-xl"),
+        train_batch_size=256,
+        guidance_scale=1.5,
+    ),
+}
