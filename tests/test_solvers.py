@@ -29,6 +29,7 @@ from odelt_fast.solvers import (
     integrate_adaptive,
     integrate_fixed,
     integrate_torchdiffeq,
+    solve,
     time_grid,
 )
 from odelt_fast.tableau import TABLEAUS
@@ -191,6 +192,21 @@ def test_hard_fields_end_with_a_status(error_norm: str) -> None:
     assert torch.equal(still.x, x)
 
 
+@pytest.mark.parametrize("error_norm", ["per_sample", "batch"])
+@pytest.mark.parametrize("name", ["bosh3", "dopri5", "tsit5", "dop853"])
+def test_a_sudden_change_is_met_with_shorter_steps(name: str, error_norm: str) -> None:
+    """x moves by 2 within a tenth of the time: the long steps that lead there are rejected, and the error stays near the tolerance."""
+    still = torch.zeros(2, 2, dtype=torch.float64)
+    for tolerance in (1e-3, 1e-5):
+        options = {"rtol": tolerance, "atol": tolerance, "error_norm": error_norm}
+        solution = integrate_adaptive(
+            lambda t, s, _: (12 / torch.cosh(12 * (_time(t, s) - 0.6)) ** 2).expand_as(s), still, 7, TABLEAUS[name], **options
+        )
+        assert (solution.rejected > 0).all()
+        moved = math.tanh(0.6 * 12) + math.tanh(0.4 * 12)
+        torch.testing.assert_close(solution.x, still + moved, rtol=0, atol=5 * tolerance)
+
+
 def test_a_tolerance_that_no_step_meets_underflows() -> None:
     """rtol alone, at a state of 0 that is left and met again: the error allowed there is 0."""
     noise = iter(torch.randn(100_000, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
@@ -301,6 +317,57 @@ def test_torchdiffeq_is_within_reach(method: str) -> None:
     assert (solution.accepted == 64).all() or method in TORCHDIFFEQ_ADAPTIVE
 
 
+NAMES = (
+    "euler",
+    "rk4",
+    "fixed:tsit5",
+    "dopri5",
+    "dop853",
+    "torchdiffeq:dopri5",
+    "torchdiffeq:bosh3",
+    "torchdiffeq:rk4",
+    "torchdiffeq:midpoint",
+)
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_every_solver_by_name_in_both_directions_between_any_times(solver: str) -> None:
+    x, seen = starts(), []
+    bound = {"euler": 0.1, "torchdiffeq:midpoint": 2e-3}.get(solver, 1e-4)
+
+    def field(t: float | Tensor, state: Tensor, log2_steps: int) -> Tensor:
+        seen.append(float(torch.as_tensor(t).max()))
+        return swing(t, state, log2_steps)
+
+    options = {"steps": 128, "shift": 1.5, "rtol": 1e-7, "atol": 1e-7}
+    for t0, t1 in ((0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.7, 0.2)):
+        start, times = swing_exact(x, t0), [t0, t0, (t0 + 3 * t1) / 4, t1]
+        solution = solve(field, start, 7, solver, t0=t0, t1=t1, save_at=times, **options)
+        torch.testing.assert_close(solution.x, swing_exact(x, t1), rtol=0, atol=bound)
+        assert torch.equal(solution.trajectory[0], start)
+        assert torch.equal(solution.trajectory[0], solution.trajectory[1])
+        interpolated = 2e-2 if "dop853" in solver else max(bound, 2e-3)
+        torch.testing.assert_close(solution.trajectory[2], swing_exact(x, (t0 + 3 * t1) / 4), rtol=0, atol=interpolated)
+        torch.testing.assert_close(solution.trajectory[3], solution.x, rtol=0, atol=1e-12)
+        assert solution.status.tolist() == [DONE] * 4
+    if "torchdiffeq" not in solver:  # torchdiffeq steps over the end and interpolates
+        assert min(seen) >= 0
+        assert max(seen) <= 1
+    nowhere = solve(field, x, 7, solver, t0=0.3, t1=0.3, save_at=[0.3], **options)
+    assert torch.equal(nowhere.x, x)
+    assert torch.equal(nowhere.trajectory[0], x)
+
+
+def test_states_at_the_ends_of_fixed_steps_cost_nothing() -> None:
+    plain = solve(swing, starts(), 7, "rk4", steps=4)
+    looked = solve(swing, starts(), 7, "rk4", steps=4, save_at=[0, 0.25, 0.5, 1])
+    assert torch.equal(plain.x, looked.x)
+    assert plain.evaluations.tolist() == looked.evaluations.tolist() == [16] * 4
+    between = solve(swing, starts(), 7, "rk4", steps=4, save_at=[0.3])
+    assert between.evaluations.tolist() == [16] * 4  # the velocity at the end of a step is the first stage of the next
+    assert torch.equal(between.x, plain.x)
+
+
 @pytest.mark.parametrize(
     ("field", "max_steps"), [(lambda t, x, _: x / (0.5 - t) ** 2, 100), (lambda t, x, _: x * math.nan, 9), (lambda t, x, _: x**3, 999)]
 )
@@ -335,6 +402,23 @@ def test_ours_and_torchdiffeq_agree_on_a_trained_model() -> None:
         ours = integrate_adaptive(field, x, 7, TABLEAUS["dopri5"], rtol=1e-7, atol=1e-7, error_norm="batch")
     torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-5)
     assert ours.evaluations[0] <= theirs.evaluations[0]
+
+
+def test_ours_needs_no_more_evaluations_for_the_same_error() -> None:
+    """Than torchdiffeq's Dopri5 at each power of ten; `python -m benchmarks.solver_table` is this with more images and solvers."""
+    field = VelocityField(load_model("digits", depth=4), 4, torch.arange(4))
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = integrate_adaptive(field, x, 7, TABLEAUS["dop853"], rtol=1e-6, atol=1e-6, error_norm="batch").x
+
+        def cost(solver: str, tolerance: float) -> tuple[float, int]:
+            end = solve(field, x, 7, solver, rtol=tolerance, atol=tolerance, error_norm="batch")
+            return (end.x - exact).square().mean().sqrt().item(), int(end.evaluations[0])
+
+        ours = [cost("dopri5", 10 ** (-power / 2)) for power in range(11)]
+        for power in range(1, 6):
+            error, evaluations = cost("torchdiffeq:dopri5", 10.0**-power)
+            assert min((count for reached, count in ours if reached <= error), default=math.inf) <= evaluations, power
 
 
 @pytest.mark.parametrize("guidance_scale", [None, 2.0])
@@ -376,6 +460,19 @@ def test_images_do_not_depend_on_their_batch(model: DiT) -> None:
         torch.testing.assert_close(split(4, seed=2), expected, rtol=1e-4, atol=1e-5)
         assert split.stats["accepted"] == whole.stats["accepted"]
     assert max(whole.stats["evaluations_needed"]) == whole.stats["evaluations_per_image"]
+
+
+def test_images_do_not_depend_on_what_their_batch_holds(model: DiT) -> None:
+    """Bitwise, at one batch size."""
+    sampler = Sampler(model, solver="dopri5", rtol=1e-4, atol=1e-4)
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected, counts = sampler(noise=noise, labels=[1, 2, 3, 4]), sampler.stats["accepted"]
+    noise[2] *= 7
+    other = sampler(noise=noise, labels=[1, 2, 9, 4])
+    kept = [0, 1, 3]
+    assert torch.equal(other[kept], expected[kept])
+    assert [sampler.stats["accepted"][row] for row in kept] == [counts[row] for row in kept]
+    assert not torch.equal(other[2], expected[2])
 
 
 def test_depth_may_change_with_time(model: DiT) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from odelt_fast import __version__
 from odelt_fast.commands.options import choose_dtype
@@ -10,20 +12,84 @@ from odelt_fast.commands.options import choose_dtype
 
 @dataclass(frozen=True)
 class Command:
-    """Show versions, devices and the dtype that auto would choose."""
+    """Show versions, devices, the dtype that auto would choose, and which backends, attentions and extras can run, or why not."""
+
+    json: bool = False
+    """Print one JSON object instead of text."""
 
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
+    found = facts()
+    if options.json:
+        print(json.dumps(found))
+        return
+    print("odelt-fast {odelt-fast}, python {python}, torch {torch}, numpy {numpy}".format_map(found["versions"]))
+    print(f"cpu: {found['cpu']['threads']} threads, --dtype auto is {found['cpu']['dtype']}")
+    for index, card in enumerate(found["cuda"]):
+        print(f"cuda:{index}: {card['name']}, --dtype auto is {card['dtype']}")
+        print(f"  backend fused: {card['fused']}")
+        for name, told in card["attention"].items():
+            print(f"  attention {name}: {told}")
+    if not found["cuda"]:
+        print("no CUDA GPU: auto is the model itself; backend fused and its attentions need one")
+    for line in (*found["packages"], *found["native"]):
+        print(line)
+    for extra, missing in found["extras"].items():
+        print(f"extra {extra}: " + (f"not installed ({', '.join(missing)}): pip install 'odelt-fast[{extra}]'" if missing else "installed"))
+    print(f"bundled models: {', '.join(found['bundled_models']) or 'none'}")
+
+
+def facts() -> dict[str, Any]:
+    """What the text and the JSON say."""
     import platform
 
     import numpy as np
     import torch
 
+    from odelt_fast import native
+    from odelt_fast.backends import describe_attentions, describe_package, why_not_device
     from odelt_fast.checkpoint import bundled_models
 
-    print(f"odelt-fast {__version__}, python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
-    print(f"cpu: {torch.get_num_threads()} threads, --dtype auto is {choose_dtype('auto', 'cpu')}".replace("torch.", ""))
-    for index in range(torch.cuda.device_count()):
-        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}, --dtype auto is {choose_dtype('auto', 'cuda')}".replace("torch.", ""))
-    print(f"bundled models: {', '.join(bundled_models()) or 'none'}")
+    def card(index: int) -> dict[str, Any]:
+        device = torch.device("cuda", index)
+        reason = why_not_device(device)
+        return {
+            "name": torch.cuda.get_device_name(index),
+            "dtype": str(choose_dtype("auto", "cuda")).removeprefix("torch."),
+            "fused": "available" if reason is None else f"not available: {reason}",
+            "attention": describe_attentions(device, torch.bfloat16, 64),
+        }
+
+    versions = {"odelt-fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {
+        "versions": versions,
+        "cpu": {"threads": torch.get_num_threads(), "dtype": str(choose_dtype("auto", "cpu")).removeprefix("torch.")},
+        "cuda": [card(index) for index in range(torch.cuda.device_count())],
+        "packages": [describe_package(package) for package in ("triton", "flash-attn", "xformers")],
+        "native": native.describe(),
+        "extras": missing_packages(),
+        "bundled_models": list(bundled_models()),
+    }
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """Extra of this package -> the packages of it that are not installed; empty if this package itself is not (run from its sources)."""
+    import importlib.metadata
+    import re
+
+    def absent(package: str) -> bool:
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return True
+        return False
+
+    missing: dict[str, list[str]] = {}
+    if absent("odelt-fast"):
+        return missing
+    for line in importlib.metadata.requires("odelt-fast") or []:
+        found = re.match(r"([\w.-]+)[^;]*;.*extra == ['\"]([\w-]+)['\"]", line)
+        if found and found[1] != "odelt-fast" and found[2] not in ("dev", "test"):
+            missing.setdefault(found[2], []).extend([found[1]] if absent(found[1]) else [])
+    return missing

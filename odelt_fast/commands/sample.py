@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Whole, load, plural
+import tyro
+
+from odelt_fast.commands.flows import check_options, depth_schedule, plan
+from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole, load, load_decoder, plural
 from odelt_fast.outputs import check_target, picture_formats, save_picture, try_out, write_whole
 
 if TYPE_CHECKING:
@@ -42,8 +45,24 @@ class Command:
     """Absolute error, added to it."""
     max_steps: int = 4096
     """Steps of an adaptive solver, at most."""
+    error_norm: Literal["per_sample", "batch"] = "per_sample"
+    """Whether an adaptive solver chooses steps for each image, or the same for a whole batch."""
+    depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
+    """Depths that change with time, in place of --depth: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and 12 from there on. Adaptive solvers need
+    --error-norm batch for it."""
     time_shift: float = 1.0
     """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
+    trajectory: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
+    """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz holds them as `trajectory`."""
+    invert: Annotated[File, tyro.conf.arg(metavar="IMAGES")] = None
+    """Carry images (a file, or what training's --data takes) to noise and back instead of drawing: originals, noise, reconstructions."""
+    interpolate: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="SEED_A SEED_B", help_behavior_hint="")] = None
+    """Draw a row of images on the way from the noise of one seed to that of another."""
+    frames: int = 8
+    """Images of --interpolate, both ends included."""
+    decoder: Text = None
+    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as stabilityai/sd-vae-ft-mse, or madebyollin/taesd for
+    fast previews."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -70,6 +89,10 @@ def run(options: Command) -> None:
         raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
     if len(options.labels) > options.num_images:
         raise ValueError(f"--labels: {len(options.labels)} labels for {options.num_images} images: raise --num-images")
+    check_options(options)
+    schedule = depth_schedule(options.depth_schedule)
+    if schedule and options.depth is not None:
+        raise ValueError("--depth and --depth-schedule are both given: leave one out")
     picture = Path("samples.png") if options.out is None and options.npz is None else options.out
     if picture is not None:
         check_target("--out", picture, picture_formats())
@@ -83,7 +106,8 @@ def run(options: Command) -> None:
     from odelt_fast.plots import image_grid, to_uint8
     from odelt_fast.sampler import Sampler, drawn_labels
 
-    model = load(options.model, options.device, options.dtype, options.depth)
+    model = load(options.model, options.device, options.dtype, max(depth for _, depth in schedule) if schedule else options.depth)
+    decoder = load_decoder(options.decoder, model)
     sampler = Sampler(
         model,
         depth=options.depth,
@@ -92,37 +116,46 @@ def run(options: Command) -> None:
         rtol=options.rtol,
         atol=options.atol,
         max_steps=options.max_steps,
+        error_norm=options.error_norm,
+        depth_schedule=schedule,
         time_grid="uniform" if options.time_shift == 1 else ("shift", options.time_shift),
         guidance_scale=options.guidance_scale,
         batch_size=options.batch_size,
+        decoder=decoder,
     )
-    config, count = model.config, options.num_images
+    config = model.config
+    channels, side = (decoder.channels, config.image_size * decoder.factor) if decoder else (config.channels, config.image_size)
+    labels: np.ndarray | None = np.resize(options.labels, options.num_images) if options.labels else None
+    planned = plan(options, sampler, labels)
     if picture is not None:
-        blank = np.broadcast_to(np.uint8(0), (count, config.image_size, config.image_size, config.channels))
-        try_out("--out", picture, image_grid(blank))
-    labels = np.resize(options.labels, count) if options.labels else None
+        blank = np.broadcast_to(np.uint8(0), (planned.tiles, side, side, channels))
+        try_out("--out", picture, image_grid(blank, planned.columns))
     hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
     try:
-        with tqdm(total=None if sampler.adaptive else count * options.steps, unit="step", leave=False, disable=hidden) as bar:
-            images = sampler(num_images=count, labels=labels, seed=options.seed, progress=bar.update)
+        with tqdm(total=None if sampler.adaptive else planned.steps, unit="step", leave=False, disable=hidden) as bar:
+            drawing = planned.draw(bar.update)
     except torch.OutOfMemoryError as error:
         raise MemoryError from error
     written = []
     if options.npz is not None:
-        arrays = to_uint8(images) if config.channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
+        images = drawing.images
+        arrays = to_uint8(images) if channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
+        labels = drawing.labels
         if labels is None:
-            labels = drawn_labels(options.seed, range(count), config.num_classes)
-        write_whole(options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels))
+            labels = drawn_labels(options.seed, range(len(images)), config.num_classes)
+        write_whole(options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels, **drawing.arrays))
         written.append(options.npz)
     if picture is not None:
-        save_picture(picture, image_grid(to_uint8(images)))
+        save_picture(picture, image_grid(to_uint8(drawing.tiles), drawing.columns))
         written.append(picture)
     report(options, sampler, config.depth, written)
+    if drawing.remark and not options.json:
+        print(drawing.remark)
 
 
 def report(options: Command, sampler: Sampler, blocks: int, written: Sequence[Path]) -> None:
     """Prints what was drawn, where it is, and what it cost (without loading the model)."""
-    about, count = sampler.explain(), options.num_images
+    about, count = sampler.explain(), sampler.stats["images"]
     evaluations, seconds = sampler.stats["evaluations_per_image"], sampler.stats["seconds"] / count
     if options.json:
         numbers = {"num_images": count, "evaluations": sampler.stats["evaluations"], "seconds_per_image": seconds}

@@ -1,0 +1,99 @@
+// The row functions for vectors of VECTOR_WIDTH floats; FUNCTIONS names the table that they are put in. No include guard on purpose.
+namespace {
+#include "vec.h"
+
+// Base of the norm, kept in float32: x; or x + gate*(y + bias); or at a group's end xr + v, vr + v with v = step*(x + gate*(y + bias)).
+template <typename T, bool GATED> inline Float base(const Row& row, int64_t i, int64_t left) {
+  const bool whole = left >= WIDTH;
+  auto read = [&](const auto* p) { return whole ? load(p + i) : load(p + i, left); };
+  auto write = [&](void* p, Float f) { whole ? store(static_cast<T*>(p) + i, f) : store(static_cast<T*>(p) + i, f, left); };
+  Float value = read(static_cast<const T*>(row.x));
+  if constexpr (GATED) {
+    Float y = read(static_cast<const T*>(row.y));
+    if (row.bias) y += read(row.bias);
+    value += read(row.gate) * y;
+    if (row.out_vr) {
+      Float velocity = value * row.step;
+      value = row.vr ? velocity + read(static_cast<const T*>(row.vr)) : velocity;
+      write(row.out_vr, value);
+      if (row.xr) value = velocity + read(static_cast<const T*>(row.xr));
+    }
+    if (row.out_x) write(row.out_x, value);
+  }
+  return value;
+}
+
+template <typename T, bool GATED> void norm_row(const Row& row) {
+  alignas(64) float values[MAX_SIZE + WIDTH];
+  const int64_t size = row.size, whole = size / WIDTH * WIDTH;
+  Float total = {}, total2 = {}, squares = {}, squares2 = {};
+  int64_t i = 0;
+  for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
+    Float a = base<T, GATED>(row, i, 2 * WIDTH), b = base<T, GATED>(row, i + WIDTH, WIDTH);
+    store(values + i, a);
+    store(values + i + WIDTH, b);
+    total += a;
+    total2 += b;
+  }
+  for (; i < size; i += WIDTH) {
+    Float a = base<T, GATED>(row, i, size - i);
+    store(values + i, a);
+    total += a;
+  }
+  const float mean = sum(total + total2) / size;
+  for (i = 0; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
+    Float a = load(values + i) - mean, b = load(values + i + WIDTH) - mean;
+    squares += a * a;
+    squares2 += b * b;
+  }
+  for (; i < whole; i += WIDTH) {
+    Float a = load(values + i) - mean;
+    squares += a * a;
+  }
+  float rest = 0;
+  for (; i < size; ++i) rest += (values[i] - mean) * (values[i] - mean);
+  const float rstd = 1.0f / __builtin_sqrtf((sum(squares + squares2) + rest) / size + row.eps);
+  T* out = static_cast<T*>(row.out);
+  for (i = 0; i < whole; i += WIDTH) {
+    store(out + i, (load(values + i) - mean) * rstd * (1.0f + load(row.scale + i)) + load(row.shift + i));
+  }
+  if (i < size) {
+    const int64_t left = size - i;
+    Float normalized = (load(values + i, left) - mean) * rstd;
+    store(out + i, normalized * (1.0f + load(row.scale + i, left)) + load(row.shift + i, left), left);
+  }
+}
+
+// x/(1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form of GELU without its cancellation for negative x.
+inline Float gelu(Float x) {
+  Float u = x * (x * x * (-2 * 0.7978845608028654f * 0.044715f) + (-2 * 0.7978845608028654f));
+  return x / (1.0f + exponential(u));
+}
+
+template <typename T> void bias_gelu(void* data, const float* bias, int64_t size) {
+  T* x = static_cast<T*>(data);
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store(x + i, gelu(bias ? load(x + i) + load(bias + i) : load(x + i)));
+  if (i < size) {
+    const int64_t left = size - i;
+    store(x + i, gelu(bias ? load(x + i, left) + load(bias + i, left) : load(x + i, left)), left);
+  }
+}
+
+template <typename T> void euler(const float* x, const void* velocity, float* out, float d, int64_t size) {
+  const T* v = static_cast<const T*>(velocity);
+  int64_t i = 0;
+  for (; i + WIDTH <= size; i += WIDTH) store(out + i, load(x + i) + d * load(v + i));
+  if (i < size) store(out + i, load(x + i, size - i) + d * load(v + i, size - i), size - i);
+}
+
+}  // namespace
+
+const RowFunctions* FUNCTIONS() {
+  static constexpr RowFunctions table = {WIDTH,
+                                         {norm_row<float, false>, norm_row<bfloat16, false>},
+                                         {norm_row<float, true>, norm_row<bfloat16, true>},
+                                         {bias_gelu<float>, bias_gelu<bfloat16>},
+                                         {euler<float>, euler<bfloat16>}};
+  return &table;
+}

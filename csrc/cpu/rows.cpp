@@ -1,0 +1,191 @@
+// The CPU operators: what they accept, which instruction set runs, and rows shared out between torch's threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "rows.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::optional<Tensor>;
+
+constexpr int64_t GRAIN = 1 << 15;  // values below which a thread of its own costs more than it gains, as in PyTorch
+
+// The widest vectors that the processor has, or what PyTorch's own ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+const RowFunctions& functions() {
+  static const RowFunctions* chosen = [] {
+    const char* given = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string allowed = given ? given : "avx512";
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (allowed == "avx2" || allowed == "avx512");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && allowed == "avx512";
+    if (avx512) return avx512_functions();
+    if (avx2) return avx2_functions();
+#endif
+    return baseline_functions();
+  }();
+  return *chosen;
+}
+
+int64_t cpu_width() { return functions().width; }
+
+int index_of(const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::BFloat16, name, " must be float32 or bfloat16");
+  return x.scalar_type() == ScalarType::BFloat16;
+}
+
+// (B, N, D) with the last dimension contiguous; strides before it as they are.
+struct Tokens {
+  std::optional<Tensor> tensor;
+  const char* data = nullptr;
+  int64_t batch = 0, token = 0;
+
+  Tokens(const Tensors& given, const Tensor& like, const char* name) {
+    if (!given) return;
+    tensor = given->dim() == 3 && given->stride(2) != 1 ? torch::stable::contiguous(*given) : *given;
+    const Tensor& x = *tensor;
+    index_of(x, name);
+    const bool fits = x.dim() == 3 && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
+                      x.size(2) == like.size(2);
+    STD_TORCH_CHECK(fits, name, " must have the shape (B, N, D) and the dtype of x");
+    const int64_t bytes = static_cast<int64_t>(x.element_size());
+    data = static_cast<const char*>(x.const_data_ptr());
+    batch = x.stride(0) * bytes;
+    token = x.stride(1) * bytes;
+  }
+
+  const void* row(int64_t b, int64_t n) const { return data ? data + b * batch + n * token : nullptr; }
+};
+
+// A packed table (B or 1, K) as float32: small, so that it is cheaper to convert once than in every row.
+struct Table {
+  std::optional<Tensor> tensor;
+  const float* data = nullptr;
+  int64_t stride = 0;
+
+  Table(const Tensors& given, int64_t batch, int64_t size, const char* name, std::initializer_list<int64_t> columns) {
+    if (!given) return;
+    index_of(*given, name);
+    STD_TORCH_CHECK(given->dim() == 2 && (given->size(0) == 1 || given->size(0) == batch), name, " must be (B or 1, K)");
+    for (int64_t column : columns) {
+      STD_TORCH_CHECK(column >= 0 && column + size <= given->size(1), "column ", column, " of ", name, ": ", size,
+                      " values from there do not lie in its ", given->size(1), " columns");
+    }
+    tensor = torch::stable::contiguous(torch::stable::to(*given, ScalarType::Float));
+    data = static_cast<const float*>(tensor->const_data_ptr());
+    stride = given->size(0) > 1 ? given->size(1) : 0;
+  }
+
+  const float* row(int64_t b, int64_t column = 0) const { return data ? data + b * stride + column : nullptr; }
+};
+
+Tensors as_row(const Tensors& vector) {
+  if (!vector) return vector;
+  STD_TORCH_CHECK(vector->dim() == 1, "bias must have one dimension");
+  return torch::stable::unsqueeze(*vector, 0);
+}
+
+// Memory for a result of x's shape and dtype; null if there is none.
+char* result(const Tensors& out, const Tensor& x, const char* name) {
+  if (!out) return nullptr;
+  const bool fits = out->dim() == x.dim() && out->scalar_type() == x.scalar_type() && out->is_contiguous() && out->is_cpu() &&
+                    out->numel() == x.numel() && out->size(0) == x.size(0) && out->size(out->dim() - 1) == x.size(x.dim() - 1);
+  STD_TORCH_CHECK(fits, name, " must be contiguous and have the shape and the dtype of x");
+  return static_cast<char*>(out->mutable_data_ptr());
+}
+
+struct Gated {
+  Tensor y;
+  Tensors bias, xr, vr, steps;
+  Tensor gates;
+  int64_t gate_column;
+};
+
+void norm_rows(const Tensor& x, const std::optional<Gated>& gated, const Tensor& modulation, int64_t shift_column, int64_t scale_column,
+               double eps, const Tensors& out_x, const Tensors& out_vr, const Tensor& out) {
+  const int kind = index_of(x, "x");
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0 && x.size(2) <= MAX_SIZE, "x must be (B, N, D) with D from 1 to ", MAX_SIZE);
+  const int64_t batch = x.size(0), tokens = x.size(1), size = x.size(2);
+  const Gated given = gated.value_or(Gated{x});
+  const Tokens in_x(x, x, "x"), in_y(given.y, x, "y"), in_xr(given.xr, x, "xr"), in_vr(given.vr, x, "vr");
+  const Table table(modulation, batch, size, "modulation", {shift_column, scale_column});
+  const Table gate(gated ? Tensors(given.gates) : Tensors(), batch, size, "gates", {given.gate_column});
+  const Table offset(as_row(given.bias), 1, size, "bias", {0});
+  const Table step(given.steps ? Tensors(torch::stable::unsqueeze(*given.steps, 1)) : Tensors(), batch, 1, "steps", {0});
+  char *to_x = result(out_x, x, "out_x"), *to_vr = result(out_vr, x, "out_vr"), *to_h = result(out, x, "out");
+  const int64_t row_bytes = size * static_cast<int64_t>(x.element_size());
+  const auto run = (gated ? functions().gated : functions().norm)[kind];
+  torch::stable::parallel_for(0, batch * tokens, std::max<int64_t>(1, GRAIN / size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / tokens, n = i % tokens, o = i * row_bytes;
+      run(Row{in_x.row(b, n), in_y.row(b, n), in_xr.row(b, n), in_vr.row(b, n), offset.data, gate.row(b, given.gate_column),
+              table.row(b, shift_column), table.row(b, scale_column), step.data ? *step.row(b) : 1.0f, static_cast<float>(eps),
+              to_x ? to_x + o : nullptr, to_vr ? to_vr + o : nullptr, to_h + o, size});
+    }
+  });
+}
+
+void norm_modulate(const Tensor& x, const Tensor& modulation, int64_t shift_column, int64_t scale_column, double eps, Tensor out) {
+  norm_rows(x, {}, modulation, shift_column, scale_column, eps, {}, {}, out);
+}
+
+void gated_residual(const Tensor& x, const Tensor& y, const Tensors& bias, const Tensor& gates, int64_t gate_column,
+                    const Tensor& modulation, int64_t shift_column, int64_t scale_column, double eps, Tensor out_x, Tensor out) {
+  norm_rows(x, Gated{y, bias, {}, {}, {}, gates, gate_column}, modulation, shift_column, scale_column, eps, out_x, {}, out);
+}
+
+void group_end(const Tensor& x, const Tensor& y, const Tensors& bias, const Tensors& xr, const Tensors& vr, const Tensor& gates,
+               int64_t gate_column, const Tensor& modulation, int64_t shift_column, int64_t scale_column, const Tensors& steps, double eps,
+               const Tensors& out_xr, Tensor out_vr, Tensor out) {
+  STD_TORCH_CHECK(xr.has_value() == out_xr.has_value(), "xr and out_xr come together");
+  const Gated gated{y, bias, xr, vr, steps, gates, gate_column};
+  norm_rows(x, gated, modulation, shift_column, scale_column, eps, out_xr, out_vr, out);
+}
+
+void bias_gelu_(Tensor x, const Tensors& bias) {
+  const int kind = index_of(x, "x");
+  STD_TORCH_CHECK(x.is_contiguous() && x.dim() > 0, "x must be contiguous: it is overwritten");
+  const int64_t size = x.size(x.dim() - 1), count = size ? x.numel() / size : 0, row_bytes = size * static_cast<int64_t>(x.element_size());
+  const Table offset(as_row(bias), 1, size, "bias", {0});
+  char* data = static_cast<char*>(x.mutable_data_ptr());
+  const auto run = functions().bias_gelu[kind];
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, GRAIN / std::max<int64_t>(size, 1)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(data + i * row_bytes, offset.data, size);
+  });
+}
+
+void euler_update(const Tensor& x, const Tensor& v, double d, Tensor out) {
+  STD_TORCH_CHECK(index_of(x, "x") == 0, "x must be float32");
+  const int kind = index_of(v, "v");
+  STD_TORCH_CHECK(x.is_contiguous() && v.is_contiguous() && x.numel() == v.numel(), "x and v must be contiguous and of one shape");
+  const float* from = static_cast<const float*>(x.const_data_ptr());
+  const char* velocity = static_cast<const char*>(v.const_data_ptr());
+  float* to = reinterpret_cast<float*>(result(out, x, "out"));
+  const int64_t bytes = static_cast<int64_t>(v.element_size());
+  const auto run = functions().euler[kind];
+  torch::stable::parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) {
+    run(from + begin, velocity + begin * bytes, to + begin, static_cast<float>(d), end - begin);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(odelt_native, CompositeExplicitAutograd, m) { m.impl("cpu_width", TORCH_BOX(&cpu_width)); }
+
+STABLE_TORCH_LIBRARY_IMPL(odelt_native, CPU, m) {
+  m.impl("norm_modulate", TORCH_BOX(&norm_modulate));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual));
+  m.impl("group_end", TORCH_BOX(&group_end));
+  m.impl("bias_gelu_", TORCH_BOX(&bias_gelu_));
+  m.impl("euler_update", TORCH_BOX(&euler_update));
+}

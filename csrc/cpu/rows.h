@@ -1,0 +1,26 @@
+// What one row (one token, `size` values) goes through, and the table of these functions for one instruction set. Arithmetic is float32.
+#pragma once
+#include <cstdint>
+
+struct Row {
+  const void *x, *y, *xr, *vr;  // absent: null; in the state's dtype
+  const float *bias, *gate, *shift, *scale;
+  float step, eps;
+  void *out_x, *out_vr, *out;
+  int64_t size;
+};
+
+struct RowFunctions {
+  int width;  // floats in a vector
+  // Each for a state of float32 and of bfloat16; euler's state is float32 and its velocity either.
+  void (*norm[2])(const Row&);
+  void (*gated[2])(const Row&);
+  void (*bias_gelu[2])(void* x, const float* bias, int64_t size);
+  void (*euler[2])(const float* x, const void* v, float* out, float d, int64_t size);
+};
+
+constexpr int64_t MAX_SIZE = 8192;  // of a row: the float32 copy of one lives on the stack
+
+const RowFunctions* baseline_functions();
+const RowFunctions* avx2_functions();    // null where the compiler cannot make them
+const RowFunctions* avx512_functions();

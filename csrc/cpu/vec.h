@@ -1,0 +1,91 @@
+// A vector of W floats in the compiler's own vector type, and loads and stores of float32 and bfloat16 rows, whole or in part.
+// Included once for each instruction set, inside an anonymous namespace: no inline function may be shared between them, or the linker could
+// keep the copy that an older processor cannot run. That is also why nothing of the C++ library is used here.
+
+template <int W> struct Vectors {
+  typedef float Float __attribute__((vector_size(4 * W)));
+  typedef int32_t Int __attribute__((vector_size(4 * W)));
+  typedef uint32_t Word __attribute__((vector_size(4 * W)));
+  typedef uint16_t Half __attribute__((vector_size(2 * W)));
+};
+
+constexpr int WIDTH = VECTOR_WIDTH;
+using Float = Vectors<WIDTH>::Float;
+using Int = Vectors<WIDTH>::Int;
+using Word = Vectors<WIDTH>::Word;
+using Half = Vectors<WIDTH>::Half;
+
+typedef uint16_t bfloat16;  // the upper half of a float32
+
+inline Float widen(Half h) { return reinterpret_cast<Float>(__builtin_convertvector(h, Word) << 16); }
+
+// To the nearest, ties to even; NaN stays NaN.
+inline Half narrow(Float f) {
+  Word bits = reinterpret_cast<Word>(f);
+  Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  Word nan = reinterpret_cast<Word>(f != f);
+  return __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Half);
+}
+
+inline Float load(const float* p) {
+  Float f;
+  __builtin_memcpy(&f, p, sizeof f);
+  return f;
+}
+
+inline Float load(const bfloat16* p) {
+  Half h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return widen(h);
+}
+
+inline void store(float* p, Float f) { __builtin_memcpy(p, &f, sizeof f); }
+
+inline void store(bfloat16* p, Float f) {
+  Half h = narrow(f);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+// The first `count` values, 0 in the other lanes.
+template <typename T> inline Float load(const T* p, int64_t count) {
+  T values[WIDTH] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return load(values);
+}
+
+template <typename T> inline void store(T* p, Float f, int64_t count) {
+  T values[WIDTH];
+  store(values, f);
+  for (int64_t i = 0; i < count; ++i) p[i] = values[i];
+}
+
+inline float sum(Float f) {
+  float values[WIDTH], total = 0;
+  store(values, f);
+  for (int half = WIDTH / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) values[i] += values[i + half];
+  total = values[0];
+  return total;
+}
+
+inline Float splat(float value) { return Float{} + value; }
+
+// exp of a finite number, below 2 units in the last place from -87.3 to 88.7, constant beyond; NaN gives NaN.
+inline Float exponential(Float x) {
+  x = x < -87.3f ? splat(-87.3f) : x;
+  x = x > 88.3f ? splat(88.3f) : x;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
+  Float shifted = x * 1.44269504088896341f + magic;
+  Float n = shifted - magic;
+  Float r = x - n * 0.693359375f;  // ln 2 in two parts: n times the first is exact
+  r = r + n * 2.12194440e-4f;
+  Float p = splat(1.9875691500e-4f);  // Cephes' expf
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  Int power = (reinterpret_cast<Int>(shifted) << 23) + (127 << 23);  // the magic number's own bits are shifted out
+  return p * reinterpret_cast<Float>(power);
+}

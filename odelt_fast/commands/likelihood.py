@@ -1,0 +1,141 @@
+"""`odelt-fast likelihood`: how probable a model finds images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from odelt_fast.commands.flows import data_images, depth_schedule
+from odelt_fast.commands.options import Device, Dtype, File, Number, Whole, load, plural
+from odelt_fast.outputs import check_target, write_whole
+
+
+@dataclass(frozen=True)
+class Command:
+    """Measure log p of images under a model, in bits per dimension: the flow is followed from data to noise with its divergence."""
+
+    model: str = "digits"
+    """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
+    data: Path = Path("digits")
+    """Images: a file, or what training's --data takes (digits, a folder, a Parquet file, a data set, latents)."""
+    num_images: int = 16
+    """Images to measure, from the first on."""
+    depth: Whole = None
+    """Active blocks l, one of the model's depths; all by default."""
+    depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
+    """Depths that change with time, in place of --depth, as in `sample`."""
+    null_label: bool = False
+    """p(x) by the null label. Default: p(x | class) where the data's classes can be the model's."""
+    guidance_scale: Number = None
+    """Density of the guided flow, as in `sample`."""
+    solver: str = "dopri5"
+    """As in `sample`."""
+    steps: int = 128
+    """Steps of a solver with equal steps."""
+    rtol: float = 1e-4
+    """Relative error that an adaptive solver allows itself in a step."""
+    atol: float = 1e-4
+    """Absolute error, added to it."""
+    max_steps: int = 4096
+    """Steps of an adaptive solver, at most."""
+    error_norm: Literal["per_sample", "batch"] = "per_sample"
+    """As in `sample`."""
+    probes: int = 1
+    """Random probes of Hutchinson's estimate of the divergence, each a backward pass; more give a smaller error."""
+    probe: Literal["rademacher", "gaussian"] = "rademacher"
+    """Kind of probe: numbers +-1, or normal ones."""
+    exact: bool = False
+    """Exact divergence, without probes: a backward pass for every number of an image, so for small images only."""
+    seed: int = 0
+    """Of probes and of the noise that dequantises pixels, from 0 to 2^64 - 1. That of image i depends on the seed and i alone."""
+    device: Device = "auto"
+    """auto: cuda if there is a GPU."""
+    dtype: Dtype = "float32"
+    """Of the network; states and sums are float64. Half precision costs accuracy here."""
+    batch_size: Whole = None
+    """Images at a time; by the size of the model's input by default."""
+    npz: File = None
+    """Arrays: log_prob (nats), error (over the probes), bits_per_dimension, labels, noise (N, H, W, C)."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def run(options: Command) -> None:
+    """Runs it; mistakes are raised."""
+    for name in ("num_images", "steps", "max_steps", "probes", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if not 0 <= options.seed < 2**64:
+        raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
+    schedule = depth_schedule(options.depth_schedule)
+    if schedule and options.depth is not None:
+        raise ValueError("--depth and --depth-schedule are both given: leave one out")
+    if options.npz is not None:
+        check_target("--npz", options.npz, (".npz",))
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from odelt_fast.likelihood import dequantise, log_likelihood
+    from odelt_fast.sampler import Sampler
+
+    model = load(options.model, options.device, options.dtype, max(depth for _, depth in schedule) if schedule else options.depth)
+    names = ("depth", "steps", "solver", "rtol", "atol", "max_steps", "error_norm", "guidance_scale", "batch_size")
+    sampler = Sampler(model, **{name: getattr(options, name) for name in names}, depth_schedule=schedule)
+    images, found, step = data_images(options.data, sampler, options.num_images)
+    labels = None if options.null_label else found
+    count = len(images)
+    if step is not None:
+        images = dequantise(images, step, options.seed)
+    hidden = True if options.quiet or options.json else None
+    try:
+        with tqdm(total=None if sampler.adaptive else count * options.steps, unit="step", leave=False, disable=hidden) as bar:
+            measured = log_likelihood(
+                sampler,
+                images,
+                labels,
+                probes=options.probes,
+                exact=options.exact,
+                probe=options.probe,
+                seed=options.seed,
+                progress=bar.update,
+            )
+    except torch.OutOfMemoryError as error:
+        raise MemoryError from error
+    bits = measured.bits_per_dimension(step).cpu().numpy()
+    if options.npz is not None:
+        arrays: dict[str, Any] = {
+            "log_prob": measured.log_prob.cpu().numpy(),
+            "error": measured.error.cpu().numpy(),
+            "bits_per_dimension": bits,
+        }
+        arrays["labels"] = np.full(count, model.config.num_classes) if labels is None else labels
+        arrays["noise"] = measured.noise.permute(0, 2, 3, 1).cpu().numpy()
+        write_whole(options.npz, lambda file: np.savez(file, **arrays))
+    about = sampler.explain()
+    spread = float(bits.std(ddof=1) / count**0.5) if count > 1 else None
+    log_prob, evaluations = float(measured.log_prob.mean()), sampler.stats["evaluations_per_image"]
+    if options.json:
+        numbers = {"num_images": count, "bits_per_dimension": float(bits.mean()), "standard_error": spread, "log_prob": log_prob}
+        told = {"model": options.model, "data": str(options.data), **numbers, "levels_apart": step, "depth": about["depth"]}
+        settings = {name: about[name] for name in ("solver", "steps", "device", "dtype")}
+        print(json.dumps({**told, **settings, "exact": options.exact, "probes": options.probes, "evaluations_per_image": evaluations}))
+        return
+    margin = "" if spread is None else f" +- {spread:.3f} (standard error over images)"
+    print(f"{bits.mean():.4f}{margin} bits per dimension: {plural(count, 'image')} of {options.data} under {options.model}")
+    levels = "the density of numbers that are not quantised" if step is None else f"dequantised levels, {step:.4g} apart"
+    print(f"log p {log_prob:.2f} nats an image; {levels}; {'p(x)' if labels is None else 'p(x | class)'}")
+    how = "exact divergence" if options.exact else plural(options.probes, f"{options.probe} probe")
+    print(
+        f"depth {about['depth']}, {about['solver']}, {how}, {evaluations:.0f} evaluations an image on {about['device']} in {about['dtype']}"
+    )
+    if options.npz is not None:
+        print(options.npz)
