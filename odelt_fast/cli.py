@@ -7,10 +7,13 @@ or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, Union
@@ -19,11 +22,16 @@ import tyro
 
 from odelt_fast import __version__
 
-COMMANDS = ("sample", "convert", "plot", "train", "env")
+COMMANDS = ("sample", "convert", "evaluate", "stats", "likelihood", "plot", "train", "ema", "encode", "env", "build-ops")
+
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 2 after a mistake that stderr explains, 130 after Ctrl-C."""
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"  # what tyro asks before it colours; it knows no NO_COLOR
     try:
         try:
             code = run(list(sys.argv[1:] if argv is None else argv))
@@ -54,9 +62,16 @@ def run(arguments: list[str]) -> int:
 
         return train(arguments[1:], prog="odelt-fast train")
     if not arguments or arguments[0] in ("-h", "--help"):
-        description = "Train, sample and measure ODE_t(ODE_l) diffusion and flow transformers. --version shows the version."
-        kinds: Any = Union[tuple(Annotated[command(name).Command, tyro.conf.subcommand(name)] for name in COMMANDS)]  # noqa: UP007
-        tyro.cli(kinds, args=arguments, prog="odelt-fast", description=description)
+        description = "Train, sample and measure ODE_t(ODE_l) diffusion and flow transformers. --version shows the version, "
+        description += "--print-completion SHELL what completes commands and options in bash, zsh or fish."
+        tyro.cli(all_commands(), args=arguments, prog="odelt-fast", description=description)
+    if arguments[0] == "--print-completion":
+        if len(arguments) != 2 or arguments[1] not in SHELLS:
+            raise ValueError(
+                f"--print-completion must be followed by one of {', '.join(SHELLS)}, not {' '.join(arguments[1:]) or 'nothing'}"
+            )
+        print(completion(arguments[1]))
+        return 0
     if arguments[0] not in COMMANDS:
         raise ValueError(f"odelt-fast begins with a command, {', '.join(COMMANDS)}, not {arguments[0]!r}: odelt-fast --help")
     module, prog = command(arguments[0]), f"odelt-fast {arguments[0]}"
@@ -70,9 +85,35 @@ def run(arguments: list[str]) -> int:
     return 0
 
 
+def completion(shell: str) -> str:
+    """Script for the shell that completes commands and options."""
+    script = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(script):
+            tyro.cli(all_commands(), args=["--tyro-write-completion", shell, "-"], prog="odelt-fast")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+    # Descriptions become one line each: of longer ones tyro would offer every further line as a word to type.
+    lines = script.getvalue().splitlines()
+    return "\n".join(re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
+
+
+def all_commands() -> Any:
+    """A type that tyro parses as any of the commands, with all their options."""
+    from odelt_fast.train.config import TrainConfig
+    from odelt_fast.train.recipes import RECIPES
+
+    kinds: list[Any] = [Annotated[command(name).Command, tyro.conf.subcommand(name)] for name in COMMANDS if name != "train"]
+    kinds.append(
+        Annotated[TrainConfig, tyro.conf.subcommand("train", default=RECIPES["digits"], description=command("train").Command.__doc__)]
+    )
+    return Union[tuple(kinds)]  # noqa: UP007
+
+
 def command(name: str) -> Any:
     """The module of a command."""
-    return importlib.import_module(f"odelt_fast.commands.{name}")
+    return importlib.import_module(f"odelt_fast.commands.{name.replace('-', '_')}")
 
 
 if __name__ == "__main__":

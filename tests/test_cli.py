@@ -279,6 +279,9 @@ def test_env_names_versions_and_the_dtype_of_auto(capsys: pytest.CaptureFixture[
     assert f"torch {torch.__version__}" in said
     assert str(choose_dtype("auto", "cpu")).removeprefix("torch.") in said
     assert choose_dtype("float16", "cpu") == torch.float16
+    for package in ("triton", "flash-attn", "xformers"):
+        assert f"\n{package} " in said
+    assert said.count("untested here") >= 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["smaple"], ["train", "--bogus"], ["--steps", "4"], ["plot", "gird"], ["sample", "--steps"]])

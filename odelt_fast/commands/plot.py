@@ -8,19 +8,23 @@ from typing import Annotated, Literal
 
 import tyro
 
-from odelt_fast.commands.options import Device, Dtype, Labels, Number, load
-from odelt_fast.outputs import check_target, picture_formats, save_picture
+from odelt_fast.commands.evaluate import Text
+from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, load
+from odelt_fast.outputs import check_target, picture_formats, save_picture, write_whole
+from odelt_fast.results import read_results
 
 
 @dataclass(frozen=True)
 class Command:
-    """Draw a picture of a model over its two dials."""
+    """Draw a picture of a model over its two dials, or a figure of evaluations (--results)."""
 
-    kind: tyro.conf.Positional[Literal["grid"]]
-    """grid: depths (rows) by time steps (columns), same noise and labels."""
+    kind: tyro.conf.Positional[Literal["grid", "pareto", "scaling", "ablation"]]
+    """grid: images of --model, depths (rows) by time steps (columns), same noise and labels. Of --results: pareto, quality against latency
+    with the frontier; scaling, latency and memory against l; ablation, quality against T of several evaluations, and their table."""
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
-    out: Path = Path("grid.png")
+    out: File = None
+    """Picture (.png, .jpg, ...; figures also .pdf, .svg). KIND.png by default."""
     depths: Annotated[tuple[int, ...], tyro.conf.arg(metavar="L...")] = ()
     """Rows; all of the model's depths by default."""
     steps: Annotated[tuple[int, ...], tyro.conf.arg(metavar="T...")] = (128, 4, 1)
@@ -33,11 +37,49 @@ class Command:
     guidance_scale: Number = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    results: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...", help_behavior_hint="")] = ()
+    """Folders of odelt-fast evaluate, or their results.json."""
+    names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    """What to call each of --results; their model's folder by default."""
+    metric: Text = None
+    """What to draw, as the tables name it; their first metric by default."""
+    paper: bool = False
+    """Of pareto: the paper's own numbers beside it."""
 
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    check_target("--out", options.out, picture_formats())
+    out = options.out or Path(f"{options.kind}.png")
+    if options.kind == "grid":
+        _draw_grid(options, out)
+    else:
+        _draw_figure(options, out)
+
+
+def _draw_figure(options: Command, out: Path) -> None:
+    check_target("--out", out, (".png", ".jpg", ".webp", ".pdf", ".svg"))
+    if not options.results:
+        raise ValueError(f"plot {options.kind} draws evaluations: give --results, the folders of odelt-fast evaluate")
+    results = [read_results(path) for path in options.results]
+    names = options.names or [Path(result["settings"]["model"]).name for result in results]
+    if len(names) != len(results):
+        raise ValueError(f"--names: {len(names)} names for {len(results)} --results")
+
+    from odelt_fast import figures
+
+    if options.kind == "pareto":
+        figure = figures.pareto(results, names, options.metric, options.paper)
+    elif options.kind == "scaling":
+        figure = figures.scaling(results, names)
+    else:
+        figure = figures.ablation(results, names, options.metric)
+        print(figures.ablation_table(results, names, options.metric))
+    write_whole(out, lambda file: figure.savefig(file, format=out.suffix[1:].lower(), dpi=150))
+    print(f"{out}: {options.kind} of {', '.join(names)}")
+
+
+def _draw_grid(options: Command, out: Path) -> None:
+    check_target("--out", out, picture_formats())
 
     from odelt_fast.evaluation import sample_depths_by_steps
     from odelt_fast.plots import depth_steps_picture
@@ -48,5 +90,5 @@ def run(options: Command) -> None:
     cells = sample_depths_by_steps(
         model, depths, options.steps, options.num_images, labels=labels, seed=options.seed, guidance_scale=options.guidance_scale
     )
-    save_picture(options.out, depth_steps_picture(cells, depths, options.steps))
-    print(f"{options.out}: depths by time steps of {options.model}")
+    save_picture(out, depth_steps_picture(cells, depths, options.steps))
+    print(f"{out}: depths by time steps of {options.model}")

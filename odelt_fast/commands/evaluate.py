@@ -1,0 +1,87 @@
+"""`odelt-fast evaluate`: the tables of quality, latency and memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from odelt_fast.commands.options import Device, Dtype, Number, choose_dtype
+from odelt_fast.evaluation_settings import Evaluation
+from odelt_fast.outputs import check_folder
+
+Text = Annotated[
+    str | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="TEXT",
+        instance_from_str=lambda texts: texts[0],
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [str(value)],
+    ),
+    tyro.conf.arg(help_behavior_hint=""),
+]
+
+
+@dataclass(frozen=True)
+class Command(Evaluation):
+    """Measure quality, latency and memory of a model over depths, time steps and solvers, as tables (JSON and Markdown).
+
+    The same command goes on where it was interrupted. Several GPUs: torchrun --nproc-per-node 4 -m odelt_fast.cli evaluate ...
+    """
+
+    data: Text = None
+    """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's id."""
+    stats: Text = None
+    """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as odelt-fast stats writes."""
+    guidance_scale: Number = None
+    """w in v_null + w (v_label - v_null). Guided steps are two evaluations."""
+    inception_weights: Text = None
+    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors); looked for in torch's cache by default."""
+    decoder: Text = None
+    """For models of latents: autoencoder, a folder or Hub id (stabilityai/sd-vae-ft-mse)."""
+    out: Path = Path("evaluation")
+    """Folder for results.json, results.md, and the state to go on from."""
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
+    json: bool = False
+    """Print the results as one JSON object."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def __post_init__(self) -> None:
+        """Nothing: `evaluation_of` validates, and its errors are one line; here they would be the parser's."""
+
+
+def run(options: Command) -> None:
+    """Runs it; mistakes are raised."""
+    settings = evaluation_of(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out {options.out} is a file: name a folder")
+    options.out.mkdir(parents=True, exist_ok=True)
+    check_folder("--out", options.out, options.out)
+
+    import torch
+
+    from odelt_fast.evaluation import Evaluator
+    from odelt_fast.results import to_markdown
+
+    gpu = options.device != "cpu" and torch.cuda.is_available()
+    dtype = choose_dtype(options.dtype, "cuda" if gpu else "cpu")
+    evaluator = Evaluator(settings, options.out, device=options.device, dtype=dtype, show=not (options.quiet or options.json))
+    try:
+        results = evaluator.run()
+    except torch.OutOfMemoryError as error:
+        raise MemoryError from error
+    if evaluator.processes.index == 0:
+        text = f"{to_markdown(results)}\n{options.out / 'results.md'}, {options.out / 'results.json'}"
+        print(json.dumps(results) if options.json else text)
+
+
+def evaluation_of(options: Any) -> Evaluation:
+    """The settings among a command's options."""
+    return Evaluation(**{field.name: getattr(options, field.name) for field in fields(Evaluation)})

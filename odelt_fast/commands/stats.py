@@ -1,0 +1,72 @@
+"""`odelt-fast stats`: statistics files of real images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from odelt_fast.commands.evaluate import Text
+from odelt_fast.commands.options import Device, Whole, plural
+from odelt_fast.outputs import check_target, write_whole
+
+
+@dataclass(frozen=True)
+class Command:
+    """Write mean and covariance of the features of real images (.npz with mu and sigma), for odelt-fast evaluate --stats and others."""
+
+    data: str = "digits"
+    """Real images, as for training: digits, a folder, a Parquet file, a data set's id."""
+    out: Path = Path("stats.npz")
+    split: str = "train"
+    """Part of --data."""
+    image_size: Whole = None
+    """Side that images are brought to before the feature network sees them: that of the model's. Their own by default."""
+    features: str = "inception"
+    """Feature network: inception, a file, or the bundled digits, mnist, cifar10, whose distances are no FID."""
+    inception_weights: Text = None
+    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors); looked for in torch's cache by default."""
+    trust_features: bool = False
+    """Let --features be a TorchScript file: a program that may read and write files."""
+    protocol: Literal["reference", "adm"] = "reference"
+    """reference: float images, resized, then clipped. adm: 8 bits, resized as TensorFlow 1 does."""
+    allow_few_samples: bool = False
+    """Also with no more images than features, where distances depend on their number."""
+    batch_size: int = 128
+    """Images at a time."""
+    device: Device = "auto"
+    quiet: bool = False
+    """No progress bar."""
+
+
+def run(options: Command) -> None:
+    """Runs it; mistakes are raised."""
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {options.batch_size}")
+    check_target("--out", options.out, (".npz",))
+
+    from tqdm import tqdm
+
+    from odelt_fast.comparison import statistics_of
+    from odelt_fast.features import load_features
+    from odelt_fast.images import open_source
+    from odelt_fast.measuring import Processes
+    from odelt_fast.metrics import write_statistics
+
+    device = Processes.of_this_run(options.device).device
+    network = load_features(options.features, device, inception_weights=options.inception_weights, trust=options.trust_features)
+    channels = 1 if network.channels == 1 else None
+    source = open_source(options.data, image_size=options.image_size or network.image_size, channels=channels, split=options.split)
+    network.check_images(source.channels, source.image_size)
+    with tqdm(total=len(source), unit="image", leave=False, disable=True if options.quiet else None) as bar:
+        statistics = statistics_of(
+            source,
+            network,
+            options.protocol,
+            device,
+            batch_size=options.batch_size,
+            allow_few=options.allow_few_samples,
+            advance=bar.update,
+        )
+    write_whole(options.out, lambda file: write_statistics(file, statistics))
+    print(f"{options.out}: mean and covariance of {network.dimensions} {network.name} of {plural(len(source), 'image')} of {options.data}")
