@@ -1,0 +1,254 @@
+"""Measuring: variants take turns, warm and synchronised; every sample is kept, beside the device and the code that gave it."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("odelt_fast/**/*.py", "odelt_fast/**/*.json", "kernels/*.py", "csrc/**/*")
+Timer = Callable[[], float]  # runs a variant once and returns its seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def host_timer(call: Callable[[], object], device: torch.device) -> Timer:
+    """Seconds from the call to its finished result, as a user waits for it: host clock, device idle before and after."""
+
+    def timed() -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    return timed
+
+
+def graph_timer(call: Callable[[int], object], sets: int, device: torch.device) -> Timer:
+    """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1): inputs that have left the cache between two uses.
+
+    On CUDA one graph holds all the calls and events stand around its replay, so that the host does not count; elsewhere its clock does.
+    """
+    if device.type != "cuda":
+        timed = host_timer(lambda: [call(index) for index in range(sets)], device)
+        return lambda: timed() / sets
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # whatever compiles or allocates on first use does it before the capture
+        for index in (0, sets - 1, 0):
+            call(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(sets):
+            call(index)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replay() -> float:
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / sets
+
+    return replay
+
+
+def take_turns(
+    timers: Mapping[str, Timer], seconds: float, least: int = 5, most: int = 200, warm_seconds: float = 0.2
+) -> dict[str, list[float]]:
+    """Samples of every timer, in seconds: all of them once a round, in turning order, for about `seconds` and `least` to `most` rounds.
+
+    Before that each runs twice and the whole for `warm_seconds`: an idle GPU's clock is a fifth of a busy one's.
+    """
+    begin, rounds = time.perf_counter(), 0
+    while rounds < 2 or time.perf_counter() - begin < warm_seconds:
+        for timer in timers.values():
+            timer()
+        rounds += 1
+    names, samples = list(timers), dict[str, list[float]]((name, []) for name in timers)
+    begin = time.perf_counter()
+    for turn in range(most):
+        if turn >= least and time.perf_counter() - begin >= seconds:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:  # none always follows the same one
+            samples[name].append(timers[name]())
+    return samples
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median and the 10 % and 90 % quantiles, in seconds."""
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return {"median_s": statistics.median(ordered), "low_s": ordered[round(0.1 * last)], "high_s": ordered[round(0.9 * last)]}
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
+    """Calls once: bytes that CUDA's allocator held at the peak over what it held before; None elsewhere."""
+    if device.type != "cuda":
+        call()
+        return None
+    gc.collect()
+    torch.cuda.empty_cache()
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def release(device: torch.device) -> None:
+    """Gives back what a finished configuration held: graphs, compiled code, cached blocks."""
+    if "torch._dynamo" in sys.modules:  # else nothing was compiled, and importing it takes seconds
+        torch._dynamo.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def device_record() -> dict[str, Any]:
+    """What results must be read with: device, driver, clocks, versions, commit, and a digest of the package's sources."""
+    import numpy
+
+    record: dict[str, Any] = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "sources": source_digest(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "jax": _version("jax"),
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+    if not torch.cuda.is_available():
+        return {"device": record["cpu"], "kind": "cpu", **record}
+    card = torch.cuda.get_device_properties(0)
+    record |= {
+        "compute_capability": f"{card.major}.{card.minor}",
+        "processors": card.multi_processor_count,
+        "memory_bytes": card.total_memory,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_smi": nvidia_smi(),
+    }
+    return {"device": card.name, "kind": "cuda", **record}
+
+
+def nvidia_smi() -> dict[str, str] | None:
+    """Driver, clocks (MHz), temperature (C) and power (W) at this moment; None where nvidia-smi is missing or silent."""
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return dict(zip(fields, (value.strip() for value in answer.split(","))))
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" for changed files; $COMMIT where there is no repository; else "unknown"."""
+    if (ROOT / ".git").exists():
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            pass
+    return os.environ.get("COMMIT", "unknown")
+
+
+def source_digest(*patterns: str) -> str:
+    """A digest of the files that match (all of the package's sources if none is given): what was found correct is what is measured."""
+    digest = hashlib.sha256()
+    files = {path for pattern in patterns or SOURCES for path in ROOT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts}
+    for path in sorted(files):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes beside the place first, then renames: a run that is killed leaves the old file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.stem}-", suffix=".json", delete=False) as file:
+        partial = Path(file.name)
+        try:
+            json.dump(value, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+            partial.chmod(0o644)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+class Results:
+    """One part's JSON file. A configuration is added whole, with its raw samples, and is never measured again.
+
+    {"part", "runs": [{"command", "ceilings", ...device_record()}], "configurations": {key: {"run": index in runs, ...}}}
+    Raises ValueError for a file that is not one of these, or that another device gave: its numbers would stand beside these.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path, self.run = path, device_record() | {"command": " ".join(["python -m benchmarks.suite", *sys.argv[1:]])}
+        self.content: dict[str, Any] = {"part": part, "runs": [], "configurations": {}}
+        if path.exists():
+            try:
+                self.content = json.loads(path.read_text())
+                devices = {run["device"] for run in self.content["runs"]}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} does not hold the results of a run: {error}; name another folder") from None
+            if devices - {self.run["device"]}:
+                raise ValueError(f"{path} holds results of {', '.join(sorted(devices))}, this is {self.run['device']}: name another folder")
+
+    @property
+    def configurations(self) -> dict[str, Any]:
+        return self.content["configurations"]  # type: ignore[no-any-return]
+
+    def add(self, key: str, configuration: dict[str, Any]) -> None:
+        """Stores a finished configuration at once."""
+        runs = self.content["runs"]
+        if self.run not in runs:
+            runs.append(self.run)
+        self.configurations[key] = {"run": runs.index(self.run), **configuration}
+        write_json(self.path, self.content)
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

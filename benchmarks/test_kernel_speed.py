@@ -1,0 +1,41 @@
+"""The kernels under pytest-benchmark: Triton and plain PyTorch on a GPU, the plain forms elsewhere; `pytest benchmarks/`.
+
+A round is all calls of one variant over inputs that have left the cache between two uses (extra_info: calls), and only after its result was
+found right. Inductor's forms: `python -m benchmarks.suite --part kernels`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.ceilings import floor_seconds
+from benchmarks.kernel_speed import prepare
+from benchmarks.kernel_table import KernelCase, cases, operators
+from benchmarks.sampling import CONFIGS
+
+CUDA = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+SHAPES = (("DiT-B/2", 1), ("DiT-B/2", 128)) if CUDA else (("DiT-S/2", 1),)
+TRITON = {network: operators(CONFIGS[network].num_heads, CONFIGS[network].patch_size) if CUDA else {} for network, _ in SHAPES}
+CASES = [case for network, batch in SHAPES for case in cases(CONFIGS[network], batch, DTYPE, TRITON[network])]
+VARIANTS = [(case, variant) for case in CASES for variant in ("pytorch", *case.others)]
+
+
+@pytest.mark.parametrize(("case", "variant"), VARIANTS, ids=[f"{case.name}-{variant}" for case, variant in VARIANTS])
+def test_kernel(
+    benchmark: Any, device: torch.device, ceilings: dict[str, float], record: dict[str, Any], case: KernelCase, variant: str
+) -> None:
+    prepared = prepare(case, DTYPE, device)
+    relative_error, timer = prepared.variant(variant)
+    benchmark.group = case.name
+    benchmark.pedantic(timer, rounds=20 if CUDA else 3, warmup_rounds=2 if CUDA else 1)
+    each = statistics.median(benchmark.stats.stats.data) / prepared.sets
+    benchmark.extra_info.update(
+        record, variant=variant, calls=prepared.sets, relative_error=relative_error, seconds_of_a_call=each,
+        gigabytes_per_s=case.bytes / each / 1e9, tflops=case.flops / each / 1e12,
+        share_of_floor=floor_seconds(case.flops, case.bytes, case.rate, ceilings) / each,
+    )  # fmt: skip
