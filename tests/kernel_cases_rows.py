@@ -268,7 +268,7 @@ def float8_case(rng: random.Random, device: torch.device, dtype: torch.dtype) ->
     )
     with watched(x, y, xr, vr, gates, table), exact_float8_cast():
         *sums, q, scales = operator(*arguments)
-    unquantised = plain_operator(*arguments)
+        unquantised = plain_operator(*arguments)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(sums, unquantised)) or isinstance(unquantised, Tensor)
     exact = _last(reference(*(v.double() if isinstance(v, Tensor) else v for v in arguments)))
     plain = []

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odelt_fast import DiT, DiTConfig, Sampler, native
+from odelt_fast import DiT, DiTConfig, Sampler
 from odelt_fast.cpu_network import CpuNetwork, choose, why_not
 
 SMALL = DiTConfig(image_size=8, channels=1, hidden_size=48, depth=6, depth_min=2, depth_group=2, num_heads=4, num_classes=10)
@@ -22,13 +22,7 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _operators(tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        if native.load("cpu", build_it=False) is not None:
-            patch.setenv("ODELT_FAST_CACHE", str(tmp_path_factory.mktemp("native")))
-        reason = native.load("cpu")
-    assert reason is None
+pytestmark = pytest.mark.usefixtures("native_cache")
 
 
 def network(config: DiTConfig, dtype: torch.dtype = torch.float32) -> DiT:

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 SIZES = (1, 3, 16, 31, 33, 96, 384, 1152, 8192)
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of its own (or that which the environment names), in which the CPU library is built from the sources."""
-    folder = os.environ.get("ODELT_FAST_CACHE") or tmp_path_factory.mktemp("native")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ODELT_FAST_CACHE", str(folder))
-        reason = native.load("cpu")
-        if reason is None:
-            yield Path(folder)
-            return
-    pytest.fail(f"the CPU operators cannot be built: {reason}")
+@pytest.fixture(scope="module")
+def cache(native_cache: Path) -> Path:
+    """The cache folder, with the CPU library in it."""
+    return native_cache
 
 
 class Case:
@@ -462,7 +455,7 @@ def test_the_command_ends_in_one_line_where_it_cannot_build(
 # CUDA
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cuda_library(cache: Path) -> Path:
     if NVCC is None:
         pytest.skip("no nvcc")
