@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 
 def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
     """Forks `processes` children that do `work`, told of each other as torchrun does; returns their ids. Their output goes to `log`."""
@@ -23,6 +25,7 @@ def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
             code = 1
             try:
                 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+                torch.set_num_threads(1)  # the threads of the parent's pool are not in the child, which would wait for them
                 if processes > 1:
                     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
                     os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")

@@ -144,7 +144,9 @@ def test_a_killed_evaluation_goes_on_without_a_difference(model: str, finished: 
     """Killed at a batch that was never finished, inside of a cell: it is the only one that is generated again."""
     out, journal, log = tmp_path / "out", tmp_path / "journal", tmp_path / "log"
     children = start(watched_run(evaluation(model), out, journal), 1, log)
+    limit = time.monotonic() + 300
     while not journal.exists() or journal.read_text().count("begun") < 21:  # the third cell, batch 5
+        assert time.monotonic() < limit, log.read_text()[-2000:]
         time.sleep(0.002)
     assert not wait(children, 0, log)
     partial = sorted(path.name for path in (out / "partial").glob("*/*"))
