@@ -11,17 +11,16 @@ import argparse
 import os
 import random
 import shutil
-import signal
-import socket
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import accelerate  # noqa: F401  (once, before the forks)
+import forked
 import torch
+from forked import wait
 from safetensors.torch import load_file
 
 from odelt_fast import load_model
@@ -88,50 +87,14 @@ def start(
     config: TrainConfig, witness: Witness, processes: int, sharded: bool = False, work: Callable[[TrainConfig], object] = train
 ) -> list[int]:
     """Forks the processes of a run, so that torch is imported once only; returns their ids. sharded: with FSDP2. work: what they do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-                if processes > 1:
-                    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port}
-                    os.environ.update({name: str(value) for name, value in ranks.items()}, MASTER_ADDR="127.0.0.1")
-                for stream in (1, 2):
-                    os.dup2(os.open(witness.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-                witness.watch()
-                if sharded:
-                    shard()
-                work(config)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return children
 
+    def watched() -> None:
+        witness.watch()
+        if sharded:
+            shard()
+        work(config)
 
-def wait(children: list[int], until: float, log: Path) -> bool:
-    """Whether every process ended, well, before the time `until`; those that did not are killed then, without warning."""
-    left, codes = set(children), []
-    while left and time.monotonic() < until:
-        for child in list(left):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                left.discard(child)
-                codes.append(os.waitstatus_to_exitcode(status))
-        time.sleep(0.001)
-    for child in left:
-        os.kill(child, signal.SIGKILL)
-    for child in left:
-        os.waitpid(child, 0)
-    assert not any(codes), f"training failed by itself: {log.read_text()[-2000:]}"
-    return not left
+    return forked.start(watched, processes, witness.log)
 
 
 def equal(a: object, b: object) -> bool:
