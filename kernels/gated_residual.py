@@ -21,6 +21,7 @@ from odelt_fast.kernels.residual_rows import backward_kernel, forward_kernel
 from odelt_fast.kernels.rows import (
     BACKWARD_TOKENS,
     EPS,
+    backward_rows,
     check_modulation,
     check_tokens,
     column_gradient,
@@ -98,7 +99,7 @@ def launch_backward(
                 grad_base, grad_vr, grad_h, base, y, gates, modulation, steps, out_base, out_x, out_y, sums, tokens,
                 *token_strides(grad_base), *token_strides(grad_vr), *token_strides(grad_h), *token_strides(base), *token_strides(y),
                 row_stride(gates), row_stride(modulation), 0 if steps is None else row_stride(steps), gate_column, scale_column, eps,
-                D=size, BLOCK=launch.block, ROWS=min(launch.rows, BACKWARD_TOKENS), TOKENS=BACKWARD_TOKENS, GROUP_END=group_end,
+                D=size, BLOCK=launch.block, ROWS=backward_rows(launch, base.dtype), TOKENS=BACKWARD_TOKENS, GROUP_END=group_end,
                 num_warps=launch.warps,
             )  # fmt: skip
     grad_gates = column_gradient(gates, sums[:, :, :1], (gate_column,))

@@ -20,6 +20,7 @@ from odelt_fast.kernels.device import launch_options, require_device, wait_for_i
 from odelt_fast.kernels.rows import (
     BACKWARD_TOKENS,
     EPS,
+    backward_rows,
     check_modulation,
     check_tokens,
     column_gradient,
@@ -142,7 +143,7 @@ def _backward(grad: Tensor, x: Tensor, modulation: Tensor, shift_column: int, sc
             _backward_kernel[(batch * chunks,)](
                 grad, x, modulation, grad_x, sums, tokens, *token_strides(grad), *token_strides(x),
                 row_stride(modulation), scale_column, eps,
-                D=size, BLOCK=launch.block, ROWS=min(launch.rows, BACKWARD_TOKENS), TOKENS=BACKWARD_TOKENS, num_warps=launch.warps,
+                D=size, BLOCK=launch.block, ROWS=backward_rows(launch, x.dtype), TOKENS=BACKWARD_TOKENS, num_warps=launch.warps,
             )  # fmt: skip
     return grad_x, column_gradient(modulation, sums, (shift_column, scale_column))
 
