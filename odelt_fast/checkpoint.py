@@ -232,6 +232,12 @@ def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> 
     )
 
 
+def read_config(name: str | Path) -> DiTConfig:
+    """The configuration of the model that `load_model` would load, without its weights. Raises CheckpointError as `load_model` does."""
+    folder = find_folder(name)
+    return _folder_config(folder, {_read_header(path)[1] for path in _shards(folder)})
+
+
 def _transformer(folder: Path) -> Path:
     """The folder itself, or the model in it if it is that of a pipeline."""
     inner = folder / "transformer"

@@ -54,6 +54,7 @@ class Evaluator:
         self.device, self.dtype, self.show = self.processes.device, dtype or torch.float32, show
         self.settings, self.out = settings, Path(out)
         self.config = load_model(settings.model, "cpu", depth=min(settings.depths, default=None)).config
+        self.model_sha256 = model_hash(settings.model)
         self.cells = plan_cells(settings, [self.config.check_depth(depth) for depth in settings.depths or self.config.depths])
         self.decoder = self._decoder()
         self.channels, self.image_size = self._image_shape()
@@ -163,7 +164,7 @@ class Evaluator:
     def _bind(self) -> None:
         """Writes settings.json, or compares with what is there: a folder holds one evaluation, which may get more cells."""
         bound: dict[str, Any] = {name: value for name, value in asdict(self.settings).items() if name not in _EXTENDABLE}
-        bound |= {"model_sha256": model_hash(self.settings.model), "features_sha256": self.network.fingerprint, "dtype": str(self.dtype)}
+        bound |= {"model_sha256": self.model_sha256, "features_sha256": self.network.fingerprint, "dtype": str(self.dtype)}
         bound |= {"features": self.network.name, "device": torch.device(self.device).type}
         if self.settings.stats is not None:
             bound["stats_sha256"] = file_hash(Path(self.settings.stats))
@@ -303,6 +304,7 @@ class Evaluator:
             "complete": len(done) == len(self.cells),
             "settings": asdict(self.settings),
             "model": self.config.to_dict(),
+            "model_sha256": self.model_sha256,
             "features": known,
             "environment": environment(self.device, self.dtype, self.processes.count),
             "rows": summarise(done),

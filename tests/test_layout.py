@@ -25,6 +25,10 @@ LAYERS = (
         "evaluation_settings",
         "results",
         "paper",
+        "json_files",
+        "quantities",
+        "profiles",
+        "quality",
     ),
     ("model", "noise", "velocity", "solution"),
     (
@@ -45,7 +49,7 @@ LAYERS = (
     ),
     ("conversion", "backends", "prepared", "engine", "graphs", "trajectory", "fused", "while_loop", "cpu_network"),
     ("sampler",),
-    ("evaluation", "evaluation_cells", "flow_map", "likelihood", "planner", "pipeline"),
+    ("evaluation", "evaluation_cells", "flow_map", "likelihood", "planner", "evidence", "pipeline"),
     ("train", "demo", "server"),
     ("commands",),
     ("cli",),
@@ -92,7 +96,8 @@ def test_mapped_folders_are_one_package() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["odelt_fast", "odelt_fast.config", "odelt_fast.cli", "odelt_fast.train.config", "odelt_fast.train.main"]
+    "module",
+    ["odelt_fast", "odelt_fast.config", "odelt_fast.cli", "odelt_fast.planner", "odelt_fast.train.config", "odelt_fast.train.main"],
 )
 def test_light_modules_load_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
