@@ -15,6 +15,7 @@ _HOME = {
     "CheckpointError": "checkpoint",
     "convert_reference_checkpoint": "conversion",
     "OdeltPipeline": "pipeline",
+    "deadline_planner": "evidence",
     "load_decoder": "decoder",
 }
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "DiTConfig",
     "Sampler",
     "convert_reference_checkpoint",
+    "deadline_planner",
     "load_decoder",
     "load_model",
     "save_model",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from odelt_fast.config import PRESETS, DiTConfig
     from odelt_fast.conversion import convert_reference_checkpoint
     from odelt_fast.decoder import load_decoder
+    from odelt_fast.evidence import deadline_planner
     from odelt_fast.model import DiT
     from odelt_fast.pipeline import OdeltPipeline as OdeltPipeline  # not in __all__: needs an extra
     from odelt_fast.sampler import Sampler

@@ -33,10 +33,11 @@ from odelt_fast.metrics import check_features, read_statistics
 from odelt_fast.model import DiT
 from odelt_fast.outputs import write_whole
 from odelt_fast.plots import to_uint8
+from odelt_fast.profiles import parse_schedule
 from odelt_fast.results import FORMAT, summarise, to_markdown
 from odelt_fast.sampler import Sampler, drawn_labels, image_noise
 
-_EXTENDABLE = ("depths", "steps", "solvers", "tolerances", "seeds", "first_seed", "inception_weights", "trust_features")
+_EXTENDABLE = ("depths", "depth_schedules", "steps", "solvers", "tolerances", "seeds", "first_seed", "inception_weights", "trust_features")
 
 
 class Evaluator:
@@ -55,6 +56,9 @@ class Evaluator:
         self.settings, self.out = settings, Path(out)
         self.config = load_model(settings.model, "cpu", depth=min(settings.depths, default=None)).config
         self.model_sha256 = model_hash(settings.model)
+        for schedule in map(parse_schedule, settings.depth_schedules):
+            for _, depth in schedule:
+                self.config.check_depth(depth)
         self.cells = plan_cells(settings, [self.config.check_depth(depth) for depth in settings.depths or self.config.depths])
         self.decoder = self._decoder()
         self.channels, self.image_size = self._image_shape()
@@ -230,7 +234,7 @@ class Evaluator:
         """Makes the batches of this process that are missing. Noise is drawn ahead, while the device is busy."""
         todo = files.missing(self.processes.index, self.processes.count)
         if self.processes.index == 0:
-            advance(cell.cost(sampler.model.config.live_blocks(cell.depth)) * (files.count - len(todo) * self.processes.count))
+            advance(cell.cost(cell.live_blocks(self.config)) * (files.count - len(todo) * self.processes.count))
         warm = False
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(self._noise, cell.seed, files.images(todo[0])) if todo else None
@@ -252,7 +256,7 @@ class Evaluator:
                 files.write(batch, **arrays)
                 warm = True
                 if self.processes.index == 0:
-                    advance(cell.cost(sampler.model.config.live_blocks(cell.depth)) * self.processes.count)
+                    advance(cell.cost(cell.live_blocks(self.config)) * self.processes.count)
 
     def _timed(self, sampler: Sampler, noise: Tensor, labels: np.ndarray, seed: int, first: int) -> tuple[Tensor, float, int]:
         """Samples of one batch, the seconds that they took on an idle device, and the peak memory in bytes (-1: unknown)."""
@@ -276,7 +280,8 @@ class Evaluator:
             full = [self._timed(sampler, noise, labels, cell.seed, images.start)[1] for _ in range(2)][1:]
         return {
             **{name: getattr(cell, name) for name in ("depth", "solver", "steps", "tolerance", "seed", "guidance_scale")},
-            "live_blocks": sampler.model.config.live_blocks(cell.depth),
+            **({"schedule": cell.schedule} if cell.schedule else {}),
+            "live_blocks": cell.live_blocks(self.config),
             "evaluations": sum(part.item() for part in files.parts("evaluations")) / settings.num_images,
             "metrics": compare(files, settings.metrics, self.network, reference, allow_few=settings.allow_few_samples),
             "latency": float(np.median(full)),
@@ -286,7 +291,7 @@ class Evaluator:
     @contextlib.contextmanager
     def _progress(self, waiting: Sequence[Cell]) -> Iterator[Callable[[float], None]]:
         """A bar on stderr with the time left, in blocks of the network: cells cost very different times."""
-        total = sum(cell.cost(self.config.live_blocks(cell.depth)) * self._files(cell).count for cell in waiting)
+        total = sum(cell.cost(cell.live_blocks(self.config)) * self._files(cell).count for cell in waiting)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
         hidden = None if self.show and self.processes.index == 0 else True
         with tqdm(total=total, bar_format=form, leave=False, disable=hidden) as bar:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from odelt_fast.profiles import parse_schedule
+
 METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
 LABELS = ("drawn", "balanced", "data")
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
@@ -28,6 +30,9 @@ class Evaluation:
     """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as odelt-fast stats writes."""
     depths: Annotated[tuple[int, ...], Wholes] = ()
     """Active blocks l; all of the model's depths by default."""
+    depth_schedules: Annotated[tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")] = ()
+    """Depths that change with time, beside the depths: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and 12 from there on. For solvers with equal
+    steps."""
     steps: Annotated[tuple[int, ...], Wholes] = (128, 4, 1)
     """Time steps T of the solvers that take equal ones."""
     solvers: Annotated[tuple[str, ...], Names, tyro.conf.arg(aliases=["--solver"])] = ("euler",)
@@ -74,6 +79,11 @@ class Evaluation:
         for name in ("steps", "solvers", "metrics"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} must have at least one value")
+        for text in self.depth_schedules:
+            try:
+                parse_schedule(text)
+            except ValueError as error:
+                raise ValueError(f"--depth-schedules {error}") from None
         if not 0 <= self.first_seed < 2**64 - self.seeds:
             raise ValueError(f"--first-seed must be from 0 to 2^64 - 1 - --seeds, not {self.first_seed}")
         if self.paper_guidance and self.guidance_scale is None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.config import DiTConfig
 from odelt_fast.planner import Choice, Point, best, candidates
-from odelt_fast.profiles import Machine, Profile, default_path, profile_command, read_profile
+from odelt_fast.profiles import Machine, Operation, Profile, default_path, profile_command, read_profile
 from odelt_fast.quality import FILE_NAME, Quality, read_quality
 
 if TYPE_CHECKING:
@@ -52,6 +54,33 @@ def find_evidence(
     found = read_profile(path)
     found.check(machine, config, path)
     return Evidence(name, found, find_quality(name, config, weights, quality), weights)
+
+
+def deadline_planner(
+    name: str,
+    device: str | torch.device = "cpu",
+    *,
+    precision: str = "float32",
+    metric: str | None = None,
+    profile: str | Path | None = None,
+    quality: str | Path | None = None,
+) -> Callable[[int, float | None, float], Operation]:
+    """A function (images, guidance scale or None, seconds) -> Operation: the best depth, solver and steps that draw so many images at once
+    in at most so many seconds, for a caller with a deadline for each request.
+
+    Only operations of one depth and equal steps are considered, in whose batches no image waits for a slower one. The files are read once,
+    here; a call is a look into a table. Arguments and errors: `find_evidence`, `planner.candidates`. The function raises ValueError where
+    nothing can be chosen (never evaluated at that guidance scale, more images than were profiled), and BudgetError, which is one and whose
+    `nearest` is the fastest candidate, where the time does not suffice. It is safe in threads.
+    """
+    evidence = find_evidence(name, device, profile, quality)
+
+    @lru_cache(256)
+    def points(images: int, guidance_scale: float | None) -> list[Point]:
+        found = evidence.points(batch=images, precision=precision, guidance_scale=guidance_scale, metric=metric)
+        return [point for point in found if point.operation.steps is not None and not point.operation.schedule]
+
+    return lambda images, guidance_scale, seconds: best(points(images, guidance_scale), seconds).operation
 
 
 def find_quality(name: str, config: DiTConfig, weights: str, path: str | Path | None = None) -> Quality | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from odelt_fast import paper
-from odelt_fast.results import number
+from odelt_fast.results import higher_is_better, number
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito: told apart by everyone
 _MARKERS = {"euler": "o", "dopri5": "s"}
@@ -30,6 +30,8 @@ def points(results: Mapping[str, Any], metric: str | None = None) -> list[Point]
     found = []
     for row in rows:
         at = f"T={row['steps']}" if row["steps"] is not None else f"tol={row['tolerance']:g}"
+        if "schedule" in row:
+            at += " " + ",".join(f"{time:g}:{depth}" for time, depth in row["schedule"])
         value = row["metrics"][name]
         found.append(Point(row["latency"], value["mean"], row["depth"], row["solver"], at, value["std"]))
     return found
@@ -66,7 +68,7 @@ def pareto(results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: s
     panels = 2 if with_paper else 1
     figure, axes = plt.subplots(1, panels, figsize=(6.4 * panels, 4.8), squeeze=False)
     mine = [(point, label) for result, label in zip(results, names) for point in points(result, name)]
-    _pareto_panel(axes[0, 0], mine, _higher_is_better(name))
+    _pareto_panel(axes[0, 0], mine, higher_is_better(name))
     environment = results[0]["environment"]
     axes[0, 0].set(ylabel=name, title=f"{', '.join(dict.fromkeys(names))} on {environment['device']}, {environment['dtype']}")
     axes[0, 0].set_xlabel(f"seconds to sample {results[0]['settings']['batch_size']} images")
@@ -113,7 +115,7 @@ def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
     for result, label in zip(results, names):
         prefix = f"{label}: " if len(results) > 1 else ""
         groups: dict[str, list[Mapping[str, Any]]] = {}
-        for row in result["rows"]:
+        for row in _of_one_depth(result):
             at = f"{row['solver']} T={row['steps']}" if row["steps"] is not None else f"{row['solver']} tol={row['tolerance']:g}"
             groups.setdefault(at, []).append(row)
         for i, (at, rows) in enumerate(groups.items()):
@@ -125,7 +127,7 @@ def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
             if all(row["peak_memory"] for row in rows):
                 peak = rows[-1]["peak_memory"]
                 right.plot(depths, [row["peak_memory"] / peak for row in rows], label=f"{prefix}{at} ({peak / 2**20:.0f} MiB)", **style)
-    depths = sorted({row["depth"] for result in results for row in result["rows"]})
+    depths = sorted({row["depth"] for result in results for row in _of_one_depth(result)})
     for axes, title in ((left, "latency"), (right, "peak memory of sampling")):
         axes.plot(depths, [depth / depths[-1] for depth in depths], color="grey", linestyle="--", linewidth=1, label="proportional to l")
         axes.set(xlabel="active blocks l", ylabel=f"{title}, relative to l = {depths[-1]}", xticks=depths)
@@ -166,7 +168,7 @@ def ablation_cells(
     cells = {
         (row["depth"], label, row["steps"]): row["metrics"][name]
         for result, label in zip(results, names)
-        for row in result["rows"]
+        for row in _of_one_depth(result)
         if row["steps"] is not None and name in row["metrics"]
     }
     shared = {depth for depth, _, _ in cells if len({label for d, label, _ in cells if d == depth}) > 1}
@@ -189,15 +191,19 @@ def ablation_table(results: Sequence[Mapping[str, Any]], names: Sequence[str], m
     return "\n".join(lines) + "\n"
 
 
+def _of_one_depth(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rows without those of schedules, which belong to no l. ValueError if there are no others."""
+    rows = [row for row in results["rows"] if "schedule" not in row]
+    if not rows:
+        raise ValueError("this figure is over depths, and the evaluation has only depth schedules: use pareto")
+    return rows
+
+
 def _metric(results: Mapping[str, Any], metric: str | None) -> str:
     names = list(results["rows"][0]["metrics"])
     if metric is not None and metric not in names:
         raise ValueError(f"--metric must be one of {', '.join(map(repr, names))}, not {metric!r}")
     return metric or names[0]
-
-
-def _higher_is_better(metric: str) -> bool:
-    return metric in ("precision", "recall", "inception score", "recognised")
 
 
 def _pyplot() -> Any:

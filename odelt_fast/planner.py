@@ -2,6 +2,7 @@
 
 What an operation costs comes from a profile (`odelt-fast profile`), what it is worth from a table of quality (`odelt-fast evaluate`).
 Nothing is estimated: with a table, only operations whose quality was measured, at the guidance scale that is asked for, are candidates.
+`evidence.find_evidence` finds the profile and the table of a model, `evidence.deadline_planner` makes a function of deadlines of them.
 
 Without a table the order is that of the arithmetic: live blocks times network evaluations. Along each dial alone that is the order of
 quality in the paper's tables (2, 3 and 6), in nearly every row and column; how one dial trades against the other is what nobody can know
@@ -15,30 +16,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from odelt_fast.profiles import Machine, Measurement, Operation, Profile, default_path, profile_command, read_profile
-from odelt_fast.quality import Quality, Value, higher_is_better, read_quality
+from odelt_fast.profiles import Measurement, Operation, Profile, profile_command
+from odelt_fast.quality import Quality, Value
 from odelt_fast.quantities import show_memory, show_seconds
-
-__all__ = [
-    "BudgetError",
-    "Choice",
-    "Machine",
-    "Measurement",
-    "Operation",
-    "Point",
-    "Profile",
-    "Quality",
-    "Value",
-    "best",
-    "candidates",
-    "choose",
-    "default_path",
-    "frontier",
-    "higher_is_better",
-    "profile_command",
-    "read_profile",
-    "read_quality",
-]
+from odelt_fast.results import higher_is_better
 
 
 @dataclass(frozen=True)
@@ -46,8 +27,8 @@ class Point:
     """A candidate: an operation, what it costs for `batch` images, and what it is worth.
 
     latency: seconds. memory: peak bytes (None: not known). Both were measured with `measured_batch` images, which is `batch` or the next
-    larger one that was measured: then they are upper bounds. quality: of `metric`; None: not measured. score: what candidates are ordered
-    by, larger is better.
+    larger one that was measured: then they are upper bounds. quality: of `metric`, measured in `quality_dtype`; None: not measured. score:
+    what candidates are ordered by, larger is better.
     """
 
     operation: Operation
@@ -58,6 +39,7 @@ class Point:
     evaluations: float
     quality: Value | None
     metric: str | None
+    quality_dtype: str | None
     score: float
 
     @property
@@ -139,7 +121,8 @@ def candidates(
             continue
         else:
             score = value.mean if higher_is_better(str(name)) else -value.mean
-        found.append(Point(operation, batch, m.batch, m.latency, m.peak_memory, m.evaluations, value, name, score))
+        dtype = None if quality is None else quality.dtype
+        found.append(Point(operation, batch, m.batch, m.latency, m.peak_memory, m.evaluations, value, name, dtype, score))
     if not found:
         if quality is None:
             raise ValueError(
@@ -195,25 +178,8 @@ def best(points: Sequence[Point], max_latency: float | None = None, max_memory: 
     if first.quality is None:
         reason = f"the most blocks times evaluations {among}; quality was not measured"
     else:
-        reason = f"the best {first.metric} ({first.quality}) {among}"
+        reason = f"the best {first.metric} ({first.quality}, measured in {first.quality_dtype}) {among}"
     return Choice(first, f"{first.operation}: {reason}; {first.cost()}")
-
-
-def choose(
-    profile: Profile,
-    quality: Quality | None = None,
-    *,
-    max_latency: float | None = None,
-    max_memory: float | None = None,
-    batch: int = 1,
-    precision: str = "float32",
-    guidance_scale: float | None = None,
-    metric: str | None = None,
-    weights: str | None = None,
-) -> Choice:
-    """`best` of `candidates`: see there."""
-    points = candidates(profile, quality, batch=batch, precision=precision, guidance_scale=guidance_scale, metric=metric, weights=weights)
-    return best(points, max_latency, max_memory)
 
 
 def _excess(point: Point, max_latency: float | None, max_memory: float | None) -> float:

@@ -9,6 +9,7 @@ $XDG_CACHE_HOME/odelt-fast, else ~/.cache/odelt-fast.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from odelt_fast.outputs import write_whole
 
 FORMAT = "odelt-fast profile 1"
 PRECISIONS = ("float32", "bfloat16", "float16", "fp8")
+Schedule = tuple[tuple[float, int], ...]  # (t, l): l from the time t on
 _LIMIT = 16 << 20  # bytes of a file: 40 000 measurements
 _SECONDS, _BYTES = 1e7, 2**50  # more than anyone waits for, or has
 
@@ -39,7 +41,7 @@ class Operation:
     solver: str = "euler"
     steps: int | None = None
     tolerance: float | None = None
-    schedule: tuple[tuple[float, int], ...] = ()
+    schedule: Schedule = ()
 
     def __post_init__(self) -> None:
         whole("depth", self.depth, 1, 4096)
@@ -48,6 +50,8 @@ class Operation:
             raise ValueError(f"an operation has either steps or a tolerance, not {self.steps!r} and {self.tolerance!r}")
         if self.steps is not None:
             whole("steps", self.steps, 1, 10**6)
+        if self.schedule and max(depth for _, depth in self.schedule) != self.depth:
+            raise ValueError(f"depth {self.depth} is not the largest of the schedule {show_schedule(self.schedule)}")
         if self.tolerance is not None:
             number("tolerance", self.tolerance, 1e-15, 1e3)
 
@@ -59,10 +63,38 @@ class Operation:
         return {**depth, "solver": self.solver, "steps": 1, "rtol": self.tolerance, "atol": self.tolerance}
 
     def __str__(self) -> str:
-        where = "depth " + (",".join(f"{time:g}:{depth}" for time, depth in self.schedule) if self.schedule else str(self.depth))
+        where = f"depth {show_schedule(self.schedule) if self.schedule else self.depth}"
         if self.steps is None:
             return f"{where}, {self.solver} at tolerance {self.tolerance:g}"
         return f"{where}, {self.steps} step{'' if self.steps == 1 else 's'} of {self.solver}"
+
+
+def parse_schedule(text: str) -> Schedule:
+    """Pairs (t, l) of "0:4,0.5:12"; ValueError for anything else."""
+    try:
+        return checked_schedule([(float(time), int(depth)) for time, depth in (pair.split(":") for pair in text.split(","))])
+    except ValueError:
+        raise ValueError(f"must be times and depths such as 0:4,0.5:12, not {text!r}") from None
+
+
+def show_schedule(schedule: Schedule) -> str:
+    """What `parse_schedule` reads, exactly."""
+    return ",".join(f"{time!r}:{depth}".replace(".0:", ":") for time, depth in schedule)
+
+
+def checked_schedule(pairs: Any) -> Schedule:
+    """Pairs (t, l) of a file as a schedule: t from 0, rising, below 1. ValueError for anything else; () of none."""
+    if (
+        not isinstance(pairs, (list, tuple))
+        or len(pairs) > 1000
+        or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs)
+    ):
+        raise ValueError(f"a schedule must be pairs of a time and a depth, not {shown(pairs)}")
+    schedule = tuple((number("time", time, 0, 1), whole("depth", depth, 1, 4096)) for time, depth in pairs)
+    times = [time for time, _ in schedule]
+    if schedule and (times[0] != 0 or any(a >= b for a, b in itertools.pairwise(times))):
+        raise ValueError(f"the times of a schedule rise from 0, not {shown(times)}")
+    return schedule
 
 
 def effective_guidance(scale: float | None) -> float | None:
@@ -201,14 +233,25 @@ def read_profile(path: Path) -> Profile:
 
 def _flat(measurement: Measurement) -> dict[str, Any]:
     values = asdict(measurement)
-    operation = values.pop("operation")
-    operation.pop("schedule")
-    return {**operation, **values}
+    return {**values.pop("operation"), **values}
 
 
 def _measurement(values: Any) -> Measurement:
     """A measurement of a file, every value checked."""
-    names = {"depth", "solver", "steps", "tolerance", "batch", "precision", "guidance_scale", "latency", "low", "high", "rounds"}
+    names = {
+        "depth",
+        "solver",
+        "steps",
+        "tolerance",
+        "batch",
+        "precision",
+        "guidance_scale",
+        "latency",
+        "low",
+        "high",
+        "rounds",
+        "schedule",
+    }
     names |= {"evaluations", "peak_memory", "weights"}
     if not isinstance(values, Mapping) or values.keys() != names:
         raise ValueError(f"a measurement must have {', '.join(sorted(names))}, not {shown(values)}")
@@ -217,7 +260,8 @@ def _measurement(values: Any) -> Measurement:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {shown(values['precision'])}")
     if weights is not None and not (isinstance(weights, str) and re.fullmatch("[0-9a-f]{64}", weights)):
         raise ValueError(f"weights must be a SHA-256, not {shown(weights)}")
-    operation = Operation(values["depth"], values["solver"], values["steps"], values["tolerance"])
+    schedule = checked_schedule(values["schedule"])
+    operation = Operation(values["depth"], values["solver"], values["steps"], values["tolerance"], schedule)
     if (operation.steps is None) != (weights is not None):
         raise ValueError("weights go with a tolerance, and only with one")
     low, latency, high = (number(name, values[name], 1e-9, _SECONDS) for name in ("low", "latency", "high"))

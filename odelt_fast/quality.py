@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 from odelt_fast.config import DiTConfig
 from odelt_fast.json_files import number, read_object, shown, text, whole
-from odelt_fast.profiles import Operation, effective_guidance
+from odelt_fast.profiles import Operation, checked_schedule, effective_guidance
 from odelt_fast.results import number as shown_with_spread
 
 FILE_NAME = "quality.json"  # in a model's folder: the results of its evaluation
 _LIMIT = 16 << 20  # bytes
-_HIGHER = ("recognised", "precision", "recall", "inception score")
 
 
 class Value(NamedTuple):
@@ -61,11 +60,6 @@ class Quality:
         """ValueError if it is the quality of another model. weights: SHA-256 of the model's files (`measuring.model_hash`)."""
         if self.config != config or (self.weights is not None and weights is not None and self.weights != weights):
             raise ValueError(f"{self.path} is the quality of another model: measure this one's with odelt-fast evaluate")
-
-
-def higher_is_better(metric: str) -> bool:
-    """Whether a larger value of a metric of `odelt-fast evaluate` is a better one."""
-    return metric in _HIGHER
 
 
 def read_quality(path: str | Path) -> Quality:
@@ -117,7 +111,8 @@ def _row(row: Any, settings: Mapping[str, Any]) -> tuple[tuple[Operation, float 
     if settings.get("paper_guidance") is True and steps == 128 and scale not in (None, 0):
         steps = 64  # which the paper counts as 128: each takes two evaluations
     values = {text("metric", name): _value(name, spread) for name, spread in row["metrics"].items()}
-    return (Operation(row.get("depth"), row.get("solver"), steps, tolerance), scale), values  # type: ignore[arg-type]
+    operation = Operation(row.get("depth"), row.get("solver"), steps, tolerance, checked_schedule(row.get("schedule", [])))  # type: ignore[arg-type]
+    return (operation, scale), values
 
 
 def _value(name: str, spread: Any) -> Value:

@@ -11,21 +11,29 @@ from typing import Any
 FORMAT = 1
 
 
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of a metric of `odelt-fast evaluate` is a better one."""
+    return metric in ("recognised", "precision", "recall", "inception score")
+
+
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for every (solver, depth, steps or tolerance), in the order of their first cell: mean and standard deviation over seeds.
+    """One row for every (solver, depth or schedule, steps or tolerance), in the order of their first cell: mean and standard deviation over
+    seeds.
 
     The standard deviation is that of a sample (divided by the number of seeds - 1), None for one seed.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for cell in cells:
-        groups.setdefault(tuple(cell[name] for name in ("solver", "depth", "steps", "tolerance")), []).append(cell)
+        schedule = json.dumps(cell.get("schedule"))
+        groups.setdefault((*(cell[name] for name in ("solver", "depth", "steps", "tolerance")), schedule), []).append(cell)
     rows = []
-    for (solver, depth, steps, tolerance), members in groups.items():
+    for (solver, depth, steps, tolerance, _), members in groups.items():
         metrics = {name: _spread([cell["metrics"][name] for cell in members]) for name in members[0]["metrics"]}
         rows.append(
             {
                 "solver": solver,
                 "depth": depth,
+                **({"schedule": members[0]["schedule"]} if "schedule" in members[0] else {}),
                 "live_blocks": members[0]["live_blocks"],
                 "steps": steps,
                 "tolerance": tolerance,
@@ -64,7 +72,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     rows, settings = results["rows"], results["settings"]
     names = list(rows[0]["metrics"])
     lines = [f"# {settings['model']}", "", *_description(results), ""]
-    fixed = [row for row in rows if row["steps"] is not None]
+    fixed = [row for row in rows if row["steps"] is not None and "schedule" not in row]
     for solver in dict.fromkeys(row["solver"] for row in fixed):
         mine = [row for row in fixed if row["solver"] == solver]
         steps, depths = _distinct(mine, "steps"), _distinct(mine, "depth")
@@ -81,7 +89,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         at = row["steps"] if row["steps"] is not None else f"{row['tolerance']:g}"
         quality = [number(row["metrics"][name]) for name in names]
         cost = [f"{row['latency']:.3g}", f"{row['evaluations']:.4g}", f"{memory / 2**20:.0f} MiB" if memory else "", relative]
-        body.append([row["depth"], row["solver"], at, *quality, *cost])
+        depth = ", ".join(f"{time:g}:{blocks}" for time, blocks in row["schedule"]) if "schedule" in row else row["depth"]
+        body.append([depth, row["solver"], at, *quality, *cost])
     return "\n".join([*lines, *_table(head, body)]).rstrip() + "\n"
 
 

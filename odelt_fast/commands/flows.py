@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from odelt_fast.profiles import parse_schedule
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -41,9 +43,9 @@ class Plan:
 def depth_schedule(text: str) -> list[tuple[float, int]] | None:
     """Pairs (t, l) of "0:4,0.5:12"; None of an empty text; ValueError for anything else."""
     try:
-        return [(float(t), int(depth)) for t, depth in (pair.split(":") for pair in text.split(","))] if text else None
-    except ValueError:
-        raise ValueError(f"--depth-schedule must be times and depths such as 0:4,0.5:12, not {text!r}") from None
+        return list(parse_schedule(text)) if text else None
+    except ValueError as error:
+        raise ValueError(f"--depth-schedule {error}") from None
 
 
 def check_options(options: Command) -> None:

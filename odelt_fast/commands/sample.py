@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from odelt_fast.commands.budgets import as_options, choice_json, choose_for
 from odelt_fast.commands.flows import check_options, depth_schedule, plan
 from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole, load, load_decoder, plural
 from odelt_fast.outputs import check_target, picture_formats, save_picture, try_out, write_whole
 
 if TYPE_CHECKING:
+    from odelt_fast.planner import Choice
     from odelt_fast.sampler import Sampler
 
 
@@ -26,8 +28,19 @@ class Command:
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     depth: Whole = None
     """Active blocks l, one of the model's depths; all by default."""
-    steps: int = 4
-    """Time steps T. Shortcut models make good images with few (1, 4); plain flow models want 128."""
+    steps: Whole = None
+    """Time steps T; 4 by default. Shortcut models make good images with few (1, 4); plain flow models want 128."""
+    max_latency: Text = None
+    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the best within it by the measurements of
+    odelt-fast profile and evaluate. For a warm call; starting, decoding and writing files come on top."""
+    max_memory: Text = None
+    """Budget for weights, inputs and activations, such as 2GB (KB, MB, GB, or MiB, GiB)."""
+    profile: File = None
+    """Of a budget: file of odelt-fast profile; by default that of this machine and model."""
+    quality: Text = None
+    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json in the model's folder."""
+    metric: Text = None
+    """Of a budget: what counts as quality, as the table names it; its first metric by default."""
     num_images: int = 16
     """Images to draw. The noise of image i depends on the seed and i alone."""
     labels: Labels = ()
@@ -36,9 +49,9 @@ class Command:
     """From 0 to 2^64 - 1."""
     guidance_scale: Number = None
     """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them, other values cost twice as much."""
-    solver: str = "euler"
-    """With --steps equal steps: euler, midpoint, heun2, ralston, kutta3, rk4, rk38, or fixed:NAME. Choosing their own steps: dopri5, tsit5,
-    bosh3, dop853, adaptive_heun. torchdiffeq:NAME is torchdiffeq's."""
+    solver: Text = None
+    """With --steps equal steps: euler (the default), midpoint, heun2, ralston, kutta3, rk4, rk38, or fixed:NAME. Choosing their own steps:
+    dopri5, tsit5, bosh3, dop853, adaptive_heun. torchdiffeq:NAME is torchdiffeq's."""
     rtol: float = 1e-2
     """Relative error that an adaptive solver allows itself in a step."""
     atol: float = 1e-2
@@ -98,6 +111,10 @@ def run(options: Command) -> None:
         check_target("--out", picture, picture_formats())
     if options.npz is not None:
         check_target("--npz", options.npz, (".npz",))
+    chosen = choose_for(options)
+    if chosen:
+        options = replace(options, **as_options(chosen.point))
+        schedule = depth_schedule(options.depth_schedule)
 
     import numpy as np
     import torch
@@ -111,8 +128,8 @@ def run(options: Command) -> None:
     sampler = Sampler(
         model,
         depth=options.depth,
-        steps=options.steps,
-        solver=options.solver,
+        steps=options.steps or 4,
+        solver=options.solver or "euler",
         rtol=options.rtol,
         atol=options.atol,
         max_steps=options.max_steps,
@@ -148,25 +165,29 @@ def run(options: Command) -> None:
     if picture is not None:
         save_picture(picture, image_grid(to_uint8(drawing.tiles), drawing.columns))
         written.append(picture)
-    report(options, sampler, config.depth, written)
+    report(options, sampler, config.depth, written, chosen)
     if drawing.remark and not options.json:
         print(drawing.remark)
 
 
-def report(options: Command, sampler: Sampler, blocks: int, written: Sequence[Path]) -> None:
+def report(options: Command, sampler: Sampler, blocks: int, written: Sequence[Path], chosen: Choice | None) -> None:
     """Prints what was drawn, where it is, and what it cost (without loading the model)."""
     about, count = sampler.explain(), sampler.stats["images"]
     evaluations, seconds = sampler.stats["evaluations_per_image"], sampler.stats["seconds"] / count
     if options.json:
         numbers = {"num_images": count, "evaluations": sampler.stats["evaluations"], "seconds_per_image": seconds}
+        if chosen:
+            about["choice"] = choice_json(chosen)
         print(json.dumps({"files": list(map(str, written)), "model": options.model, "seed": options.seed, **numbers, **about}))
         return
     print(f"{' and '.join(map(str, written))}: {plural(count, 'image')} of {options.model}")
+    if chosen:
+        print(chosen.why)
     used = f"{about['live_blocks']} of {plural(blocks, 'block')}"
     if sampler.adaptive:
         taken = [a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)]
         steps = f"{min(taken)} to {max(taken)} steps" if min(taken) < max(taken) else plural(taken[0], "step")
     else:
-        steps = plural(options.steps, "step")
+        steps = plural(sampler.steps, "step")
     print(f"depth {about['depth']} ({used}), {steps} of {about['solver']}")
     print(f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on {about['device']} in {about['dtype']}")
