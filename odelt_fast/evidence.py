@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -53,6 +53,7 @@ def find_evidence(
         raise ValueError(f"{name} has no profile on {machine.device}{f' in {path}' if given else ''}: run {profile_command(name, given)}")
     found = read_profile(path)
     found.check(machine, config, path)
+    _check_operations({m.operation for m in found.measurements}, config, path)
     return Evidence(name, found, find_quality(name, config, weights, quality), weights)
 
 
@@ -91,7 +92,23 @@ def find_quality(name: str, config: DiTConfig, weights: str, path: str | Path | 
         return None
     found = read_quality(find_folder(name) / FILE_NAME if path is None else path)
     found.check(config, weights)
+    _check_operations({operation for operation, _ in found.rows}, config, found.path)
     return found
+
+
+def _check_operations(operations: Iterable[Operation], config: DiTConfig, path: Path) -> None:
+    """ValueError unless the model can run them all: files may name any."""
+    from odelt_fast.solvers import check_solver, is_adaptive
+
+    try:
+        for operation in operations:
+            for depth in {depth for _, depth in operation.schedule} | {operation.depth}:
+                config.check_depth(depth)
+            adaptive = is_adaptive(check_solver(operation.solver))
+            if adaptive != (operation.steps is None):
+                raise ValueError(f"{operation.solver} takes {'a tolerance' if adaptive else 'a number of steps'}")
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def this_machine(device: str | torch.device) -> Machine:

@@ -96,11 +96,13 @@ def candidates(
 
     ValueError if nothing fits, naming what was measured.
     """
-    command = profile_command(profile.model)
+    command = f"{profile_command(profile.model)} --dtypes {precision}"
+    if guidance_scale not in (None, 1):
+        command += f" --guidance-scale {guidance_scale:g}"
     fitting = [m for m in profile.measurements if m.precision == precision and m.holds_for(guidance_scale, weights)]
     if not fitting:
-        known = ", ".join(sorted({f"{m.precision}, {_guided(m.guidance_scale)}" for m in profile.measurements})) or "nothing"
-        raise ValueError(f"the profile has {known}, not {precision}, {_guided(guidance_scale)}: measure it with {command}")
+        known = ", ".join(sorted({_asked(m.precision, m.guidance_scale) for m in profile.measurements})) or "nothing"
+        raise ValueError(f"the profile has {known}, not {_asked(precision, guidance_scale)}: measure it with {command}")
     measured = sorted({m.batch for m in fitting if m.batch >= batch})
     if not measured:
         sizes = ", ".join(str(size) for size in sorted({m.batch for m in fitting}))
@@ -114,7 +116,7 @@ def candidates(
     for operation, m in by_operation.items():
         value = None if quality is None or precision == "fp8" else quality.of(operation, guidance_scale, name)
         if quality is None:
-            if operation.solver not in ("euler", "fixed:euler") or operation.steps is None:
+            if operation.solver not in ("euler", "fixed:euler") or operation.schedule:
                 continue
             score = float(profile.config.live_blocks(profile.config.check_depth(operation.depth))) * m.evaluations
         elif value is None:
@@ -129,7 +131,7 @@ def candidates(
                 "without a table of quality only equal steps of euler can be ordered, and the profile has none: measure with it"
             )
         raise ValueError(
-            f"{quality.path} has no quality of what the profile has in {precision}, {_guided(guidance_scale)}: it is never guessed; "
+            f"{quality.path} has no quality of what the profile has in {_asked(precision, guidance_scale)}: it is never guessed; "
             "run odelt-fast evaluate on it"
         )
     return sorted(found, key=lambda point: (-point.score, point.latency, -1 if point.memory is None else point.memory))
@@ -193,5 +195,5 @@ def _bytes(point: Point) -> float:
     return math.inf if point.memory is None else point.memory
 
 
-def _guided(scale: float | None) -> str:
-    return "not guided" if scale in (None, 1) else f"guidance scale {scale:g}"
+def _asked(precision: str, scale: float | None) -> str:
+    return f"{precision} {'without guidance' if scale in (None, 1) else f'with guidance scale {scale:g}'}"

@@ -142,8 +142,11 @@ def test_quality_is_never_guessed() -> None:
     assert "at most 2 ms" in best(candidates(profile, table({known: 0.3}), batch=3)).why
     for asked, words in (
         ({"precision": "fp8"}, "it is never guessed"),
-        ({"guidance_scale": 2.0}, "guidance scale 2"),
-        ({"batch": 5}, "nor a larger one, only 1, 4"),
+        (
+            {"guidance_scale": 2.0},
+            "not float32 with guidance scale 2: measure it with odelt-fast profile --dtypes float32 --guidance-scale 2$",
+        ),
+        ({"batch": 5}, "nor a larger one, only 1, 4: odelt-fast profile --dtypes float32 --batches 5$"),
         ({"metric": "kid"}, "metric must be one of"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -163,7 +166,7 @@ def test_adaptive_costs_belong_to_their_weights() -> None:
 
 
 def test_without_a_table_the_order_is_that_of_the_arithmetic_and_said_so() -> None:
-    ops = operations_of((2, 4), SOLVERS, (1, 4), (1e-2,))
+    ops = (*operations_of((2, 4), SOLVERS, (1, 4), (1e-2,)), Operation(4, steps=4, schedule=((0.0, 2), (0.5, 4))))
     points = candidates(profile_of(*(cost(op, 1, 1e-3) for op in ops)), weights=WEIGHTS)
     assert [(point.operation.depth, point.operation.steps) for point in points] == [(4, 4), (2, 4), (4, 1), (2, 1)]
     assert {point.operation.solver for point in points} == {"euler"}
@@ -330,6 +333,50 @@ def test_every_changed_value_is_refused_or_harmless(kind: str, tmp_path: Path, m
     assert counts[True] > count * (8 if kind == "profile" else 2)  # much of an evaluation is for people
 
 
+WRONG: tuple[tuple[str, str, Any, str], ...] = (
+    ("profile", "format", "odelt-fast profile 2", "its format is"),
+    ("profile", "machine.threads", -1, "threads must be a whole number from 0"),
+    ("profile", "machine.device", "a\x1b[2Jb", "device must be printable text"),
+    ("profile", "config.depth", 10**9, "depth"),
+    ("profile", "measurements.0.latency", 0.5, "is not between low"),
+    ("profile", "measurements.0.low", True, "low must be a number"),
+    ("profile", "measurements.0.batch", 0, "batch must be a whole number from 1"),
+    ("profile", "measurements.0.precision", "int4", "precision must be one of"),
+    ("profile", "measurements.0.peak_memory", -5, "peak_memory must be"),
+    ("profile", "measurements.0.steps", 10**7, "steps must be a whole number"),
+    ("profile", "measurements.0.tolerance", 0.1, "either steps or a tolerance"),
+    ("profile", "measurements.0.extra", 1, "a measurement must have"),
+    ("profile", "measurements.0.evaluations", 0, "evaluations must be a number"),
+    ("profile", "measurements.1.weights", None, "weights go with a tolerance"),
+    ("profile", "measurements.1.weights", "../x", "weights must be a SHA-256"),
+    ("profile", "measurements.2.schedule", [[0, 2], [0, 4]], "rise from 0"),
+    ("profile", "measurements.2.schedule", [], "a measurement occurs twice"),
+    ("quality", "format", 2, "its format is 2"),
+    ("quality", "rows", [], "rows must be a list that is not empty"),
+    ("quality", "rows.0.metrics", {}, "a row must have metrics"),
+    ("quality", "rows.0.metrics", {"kid": {"mean": 1}}, "different metrics"),
+    ("quality", "rows.0.depth", "4", "depth must be a whole number"),
+    ("quality", "rows.0.guidance_scale", "2", "guidance_scale must be a number"),
+    ("quality", "model.num_heads", 0, "num_heads"),
+    ("quality", "settings", None, "settings must be an object"),
+)
+
+
+@pytest.mark.parametrize(("kind", "place", "new", "words"), WRONG)
+def test_what_is_wrong_with_a_file_is_said(kind: str, place: str, new: Any, words: str, tmp_path: Path, model: str) -> None:
+    source, path = tmp_path / "profile.json", tmp_path / "changed.json"
+    write_profile(some_profile(), source)
+    whole = json.loads((source if kind == "profile" else Path(model) / "quality.json").read_text())
+    *way, last = [int(step) if step.isdigit() else step for step in place.split(".")]
+    holder = whole
+    for step in way:
+        holder = holder[step]
+    holder[last] = new
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=words):
+        read_profile(path) if kind == "profile" else read_quality(path)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -379,6 +426,30 @@ def test_bundled_models_have_the_quality_of_their_own_weights(name: str) -> None
     assert quality is not None
     assert quality.weights == model_hash(name)
     assert {operation.depth for operation in quality.operations()} == {4, 8, 12}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"depth": 3}, "depth 3 is not allowed"),
+        ({"solver": "eular"}, "eular"),
+        ({"solver": "dopri5"}, "dopri5 takes a tolerance"),
+        ({"schedule": [[0, 3], [0.5, 4]]}, "depth 3 is not allowed"),
+        ({"steps": None, "tolerance": 0.1}, "euler takes a number of steps"),
+    ],
+)
+def test_operations_that_the_model_cannot_run_are_refused(change: dict[str, Any], words: str, tmp_path: Path, model: str) -> None:
+    path = tmp_path / "results.json"
+    whole = json.loads((Path(model) / "quality.json").read_text())
+    row = next(row for row in whole["rows"] if (row["solver"], row["depth"]) == ("euler", 4))
+    row |= change
+    path.write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=f"results.json cannot be used: .*{words}"):
+        find_quality(model, read_config(model), model_hash(model), path)
+    profile = Profile(this_machine("cpu"), MODEL, model)
+    write_profile(profile.adding([cost(Operation(3, steps=1), 1, 1e-3)]), tmp_path / "profile.json")
+    with pytest.raises(ValueError, match=r"profile\.json cannot be used: depth 3 is not allowed"):
+        find_evidence(model, profile=tmp_path / "profile.json")
 
 
 # Profiling

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from odelt_fast.commands.options import Device, File, Number, Text, choose_dtype
+from odelt_fast.commands.options import Device, File, Number, Text, choose_dtype, plural
 from odelt_fast.profiles import Profile, default_path
 from odelt_fast.quantities import show_memory, show_seconds
 
@@ -99,7 +99,7 @@ def run(options: Command) -> None:
         print(json.dumps({"path": str(path), **asdict(found)}))
         return
     print(table(found))
-    print(f"{path}: {len(found.measurements)} measurements of {options.model} on {found.machine.device}")
+    print(f"{path}: {plural(len(found.measurements), 'measurement')} of {options.model} on {found.machine.device}")
 
 
 def table(profile: Profile) -> str:
