@@ -18,6 +18,7 @@ from odelt_fast.profiles import Measurement, Operation, Profile, effective_guida
 from odelt_fast.sampler import Sampler
 
 _LEAST, _MOST = 5, 200  # rounds
+_GROUP = 16  # operations that take turns: samplers of a model share a cache of 32 graphs, from which none may drop out
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Grid:
 class Profiler:
     """Measures the model `name` on `device` and keeps the profile at `path`.
 
-    seconds: about how long the operations of one batch size take turns, in at least 5 rounds and at most 200. again: measure also what the
-    profile has. Raises ValueError for a profile at `path` that is of another machine or model, or none.
+    seconds: about how long the operations of one batch size are timed, 16 of them taking turns, in at least 5 rounds and at most 200.
+    again: measure also what the profile has. Raises ValueError for a profile at `path` that is of another machine or model, or none.
     """
 
     def __init__(self, name: str, device: torch.device, path: Path, *, seconds: float = 10.0, again: bool = False) -> None:
@@ -66,8 +67,12 @@ class Profiler:
             model = self._load(precision, None)
             for batch, operations in wanted.items():
                 report(f"{precision}, batches of {batch}: latency of {len(operations)} operations")
-                samplers = {operation: self._sampler(model, operation, precision, batch, grid.guidance_scale) for operation in operations}
-                samples, evaluations = self._take_turns(samplers, batch)
+                samples, evaluations = dict[Operation, list[float]](), dict[Operation, list[float]]()
+                for group in _groups(operations):
+                    samplers = {operation: self._sampler(model, operation, precision, batch, grid.guidance_scale) for operation in group}
+                    seconds = self.seconds * len(group) / len(operations)
+                    for known, found in zip((samples, evaluations), self._take_turns(samplers, batch, seconds), strict=True):
+                        known.update(found)
                 self.profile = self.profile.adding(
                     Measurement(
                         operation,
@@ -113,13 +118,16 @@ class Profiler:
                         sampler(batch)
                     peak = memory.peak()
                     found[operation, batch] = None if peak < 0 else peak
+                    if sampler.fused and sampler.fused.graphs:
+                        sampler.fused.graphs.clear()  # which samplers of a model share
                     del sampler
             del model
             memory.release()
         return found
 
+    @staticmethod
     def _take_turns(
-        self, samplers: dict[Operation, Sampler], batch: int
+        samplers: dict[Operation, Sampler], batch: int, seconds: float
     ) -> tuple[dict[Operation, list[float]], dict[Operation, list[float]]]:
         """Seconds and evaluations an image of every operation, in each round. None always follows the same one."""
         for sampler in samplers.values():
@@ -130,13 +138,17 @@ class Profiler:
         evaluations: dict[Operation, list[float]] = {name: [] for name in names}
         begin = time.perf_counter()
         for turn in range(_MOST):
-            if turn >= _LEAST and time.perf_counter() - begin >= self.seconds:
+            if turn >= _LEAST and time.perf_counter() - begin >= seconds:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(timed(samplers[name], batch, turn))
                 evaluations[name].append(samplers[name].stats["evaluations_per_image"])
         return samples, evaluations
+
+
+def _groups(operations: Sequence[Operation]) -> list[Sequence[Operation]]:
+    return [operations[first : first + _GROUP] for first in range(0, len(operations), _GROUP)]
 
 
 def timed(sampler: Sampler, batch: int, seed: int) -> float:

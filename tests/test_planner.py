@@ -17,7 +17,7 @@ import pytest
 import torch
 from kill_evaluate import MODEL, evaluation, random_model
 
-from odelt_fast import deadline_planner
+from odelt_fast import deadline_planner, profiling
 from odelt_fast.checkpoint import load_model, read_config
 from odelt_fast.cli import main
 from odelt_fast.evaluation import Evaluator
@@ -455,7 +455,8 @@ def test_operations_that_the_model_cannot_run_are_refused(change: dict[str, Any]
 # Profiling
 
 
-def test_a_profile_tells_what_operations_cost_and_goes_on(model: str, tmp_path: Path) -> None:
+def test_a_profile_tells_what_operations_cost_and_goes_on(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "_GROUP", 2)
     device, path = torch.device("cpu"), tmp_path / "profile.json"
     grid = Grid((Operation(2, steps=1), Operation(4, steps=3), Operation(4, "bosh3", tolerance=0.5)), (1, 2), ("float32",), 2.0)
     found = Profiler(model, device, path, seconds=0).run(grid)
