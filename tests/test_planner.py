@@ -425,6 +425,7 @@ def test_bundled_models_have_the_quality_of_their_own_weights(name: str) -> None
     quality = find_quality(name, read_config(name), model_hash(name))
     assert quality is not None
     assert quality.weights == model_hash(name)
+    assert quality.seeds >= 2
     assert {operation.depth for operation in quality.operations()} == {4, 8, 12}
 
 
