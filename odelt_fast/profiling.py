@@ -18,7 +18,7 @@ from odelt_fast.profiles import Measurement, Operation, Profile, effective_guida
 from odelt_fast.sampler import Sampler
 
 _LEAST, _MOST = 5, 200  # rounds
-_GROUP = 16  # operations that take turns: samplers of a model share a cache of 32 graphs, from which none may drop out
+_GRAPHS = 16  # operations that take turns on a GPU: samplers of a model share a cache of 32 graphs, from which none may drop out
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Grid:
 class Profiler:
     """Measures the model `name` on `device` and keeps the profile at `path`.
 
-    seconds: about how long the operations of one batch size are timed, 16 of them taking turns, in at least 5 rounds and at most 200.
+    seconds: about how long the operations of one batch size take turns (16 at a time on a GPU), in at least 5 rounds and at most 200.
     again: measure also what the profile has. Raises ValueError for a profile at `path` that is of another machine or model, or none.
     """
 
@@ -68,7 +68,7 @@ class Profiler:
             for batch, operations in wanted.items():
                 report(f"{precision}, batches of {batch}: latency of {len(operations)} operations")
                 samples, evaluations = dict[Operation, list[float]](), dict[Operation, list[float]]()
-                for group in _groups(operations):
+                for group in self._groups(operations):
                     samplers = {operation: self._sampler(model, operation, precision, batch, grid.guidance_scale) for operation in group}
                     seconds = self.seconds * len(group) / len(operations)
                     for known, found in zip((samples, evaluations), self._take_turns(samplers, batch, seconds), strict=True):
@@ -125,6 +125,10 @@ class Profiler:
             memory.release()
         return found
 
+    def _groups(self, operations: Sequence[Operation]) -> list[Sequence[Operation]]:
+        size = _GRAPHS if self.device.type == "cuda" else len(operations)
+        return [operations[first : first + size] for first in range(0, len(operations), size)]
+
     @staticmethod
     def _take_turns(
         samplers: dict[Operation, Sampler], batch: int, seconds: float
@@ -145,10 +149,6 @@ class Profiler:
                 samples[name].append(timed(samplers[name], batch, turn))
                 evaluations[name].append(samplers[name].stats["evaluations_per_image"])
         return samples, evaluations
-
-
-def _groups(operations: Sequence[Operation]) -> list[Sequence[Operation]]:
-    return [operations[first : first + _GROUP] for first in range(0, len(operations), _GROUP)]
 
 
 def timed(sampler: Sampler, batch: int, seed: int) -> float:

@@ -64,9 +64,9 @@ def search_schedules(
         raise ValueError(f"a schedule of two levels needs at least two steps and two depths, not {steps} and {len(config.depths)}")
     tried = two_level_schedules(config.depths, steps)
     dtype = getattr(torch, precision)
-    counts = tuple(dict.fromkeys((max(1, steps // 2), steps, 2 * steps)))
     parts = {
-        "depths": replace(settings, depths=config.depths, steps=counts, depth_schedules=()),
+        "depths": replace(settings, depths=config.depths, steps=(steps // 2, 2 * steps), depth_schedules=()),
+        # At T the constant depths, too.
         "schedules": replace(settings, depths=config.depths, steps=(steps,), depth_schedules=tuple(map(show_schedule, tried))),
     }
     results = []

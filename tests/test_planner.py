@@ -17,7 +17,7 @@ import pytest
 import torch
 from kill_evaluate import MODEL, evaluation, random_model
 
-from odelt_fast import deadline_planner, profiling
+from odelt_fast import deadline_planner
 from odelt_fast.checkpoint import load_model, read_config
 from odelt_fast.cli import main
 from odelt_fast.evaluation import Evaluator
@@ -457,7 +457,7 @@ def test_operations_that_the_model_cannot_run_are_refused(change: dict[str, Any]
 
 
 def test_a_profile_tells_what_operations_cost_and_goes_on(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "_GROUP", 2)
+    monkeypatch.setattr(Profiler, "_groups", lambda self, operations: [operations[:2], operations[2:]] if operations[2:] else [operations])
     device, path = torch.device("cpu"), tmp_path / "profile.json"
     grid = Grid((Operation(2, steps=1), Operation(4, steps=3), Operation(4, "bosh3", tolerance=0.5)), (1, 2), ("float32",), 2.0)
     found = Profiler(model, device, path, seconds=0).run(grid)
@@ -637,7 +637,7 @@ def test_searched_schedules_are_measured_reported_and_chosen(model: str, capsys:
         )
         assert (point in found["beating"]) != matched
     assert main(["plan", "--model", model, *options.split()]) == 0  # from what it measured
-    assert "of 4 schedules of 3 steps beat every constant depth" in capsys.readouterr().out
+    assert "of 4 schedules of 3 steps: no constant depth is as good and as fast" in capsys.readouterr().out
     # A schedule is chosen by a budget like any other operation.
     evidence = find_evidence(model, "cpu", quality="found")
     only = tuple(m for m in evidence.profile.measurements if m.operation.schedule)

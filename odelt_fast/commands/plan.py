@@ -43,7 +43,7 @@ class Command:
     all: bool = False
     """Print every candidate, not only the frontier."""
     search_schedule: bool = False
-    """Look for depth schedules of --steps steps (one depth early, another late) that beat every constant depth: measures the quality and
+    """Look for depth schedules of --steps steps (one depth early, another late) that no constant depth matches: measures quality and
     latency of all of them, and of the constant depths at T/2, T and 2T, which takes a while. Compares with --data."""
     steps: int = 4
     """Of --search-schedule: time steps T."""
@@ -143,7 +143,7 @@ def _search(options: Command, device: torch.device) -> None:
         return
     print(f"| operation | {found.constant[0].metric} | latency, {plural(options.batch, 'image')} | |\n|---|---|---|---|")
     for point in sorted(found.constant + found.schedules, key=lambda point: point.latency):
-        kind = "" if not point.operation.schedule else "beats the constant depths" if point in found.beating else "schedule"
+        kind = "" if not point.operation.schedule else "no constant depth matches it" if point in found.beating else "schedule"
         print(f"| {point.operation} | {point.quality} | {show_seconds(point.latency)} | {kind} |")
-    counts = f"{len(found.beating)} of {plural(len(found.schedules), 'schedule')}"
-    print(f"{counts} of {plural(options.steps, 'step')} beat every constant depth. All on the same noise: a small lead may be luck.")
+    counts = f"{len(found.beating)} of {plural(len(found.schedules), 'schedule')} of {plural(options.steps, 'step')}"
+    print(f"{counts}: no constant depth is as good and as fast. All on the same noise: a small lead may be luck.")
