@@ -72,9 +72,10 @@ class Operation:
 def parse_schedule(text: str) -> Schedule:
     """Pairs (t, l) of "0:4,0.5:12"; ValueError for anything else."""
     try:
-        return checked_schedule([(float(time), int(depth)) for time, depth in (pair.split(":") for pair in text.split(","))])
+        pairs = [(float(time), int(depth)) for time, depth in (pair.split(":") for pair in text.split(","))]
     except ValueError:
         raise ValueError(f"must be times and depths such as 0:4,0.5:12, not {text!r}") from None
+    return checked_schedule(pairs)
 
 
 def show_schedule(schedule: Schedule) -> str:
@@ -93,7 +94,7 @@ def checked_schedule(pairs: Any) -> Schedule:
     schedule = tuple((number("time", time, 0, 1), whole("depth", depth, 1, 4096)) for time, depth in pairs)
     times = [time for time, _ in schedule]
     if schedule and (times[0] != 0 or any(a >= b for a, b in itertools.pairwise(times))):
-        raise ValueError(f"the times of a schedule rise from 0, not {shown(times)}")
+        raise ValueError(f"must have times rising from 0, not {shown(times)}")
     return schedule
 
 
