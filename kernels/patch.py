@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 from odelt_fast.kernels.compile_case import CompileCase, overlap_options
 from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
@@ -125,7 +126,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if weight.dtype == torch.float32:  # a product's one sum over B*N terms can have twice the error of the convolution's sums
         image = grad.transpose(1, 2).unflatten(2, (grid[2], grid[4]))
         kernel = (weight.shape[0], channels, patch, patch)
-        grad_weight = torch.nn.grad.conv2d_weight(x.to(weight.dtype), kernel, image, patch).flatten(1)
+        grad_weight = conv2d_weight(x.to(weight.dtype), kernel, image, patch).flatten(1)
     else:
         grad_weight = flat.t() @ patches
     return grad_x, grad_weight, flat.sum(0), None, None
