@@ -22,7 +22,22 @@ import tyro
 
 from odelt_fast import __version__
 
-COMMANDS = ("sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train", "ema", "encode", "env", "build-ops")
+COMMANDS = (
+    "sample",
+    "convert",
+    "evaluate",
+    "stats",
+    "profile",
+    "plan",
+    "likelihood",
+    "plot",
+    "train",
+    "ema",
+    "encode",
+    "serve",
+    "env",
+    "build-ops",
+)
 
 
 SHELLS = ("bash", "zsh", "fish")

@@ -50,7 +50,7 @@ LAYERS = (
     ("conversion", "backends", "prepared", "engine", "graphs", "trajectory", "fused", "while_loop", "cpu_network"),
     ("sampler",),
     ("evaluation", "evaluation_cells", "flow_map", "likelihood", "planner", "evidence", "profiling", "schedules", "pipeline"),
-    ("train", "demo", "server"),
+    ("train", "demo", "batching", "http_limits", "service", "server"),
     ("commands",),
     ("cli",),
 )
