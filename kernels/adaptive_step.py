@@ -15,7 +15,7 @@ Bytes: reads x, x_new and the stages with an error weight, and for taken samples
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,31 +26,17 @@ from odelt_fast.kernels.adaptive_kernels import commit_kernel, decide_kernel, no
 from odelt_fast.kernels.compile_case import CompileCase
 from odelt_fast.kernels.device import require_device
 from odelt_fast.kernels.solver_update import STATES, sum_type
+from odelt_fast.step_control import RUNNING, Control, StepRules, decide, error_norm, proposed
 
 MOST_SAMPLES = 1024  # whose step sizes one program decides: more spill
 _BLOCK, _WARPS, _CHUNK = 1024, 4, 16384
-_DONE, _MAX_STEPS, _UNDERFLOW, _NON_FINITE = range(4)  # indices into solution.STATUSES
-
-
-def step_rules(
-    exponent: float, t0: float, t1: float, rtol: float, atol: float, max_steps: int, factors: Sequence[float], device: torch.device
-) -> Tensor:
-    """(11,) float64 on the device: what a solve does not change. exponent: 1/(error order + 1); factors: safety, smallest and largest
-    change of the step size, integral share of the controller."""
-    safety, shrink, grow, share = factors
-    beta = share * exponent
-    smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
-    rules = [t0, t1, rtol, atol, smallest, max_steps, exponent - 0.75 * beta, beta, safety, shrink, grow]
-    return torch.tensor(rules, dtype=torch.float64, device=device)
 
 
 def first_attempt(control: Tensor, nodes: Tensor, rules: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(step (B,), times (S, B), whether it is the last (B,)) of an attempt from t and h in control; nodes (S,) float64: c of each stage."""
-    t0, t1 = rules[0], rules[1]
-    t, h = control[0], control[1]
-    last = 1.01 * h >= (t1 - t).abs()
-    step = torch.where(last, (t1 - t).abs(), h) * torch.where(t1 < t0, -1.0, 1.0).double()
-    times = torch.where(nodes[:, None] == 1, torch.where(last, t1, t + step), t + nodes[:, None] * step)
+    t0, t1, t = rules[0], rules[1], control[0]
+    step, t_new, last = proposed(t, control[1], t1, torch.where(t1 < t0, -1.0, 1.0).double())
+    times = torch.where(nodes[:, None] == 1, t_new, t + nodes[:, None] * step)
     return step, times.clamp(torch.minimum(t0, t1), torch.maximum(t0, t1)), last
 
 
@@ -58,56 +44,28 @@ def adaptive_step_update_reference(
     x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, nodes: Tensor, error: Tensor,
     error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(x, k_0, control, counters, step, times, running) after the attempt, in plain PyTorch; the arithmetic of `integrate_adaptive`."""
-    _, t1, rtol, atol, smallest, max_steps, exponent, beta, safety, shrink, most = rules.tolist()
+    """(x, k_0, control, counters, step, times, running) after the attempt, in plain PyTorch, with the decisions of step_control.py."""
+    fixed = StepRules(*rules.tolist())
     column = (-1, *[1] * (x.dim() - 1))
     d = step.to(x.dtype).view(column)
-    t, h, h_good, previous, grow = control
     status, accepted, rejected, evaluations = counters
-    running = status == -1
-    _, _, last = first_attempt(control, nodes, rules)
-    t_new = torch.where(last, t1, t + step)
+    is_running, last = status == RUNNING, first_attempt(control, nodes, rules)[2]
 
     def combination(weights: Tensor) -> Tensor:
         terms = [weight * k for weight, k in zip(weights.tolist(), stages) if weight]
         return d * sum(terms[1:], terms[0])
 
-    def mean_square(v: Tensor) -> Tensor:
-        ratio = torch.where(v == 0, 0, v / (atol + rtol * torch.maximum(x.abs(), x_new.abs()))).double()
-        mean = ratio.square().flatten(1).mean(1)
-        return (torch.where(running, mean, 0).sum() / running.sum()).expand_as(mean) if shared else mean
-
-    estimate = combination(error)
-    finite = (x_new.isfinite() & estimate.isfinite()).flatten(1).all(1)
-    norm = mean_square(estimate)
-    if error3 is not None:
-        norm = torch.where(norm == 0, 0, norm.square() / (norm + 0.01 * mean_square(combination(error3))))
-    norm = norm.sqrt()
-    passed = norm <= 1
-    taken = passed & running
+    estimate, estimate3 = combination(error), None if error3 is None else combination(error3)
+    norm = error_norm(estimate, estimate3, torch.maximum(x.abs(), x_new.abs()), is_running, fixed, shared)
+    finite, taken = (x_new.isfinite() & estimate.isfinite()).flatten(1).all(1), (norm <= 1) & is_running
     x = torch.where(taken.view(column), x_new, x)
     k = torch.where(taken.view(column), stages[-1], stages[0])
-    accepted, rejected = accepted + taken, rejected + (running & ~passed)
-    evaluations = evaluations + running * (len(error) - 1) + (taken & ~last & (not fsal))
-    power = norm.nan_to_num(float("inf"), float("inf")).clamp(min=1e-10) ** -exponent
-    factor = safety * power * torch.where(passed, previous**beta, 1)
-    factor = torch.where(passed, torch.minimum(factor, grow), factor.clamp(max=1)).clamp(min=shrink)
-    moving = running | shared
-    t = torch.where(passed & moving, t_new, t)
-    h = torch.where(moving, step.abs() * factor, h)
-    h_good = torch.where(passed & moving, h, h_good)
-    previous = torch.where(passed & moving, norm.clamp(min=1e-4), previous)
-    grow = torch.where(passed, most, torch.ones_like(h))
-    tiny = running & ~passed & (h < smallest)
-    broken = running & ((tiny & ~finite) | (taken & ~last & ~k.isfinite().flatten(1).all(1)))
-    some = broken.any() & shared
-    h, tiny = torch.where(some & ~passed, h_good, h), tiny & (broken | ~some)
-    status = torch.where(taken & last, _DONE, status)
-    status = torch.where(running & ~(taken & last) & (accepted + rejected >= max_steps), _MAX_STEPS, status)
-    status = torch.where(tiny & finite, _UNDERFLOW, torch.where(broken, _NON_FINITE, status))
-    control = torch.stack([t, h, h_good, previous, grow])
-    counters = torch.stack([status, accepted, rejected, evaluations])
-    return x, k, control, counters, *first_attempt(control, nodes, rules)[:2], (status == -1).any().int().view(1)
+    evaluations = evaluations + is_running * (len(error) - 1) + (taken & ~last & (not fsal))
+    k_finite = k.isfinite().flatten(1).all(1)
+    decided, *counts = decide(Control(*control), status, accepted, rejected, norm, finite, k_finite, fixed, shared)
+    control, counters = torch.stack(decided), torch.stack([*counts, evaluations])
+    running = (counters[0] == RUNNING).any().int().view(1)
+    return x, k, control, counters, *first_attempt(control, nodes, rules)[:2], running
 
 
 @torch.library.custom_op(
@@ -119,7 +77,8 @@ def adaptive_step_update(
 ) -> None:  # fmt: skip
     """Changes what the module's text names, from x_new and the stages of the attempt that `step` and `times` were for.
 
-    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of the tableau; rules: `step_rules`. shared:
+    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of the tableau; rules: the (11,) numbers
+    of a `StepRules`. shared:
     one norm, time and step for all samples. All on one device and contiguous. Raises ValueError for what does not fit.
     """
     _check(x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, fsal)

@@ -75,7 +75,7 @@ def why_not_prepared(model: DiT) -> str | None:
 
 
 def operators(kind: str) -> SimpleNamespace:
-    """The row operators and ends of the network by name: "kernels" (Triton) or "reference" (the same in plain PyTorch, on any device)."""
+    """Row operators, ends of the network, steps of a solver by name: "kernels" (Triton) or "reference" (the same in PyTorch, any device)."""
     names = {
         "norm_modulate": ("norm_modulate",),
         "gated_residual": ("gated_residual",),
@@ -87,6 +87,8 @@ def operators(kind: str) -> SimpleNamespace:
         "quantize": ("quantize_rows",),
         "linear": ("linear",),
         "attention": ("attention",),
+        "solver_update": ("combine_stages",),
+        "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),
     }
     modules = {name: importlib.import_module(f"odelt_fast.kernels.{name}") for name in names}
     if kind == "kernels":
@@ -101,6 +103,12 @@ def operators(kind: str) -> SimpleNamespace:
         h: Tensor, weight: Tensor, bias: Tensor, patch: int, height: int, width: int, dtype: torch.dtype, guidance: float | None = None
     ) -> Tensor:
         return final(torch.zeros((), dtype=dtype, device=h.device), h, weight, bias, patch, height, width, 1.0, guidance)
+
+    def adaptive_step_update(x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, *others: Any) -> None:
+        step, times, running, *rest = others
+        results = modules["adaptive_step"].adaptive_step_update_reference(x, x_new, stages, control, counters, step, *rest)
+        for target, result in zip((x, stages[0], control, counters, step, times, running), results, strict=True):
+            target.copy_(result)
 
     return SimpleNamespace(
         norm_modulate=norm.norm_modulate_reference,
@@ -117,6 +125,9 @@ def operators(kind: str) -> SimpleNamespace:
         quantize_rows=quantize,
         linear=lambda *a, workspace=None, **k: modules["linear"].linear_reference(*a, **k),
         attention=modules["attention"].attention_reference,
+        combine_stages=modules["solver_update"].combine_stages_reference,
+        adaptive_step_update=adaptive_step_update,
+        **{name: getattr(modules["adaptive_step"], name) for name in names["adaptive_step"][1:]},
     )
 
 

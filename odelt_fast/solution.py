@@ -11,12 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odelt_fast.step_control import DONE, MAX_STEPS, NON_FINITE, RUNNING, STATUSES, STEP_UNDERFLOW
+
+__all__ = [
+    "DONE",
+    "MAX_STEPS",
+    "NON_FINITE",
+    "RUNNING",
+    "STATUSES",
+    "STEP_UNDERFLOW",
+    "Field",
+    "Hook",
+    "Solution",
+    "check_times",
+    "column",
+    "combine",
+    "finite_rows",
+    "hermite",
+]
+
 Field = Callable[[Any, Tensor, int], Tensor]
 Hook = Callable[[int], None]
-
-STATUSES = ("done", "max_steps", "step_underflow", "non_finite")
-DONE, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE = range(4)
-RUNNING = -1
 
 
 @dataclass(frozen=True)

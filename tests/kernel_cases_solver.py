@@ -12,14 +12,14 @@ from kernel_audit import exact_fma
 from kernel_checks import Axes, batch_size, check_error, enough_tokens, guarded, watched
 from torch import Tensor
 
-from odelt_fast import adaptive
-from odelt_fast.kernels.adaptive_step import adaptive_step_update, adaptive_step_update_reference, first_attempt, step_rules
+from odelt_fast.adaptive import ERROR_NORMS, AdaptiveSteps, Limits, State, integrate_adaptive
+from odelt_fast.kernels.adaptive_step import adaptive_step_update, adaptive_step_update_reference, first_attempt
 from odelt_fast.kernels.solver_update import combine_stages, combine_stages_reference, error_norm, error_norm_reference
 from odelt_fast.solution import Solution, column, combine
+from odelt_fast.step_control import StepRules
 from odelt_fast.tableau import BOSH3, DOPRI5, HEUN_EULER, Tableau, find_tableau
 
 Field = Callable[[Any, Tensor, int], Tensor]
-FACTORS = (adaptive.SAFETY, adaptive.SHRINK, adaptive.GROW, adaptive.INTEGRAL_SHARE)
 TABLEAUS = (HEUN_EULER, BOSH3, DOPRI5, find_tableau("dop853")[0])
 
 
@@ -94,7 +94,7 @@ def adaptive_step_case(rng: random.Random, device: torch.device, dtype: torch.dt
     nodes, error, error3 = tableau_tensors(tableau, device)
     t0, t1 = rng.choice([(0.0, 1.0), (1.0, 0.0), (-0.5, 2.0)])
     tolerance = rng.choice([1e-3, 0.3, 3.0, 100.0])
-    rules = step_rules(1 / ((tableau.error_order or 0) + 1), t0, t1, tolerance, tolerance, rng.choice([3, 100]), FACTORS, device)
+    rules = rules_tensor(tableau, t0, t1, tolerance, rng.choice([3, 100]), device)
     draw = torch.Generator().manual_seed(rng.getrandbits(60))
     uniform = torch.rand((5, batch), generator=draw, dtype=torch.float64)
     control = torch.stack(
@@ -138,17 +138,20 @@ def tableau_tensors(tableau: Tableau, device: torch.device) -> tuple[Tensor, Ten
     return c, error, error3
 
 
-def solve(
-    update: Callable[..., None], field: Field, x: Tensor, tableau: Tableau, h: Tensor, k: Tensor, ready: Tensor, t0: float, t1: float,
-    rtol: float, atol: float, max_steps: int, shared: bool,
-) -> Solution:  # fmt: skip
-    """What `integrate_adaptive` does after its first step size h, with `update` for all that follows an attempt."""
+def rules_tensor(tableau: Tableau, t0: float, t1: float, tolerance: float, max_steps: int, device: torch.device) -> Tensor:
+    """The rules of a solve as adaptive_step_update takes them; rtol = atol = tolerance."""
+    assert tableau.error_order is not None
+    return torch.tensor(StepRules.of(tableau.error_order, t0, t1, tolerance, tolerance, max_steps), dtype=torch.float64, device=device)
+
+
+def solve(update: Callable[..., None], steps: AdaptiveSteps, start: State) -> Solution:
+    """What `integrate_adaptive` does after its first step size, with `update` for all that follows an attempt."""
+    tableau, field, (x, k, *_) = steps.tableau, steps.field, start
     nodes, error, error3 = tableau_tensors(tableau, x.device)
-    rules = step_rules(1 / ((tableau.error_order or 0) + 1), t0, t1, rtol, atol, max_steps, FACTORS, x.device)
+    rules = torch.tensor(steps.rules, dtype=torch.float64)
     x, stages = x.clone(), torch.zeros((len(nodes), *x.shape), dtype=x.dtype)
     stages[0] = k
-    control = torch.stack([torch.full_like(h, t0), h, h, torch.full_like(h, 1e-4), torch.full_like(h, adaptive.GROW)])
-    counters = torch.stack([torch.where(ready, -1, 3), torch.zeros_like(ready).long(), torch.zeros_like(ready).long(), ready + 1])
+    control, counters = torch.stack(start[2:7]), torch.stack(start[7:])
     step, times, _ = first_attempt(control, nodes, rules)
     step, times, running = step.contiguous(), times.contiguous(), torch.ones(1, dtype=torch.int32)
     while running.item():
@@ -159,7 +162,7 @@ def solve(
         if not tableau.fsal:
             x_new = x + d * combine(tableau.b, list(stages[:-1]))
             stages[-1] = field(times[-1], x_new, 0)
-        update(x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, shared, tableau.fsal)
+        update(x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, steps.shared, tableau.fsal)
     return Solution(x, *counters)
 
 
@@ -167,22 +170,9 @@ def both_solutions(
     update: Callable[..., None], field: Field, x: Tensor, tableau: Tableau, t0: float, t1: float, error_norm: str, **tolerances: Any
 ) -> tuple[Solution, Solution]:
     """(on the device, `integrate_adaptive`'s); both start with the latter's first step size."""
-    first: list[Any] = []
-    plain = adaptive._first_step
-
-    def noted(*given: Any) -> Tensor:
-        h = plain(*given)
-        _, _, _, _, k, running, _, span, _ = given
-        smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
-        first[:] = [h.clamp(min=min(smallest, span)), k, running]
-        return h
-
-    adaptive._first_step = noted
-    try:
-        host = adaptive.integrate_adaptive(field, x, 0, tableau, t0=t0, t1=t1, error_norm=error_norm, **tolerances)
-    finally:
-        adaptive._first_step = plain
-    return solve(update, field, x, tableau, *first, t0, t1, shared=error_norm == "batch", **tolerances), host
+    steps = AdaptiveSteps(field, 0, tableau, t0, t1, Limits(**tolerances, error_norm=error_norm))
+    host = integrate_adaptive(field, x, 0, tableau, t0=t0, t1=t1, error_norm=error_norm, **tolerances)
+    return solve(update, steps, steps.first(x)), host
 
 
 def reference_update(x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, *others: Any) -> None:
@@ -205,7 +195,7 @@ def adaptive_solve_case(rng: random.Random, device: torch.device, dtype: torch.d
     """Whole solves take the host's steps: equal statuses and statistics, states far within the tolerance."""
     dtype, tableau = torch.float64, rng.choice(TABLEAUS)
     x = guarded(rng, (rng.choice([1, 2, 5, 6]), rng.randint(1, 30)), dtype, device, layout="contiguous")
-    tolerance, norm = rng.choice([1e-2, 1e-3]), rng.choice(adaptive.ERROR_NORMS)
+    tolerance, norm = rng.choice([1e-2, 1e-3]), rng.choice(ERROR_NORMS)
     with exact_fma():
         got, host = both_solutions(
             adaptive_step_update, hard_field, x, tableau, 0.0, 1.0, norm, rtol=tolerance, atol=tolerance, max_steps=rng.choice([4, 12])
@@ -221,7 +211,7 @@ def adaptive_solve_case(rng: random.Random, device: torch.device, dtype: torch.d
 def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
     """(operator, operands) for torch.library.opcheck."""
     stages, step, tolerance = torch.randn(3, 2, 5), torch.ones(1), torch.full((1,), 0.1)
-    rules = step_rules(0.2, 0.0, 1.0, 1e-2, 1e-2, 100, FACTORS, torch.device("cpu"))
+    rules = rules_tensor(BOSH3, 0.0, 1.0, 1e-2, 100, torch.device("cpu"))
     nodes, error, _ = tableau_tensors(BOSH3, torch.device("cpu"))
     control = torch.tensor([[0.0, 0.0], [0.1, 0.2], [0.1, 0.2], [1e-4, 1e-4], [10.0, 10.0]], dtype=torch.float64)
     counters = torch.tensor([[-1, -1], [0, 0], [0, 0], [0, 0]])

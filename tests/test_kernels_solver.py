@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases_solver import FACTORS, TABLEAUS, both_solutions, hard_field, reference_update, tableau_tensors
+from kernel_cases_solver import TABLEAUS, both_solutions, hard_field, reference_update, rules_tensor, tableau_tensors
 from torch import Tensor
 
-from odelt_fast.kernels.adaptive_step import MOST_SAMPLES, adaptive_step_update, first_attempt, step_rules
+from odelt_fast.kernels.adaptive_step import MOST_SAMPLES, adaptive_step_update, first_attempt
 from odelt_fast.solution import STATUSES
 from odelt_fast.tableau import DOPRI5, Tableau
 
@@ -69,7 +69,7 @@ def test_hard_field_ends_in_every_way() -> None:
 def test_step_is_as_long_as_what_is_left_at_the_end() -> None:
     nodes, _, _ = tableau_tensors(DOPRI5, CPU)
     for t0, t1 in ((0.0, 1.0), (1.0, 0.0)):
-        rules = step_rules(0.2, t0, t1, 1e-2, 1e-2, 100, FACTORS, CPU)
+        rules = rules_tensor(DOPRI5, t0, t1, 1e-2, 100, CPU)
         halfway = torch.tensor([t0, 0.5, 0.5, t1], dtype=torch.float64)
         control = torch.stack([halfway, torch.tensor([0.1, 0.2, 0.4999, 0.3], dtype=torch.float64), *torch.ones(3, 4, dtype=torch.float64)])
         step, times, last = first_attempt(control, nodes, rules)
@@ -87,7 +87,7 @@ def operands(batch: int = 2, **changes: Tensor | None) -> dict[str, object]:
         "x": x, "x_new": x.clone(), "stages": torch.zeros(7, batch, 3), "control": torch.ones(5, batch, dtype=f64),
         "counters": torch.zeros(4, batch, dtype=torch.int64), "step": torch.zeros(batch, dtype=f64),
         "times": torch.zeros(7, batch, dtype=f64), "running": torch.ones(1, dtype=torch.int32), "nodes": nodes, "error": error,
-        "error3": error3, "rules": step_rules(0.2, 0.0, 1.0, 1e-2, 1e-2, 100, FACTORS, CPU), "shared": False, "fsal": True,
+        "error3": error3, "rules": rules_tensor(DOPRI5, 0.0, 1.0, 1e-2, 100, CPU), "shared": False, "fsal": True,
     }  # fmt: skip
     return given | changes
 

@@ -17,6 +17,7 @@ LAYERS = (
         "model_card",
         "hub",
         "tableau",
+        "step_control",
         "native",
         "kernels",
         "outputs",

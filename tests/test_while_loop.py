@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odelt_fast.adaptive import integrate_adaptive
 from odelt_fast.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
 from odelt_fast.tableau import find_tableau
-from odelt_fast.while_loop import AHEAD, AdaptiveGraph, DeviceAdaptive, repeat
+from odelt_fast.while_loop import AHEAD, DeviceAdaptive, repeat
 
 MATRIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 SOLVERS = ("dopri5", "tsit5", "bosh3", "dop853", "adaptive_heun")
@@ -43,7 +42,6 @@ def states(seed: int = 1) -> Tensor:
 
 def on_device(field: Any, x: Tensor, solver: str, **settings: Any) -> tuple[Solution, DeviceAdaptive]:
     solve = DeviceAdaptive(field, x, 7, find_tableau(solver)[0], **settings)
-    solve.x0.copy_(x)
     solve.start()
     while solve.flag.item():
         solve.attempt()
@@ -99,7 +97,6 @@ def test_attempts_after_the_end_change_nothing() -> None:
     x[0, 0] = torch.nan
     expected, reference = on_device(brittle, x, "tsit5")
     solve = DeviceAdaptive(brittle, x, 7, find_tableau("tsit5")[0])
-    solve.x0.copy_(x)
     solve.start()
     calls = 0
 
@@ -131,7 +128,6 @@ class NoHost(TorchDispatchMode):
 def test_nothing_is_read_on_the_host_and_all_state_stays_in_place(solver: str, norm: str) -> None:
     x = states()
     solve = DeviceAdaptive(smooth, x, 7, find_tableau(solver)[0], error_norm=norm)
-    solve.x0.copy_(x)
     places = {name: value.data_ptr() for name, value in vars(solve).items() if isinstance(value, Tensor)}
     with NoHost():
         solve.start()
@@ -176,22 +172,3 @@ def no_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("replayed", [False, True], ids=["while_node", "replayed"])
-@pytest.mark.parametrize("solver", ["dopri5", "bosh3", "dop853"])
-def test_a_graph_gives_the_host_loops_numbers(solver: str, replayed: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ.setdefault("ODELT_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "native"))
-    x = states().cuda()
-    graph = AdaptiveGraph(DeviceAdaptive(smooth, x, 7, find_tableau(solver)[0]))
-    if graph.fallback and not replayed:
-        pytest.skip(graph.fallback)
-    if replayed:
-        graph.loop = None
-    for seed in (1, 2, 1):
-        x = states(seed).cuda()
-        host = integrate_adaptive(smooth, x, 7, find_tableau(solver)[0])
-        with contextlib.nullcontext() if replayed else no_synchronisation():
-            solution = graph(x)
-        assert_same(host, solution)
