@@ -77,9 +77,8 @@ def adaptive_step_update(
 ) -> None:  # fmt: skip
     """Changes what the module's text names, from x_new and the stages of the attempt that `step` and `times` were for.
 
-    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of the tableau; rules: the (11,) numbers
-    of a `StepRules`. shared:
-    one norm, time and step for all samples. All on one device and contiguous. Raises ValueError for what does not fit.
+    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of the tableau; rules (11,):
+    a `StepRules`. shared: one norm, time and step for all samples. All on one device and contiguous. ValueError for what does not fit.
     """
     _check(x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, fsal)
     batch = len(x)

@@ -75,7 +75,7 @@ def why_not_prepared(model: DiT) -> str | None:
 
 
 def operators(kind: str) -> SimpleNamespace:
-    """Row operators, ends of the network, steps of a solver by name: "kernels" (Triton) or "reference" (the same in PyTorch, any device)."""
+    """Row operators, ends of the network, solver steps by name: "kernels" (Triton) or "reference" (the same in PyTorch, any device)."""
     names = {
         "norm_modulate": ("norm_modulate",),
         "gated_residual": ("gated_residual",),

@@ -124,6 +124,8 @@ def flow(
     model = sampler.model
     chosen = labels_of_data(sampler, labels, len(x))
     states = x.detach().to(model.device, torch.float32)
+    if sampler.fused:  # the weights may have changed since
+        sampler.fused.refresh()
     network = sampler.fused.network if sampler.fused else sampler.network
     index = step_index(model.config.sampling, None) if log2_steps is None else log2_steps
 

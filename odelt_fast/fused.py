@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from odelt_fast import backends
+from odelt_fast.adaptive import Limits
+from odelt_fast.adaptive_trajectory import AdaptiveTrajectory, CapturedSolve
 from odelt_fast.engine import Engine
-from odelt_fast.graphs import CaptureError, Function, GraphCache, Inputs, node_count, place
+from odelt_fast.graphs import Captured, CaptureError, Function, GraphCache, Inputs, node_count, place
 from odelt_fast.model import DiT
+from odelt_fast.solution import Solution
 from odelt_fast.tableau import Tableau
 from odelt_fast.trajectory import Trajectory
 
@@ -42,7 +45,8 @@ class Fused:
     """Solves on an engine, as CUDA graphs. strict: where none can be captured it raises ValueError; otherwise it warns once and launches.
 
     source: gives the engine and its graphs (None: launches only), again when the weights have changed. tableau, times, log2_steps, depth,
-    guidance: those of the trajectory (`Trajectory`); times None: for an adaptive solver, which has use for `network` only.
+    guidance: those of a `Trajectory`; with limits in place of times those of an `AdaptiveTrajectory`. With neither there is use for
+    `network` only, one evaluation at a time.
     """
 
     def __init__(
@@ -52,15 +56,19 @@ class Fused:
         *,
         tableau: Tableau | None = None,
         times: Sequence[float] | None = None,
+        limits: Limits | None = None,
         log2_steps: int = 7,
         depth: int | Callable[[float], int] = 0,
         guidance: float | None = None,
     ) -> None:
         self.source, self.strict = source, strict
         self.graphs_off: str | None = None
+        self.loop_off: str | None = None  # why CUDA does not repeat the steps of an adaptive solver by itself
         self.last_key: Hashable = None
 
-        def plan(engine: Engine) -> Trajectory | None:
+        def plan(engine: Engine) -> Trajectory | AdaptiveTrajectory | None:
+            if limits is not None and tableau is not None and not callable(depth):
+                return AdaptiveTrajectory(engine, tableau, log2_steps, depth, guidance, limits)
             return None if times is None else Trajectory(engine, tableau, times, log2_steps, depth, guidance)
 
         self._plan = plan
@@ -75,8 +83,8 @@ class Fused:
         if not self.engine.weights.is_current():
             self._prepare()
 
-    def solve(self, x: Tensor, labels: np.ndarray, fresh: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(x at the end (B, C, H, W) float32, whether each sample is finite (B,)), new tensors on the engine's device.
+    def solve(self, x: Tensor, labels: np.ndarray, fresh: Tensor | None = None) -> tuple[Solution, int, int]:
+        """(solution, its x (B, C, H, W) float32 on the engine's device; evaluations of the velocity; steps that the batch attempted).
 
         x and fresh (`Trajectory`) on any device; labels (B,) int64 on the host. Where the labels are all equal, less is computed.
         """
@@ -90,7 +98,14 @@ class Fused:
         guidance = None if rows is None else trajectory.guidance
         key = ("trajectory", trajectory.key, guidance, tuple(x.shape), 0 if rows is None else len(rows))
         samples = len(x) if guidance is None else 2 * len(x)
-        return self._run(key, trajectory, (x, rows, fresh), samples)  # type: ignore[return-value]
+        if isinstance(trajectory, AdaptiveTrajectory):
+            end, counters = self._run(key, trajectory, (x, rows), samples, CapturedSolve)
+            solution = Solution(end, *counters.cpu())  # all in one: each wait for the GPU takes longer than the copy
+            attempts = int((solution.accepted + solution.rejected).max())
+            return solution, trajectory.evaluations(attempts), attempts
+        steps, evaluations = len(trajectory.times) - 1, trajectory.evaluations
+        end, finite = self._run(key, trajectory, (x, rows, fresh), samples)
+        return Solution.of_fixed_steps(end, steps, evaluations, finite=finite), evaluations, steps
 
     def network(self, x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: int | None = None) -> Tensor:
         """The velocity as the model gives it, with its signature: one evaluation as one graph."""
@@ -104,7 +119,7 @@ class Fused:
         key = ("network", depth, tuple(x.shape), len(t), len(log2_steps), len(y))
         return self._run(key, function, (x, t, log2_steps, y), len(x))[0]
 
-    def _run(self, key: Hashable, function: Function, inputs: Inputs, samples: int) -> tuple[Tensor, ...]:
+    def _run(self, key: Hashable, function: Function, inputs: Inputs, samples: int, kind: type[Captured] = Captured) -> tuple[Tensor, ...]:
         """function(*inputs), whose first input is the state, evaluated on that many samples at a time."""
         assert inputs[0] is not None
         tokens = samples * inputs[0][0, 0].numel() // self.engine.config.patch_size**2
@@ -112,7 +127,10 @@ class Fused:
             return function(*place(inputs, self.engine.device))
         self.last_key = key
         try:
-            return self.graphs.run(key, function, inputs, at_once=self.strict)
+            # A solve repeats its graph many times: it pays at the first call.
+            results = self.graphs.run(key, function, inputs, self.strict or kind is CapturedSolve, kind)
+            self._say_fallback(self.graphs.graphs.get(key))
+            return results
         except CaptureError as error:
             reason = f"no CUDA graph could be captured ({error})"
             if self.strict:
@@ -120,6 +138,17 @@ class Fused:
             self.graphs_off = reason
             warnings.warn(f"{reason}: the same kernels are launched one by one, which is slower for small batches", RuntimeWarning, 6)
         return function(*place(inputs, self.engine.device))
+
+    def _say_fallback(self, captured: Captured | None) -> None:
+        """Warns once where the steps of an adaptive solver are replayed from the host."""
+        if self.loop_off or not isinstance(captured, CapturedSolve) or not captured.loop.fallback:
+            return
+        self.loop_off = captured.loop.fallback
+        warnings.warn(
+            f"the GPU cannot repeat a solver's steps by itself ({self.loop_off}): the host does, a little slower, with the same numbers",
+            RuntimeWarning,
+            7,
+        )
 
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What runs on `samples` rows (guided ones count twice) of `tokens` tokens, and the graph that ran last."""
@@ -133,9 +162,15 @@ class Fused:
         elif self.last_key in self.graphs.graphs:
             captured = self.graphs.graphs[self.last_key]
             told["graph"] = "one evaluation" if self.trajectory is None else "the whole trajectory"
+            if isinstance(captured, CapturedSolve):
+                reason = captured.loop.fallback
+                told["graph"] = (
+                    f"one attempted step, replayed by the host ({reason})" if reason else "the whole solve, a while loop of CUDA's"
+                )
             told["graph_nodes"] = node_count(captured.graph)
         else:
-            told["graph"] = "captured at the first call" if self.strict else "captured at the second call of a shape"
+            at_once = self.strict or isinstance(self.trajectory, AdaptiveTrajectory)
+            told["graph"] = "captured at the first call" if at_once else "captured at the second call of a shape"
         return told
 
 

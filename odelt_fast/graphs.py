@@ -96,14 +96,22 @@ class Captured:
             self.inputs = [None if given is None else given.detach().to(device, copy=True) for given in inputs]
         self.labels: dict[int, Tensor] = {}
         self.function = function  # holds the weights and tables that the graph reads
-        self.graph, self.outputs = capture(lambda: function(*self.inputs), device, pool)
+        self.graph, self.outputs = self._capture(device, pool, capture)
+
+    def _capture(self, device: torch.device, pool: Any, capture: Callable[..., Any]) -> tuple[Any, tuple[Tensor, ...]]:
+        """(graph, what its replay writes)."""
+        return capture(lambda: self.function(*self.inputs), device, pool)
+
+    def _launch(self) -> None:
+        """Computes `outputs` from what lies in `inputs`."""
+        self.graph.replay()
 
     def replay(self, inputs: Inputs) -> tuple[Tensor, ...]:
         for i, (held, given) in enumerate(zip(self.inputs, inputs, strict=True)):
             if held is None or given is None or self._holds(i, given):
                 continue
             held.copy_(given, non_blocking=True)
-        self.graph.replay()
+        self._launch()
         with torch.inference_mode(False), torch.no_grad():
             return tuple(output.clone() for output in self.outputs)
 
@@ -128,18 +136,20 @@ class GraphCache:
         self._stream: Any = None
         self._lock = threading.Lock()
 
-    def run(self, key: Hashable, function: Function, inputs: Inputs, at_once: bool = True) -> tuple[Tensor, ...]:
+    def run(
+        self, key: Hashable, function: Function, inputs: Inputs, at_once: bool = True, kind: type[Captured] = Captured
+    ) -> tuple[Tensor, ...]:
         """function(*inputs) as new tensors, by replaying the graph of `key`, which is captured first where there is none.
 
         inputs: tensors of the key's shapes on any device, or None. at_once False: the first call of a key launches without capturing,
-        since what is done once gains nothing by it. Raises CaptureError.
+        since what is done once gains nothing by it. kind: how the function is captured. Raises CaptureError.
         """
         with self._lock, self._on_device():
             if key not in self.graphs:
                 if not at_once and key not in self._seen:
                     self._seen.add(key)
                     return function(*place(inputs, self.device))
-                self._capture(key, function, inputs)
+                self._capture(key, function, inputs, kind)
             self.graphs.move_to_end(key)
             return self.graphs[key].replay(inputs)
 
@@ -153,13 +163,13 @@ class GraphCache:
         self._seen.clear()
         self._pool = None
 
-    def _capture(self, key: Hashable, function: Function, inputs: Inputs) -> None:
+    def _capture(self, key: Hashable, function: Function, inputs: Inputs, kind: type[Captured]) -> None:
         while len(self.graphs) >= self.limit:
             self.graphs.popitem(last=False)
         if self._pool is None and self.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            self.graphs[key] = Captured(function, inputs, self.device, self._pool, self.capture)
+            self.graphs[key] = kind(function, inputs, self.device, self._pool, self.capture)
         except (CaptureError, torch.OutOfMemoryError) as error:
             self._clear()  # a half-captured graph may have left its mark on the pool; and memory may be short
             if isinstance(error, CaptureError):

@@ -17,7 +17,9 @@ from odelt_fast.graphs import capture
 from odelt_fast.solution import RUNNING, Field, Solution, check_times
 from odelt_fast.tableau import Tableau
 
-AHEAD = 4  # attempted steps between two looks at the flag where there is no while node
+# Attempted steps that are launched before the flag of the last ones is looked at, where there is no while node: one hides the time that the
+# flag takes to arrive, and more would run after the end, each for as long as all evaluations of a step.
+AHEAD = 1
 
 
 class DeviceAdaptive:
@@ -33,8 +35,9 @@ class DeviceAdaptive:
     >>> solve.solution().x
 
     ops: `backends.operators`, which make an attempt's arithmetic 2 launches a stage and 3 at its end, equal within rounding; None (and for
-    batches of more than ops.MOST_SAMPLES): PyTorch's own operators, about 200 launches, equal to the last bit. flag (1,) int32: whether a
-    sample is still running. The field has been evaluated 2 + attempts*`evaluations_per_attempt` times.
+    batches of more than ops.MOST_SAMPLES): PyTorch's own operators, about 200 launches, equal to the last bit. x (B, ...) and counters
+    (4, B) int64, status, accepted, rejected, evaluations: the solution; flag (1,) int32: whether a sample is still running. The field has
+    been evaluated 2 + attempts*`evaluations_per_attempt` times.
     """
 
     def __init__(
@@ -46,11 +49,11 @@ class DeviceAdaptive:
         *,
         t0: float = 0.0,
         t1: float = 1.0,
+        limits: Limits = Limits(),  # noqa: B008 (it is frozen)
         ops: SimpleNamespace | None = None,
-        **limits: Any,
     ) -> None:
         check_times(t0, t1, ())
-        self.steps = AdaptiveSteps(field, log2_steps, tableau, t0, t1, Limits(**limits))
+        self.steps = AdaptiveSteps(field, log2_steps, tableau, t0, t1, limits)
         if not x0.is_floating_point() or not x0.numel():
             raise ValueError(f"x must be floating point and not empty, not {tuple(x0.shape)} in {x0.dtype}")
         self.x0, self.tableau, batch, device = x0, tableau, len(x0), x0.device
@@ -126,22 +129,15 @@ class AdaptiveGraph:
     """`DeviceAdaptive` on a GPU as CUDA graphs: `replay()` is one launch, and the host reads nothing before the solution's values.
 
     Where while nodes cannot be had, `fallback` says why, and the captured step is replayed, with the flag read late and rarely; the numbers
-    are the same. begin() is launched before `solve.start`. pool: memory pool of graphs that never run at the same time; capturing:
-    `graphs.capture`, or what acts as it. Raises graphs.CaptureError for what cannot be captured.
+    are the same. pool: memory pool of graphs that never run at the same time; capturing: `graphs.capture`, or what acts as it. Raises
+    graphs.CaptureError for what cannot be captured.
     """
 
-    def __init__(
-        self,
-        solve: DeviceAdaptive,
-        pool: Any = None,
-        begin: Callable[[], Any] = lambda: None,
-        capturing: Callable[..., tuple[Any, Any]] = capture,
-    ) -> None:
+    def __init__(self, solve: DeviceAdaptive, pool: Any = None, capturing: Callable[..., tuple[Any, Any]] = capture) -> None:
         self.solve, device = solve, solve.x.device
         self.fallback = native.while_graph_reason() if device.type == "cuda" else f"the model is on {device}"
 
         def first() -> tuple[Tensor, ...]:
-            begin()
             solve.start()
             return ()
 
@@ -167,14 +163,10 @@ class AdaptiveGraph:
             self.first.replay()
             repeat(self.step.replay, self.solve.flag)
 
-    def raw_cuda_graph(self) -> int:
-        """The graph of one attempted step."""
-        return self.step.raw_cuda_graph()
-
 
 def repeat(attempt: Callable[[], None], flag: Tensor, every: int = AHEAD) -> None:
     """Calls attempt() until flag (1,) is 0. The flag is looked at every `every` calls, and only when the next ones are on their way, so
-    that the device never waits for the host; up to 2*every calls too many are made."""
+    that the device never waits for the host; up to 2*every - 1 calls too many are made, or 2*every if there was nothing to do."""
     seen = torch.ones_like(flag, device="cpu", pin_memory=flag.is_cuda)
     copied = torch.cuda.Event() if flag.is_cuda else None
     while True:

@@ -218,6 +218,7 @@ def test_every_shape_and_guidance_has_its_own_graph(monkeypatch: pytest.MonkeyPa
     assert len(cache.graphs) == 2 * 2 * (1 + 2 + 2)
 
 
+@pytest.mark.filterwarnings("ignore:the GPU cannot repeat")
 def test_graphs_do_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, model = GraphCache(CPU, capture=replayed), random_model()
     run_fused_on_the_cpu(monkeypatch, lambda: cache)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odelt_fast.adaptive import integrate_adaptive
+from odelt_fast import backends
+from odelt_fast.adaptive import Limits, integrate_adaptive
 from odelt_fast.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
 from odelt_fast.tableau import find_tableau
 from odelt_fast.while_loop import AHEAD, DeviceAdaptive, repeat
@@ -40,8 +39,12 @@ def states(seed: int = 1) -> Tensor:
     return torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)) * torch.tensor([[0.1], [1], [3], [10], [0]])
 
 
+def device_adaptive(field: Any, x: Tensor, solver: str, t0: float = 0.0, t1: float = 1.0, ops: Any = None, **limits: Any) -> DeviceAdaptive:
+    return DeviceAdaptive(field, x, 7, find_tableau(solver)[0], t0=t0, t1=t1, limits=Limits(**limits), ops=ops)
+
+
 def on_device(field: Any, x: Tensor, solver: str, **settings: Any) -> tuple[Solution, DeviceAdaptive]:
-    solve = DeviceAdaptive(field, x, 7, find_tableau(solver)[0], **settings)
+    solve = device_adaptive(field, x, solver, **settings)
     solve.start()
     while solve.flag.item():
         solve.attempt()
@@ -127,7 +130,7 @@ class NoHost(TorchDispatchMode):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nothing_is_read_on_the_host_and_all_state_stays_in_place(solver: str, norm: str) -> None:
     x = states()
-    solve = DeviceAdaptive(smooth, x, 7, find_tableau(solver)[0], error_norm=norm)
+    solve = device_adaptive(smooth, x, solver, error_norm=norm)
     places = {name: value.data_ptr() for name, value in vars(solve).items() if isinstance(value, Tensor)}
     with NoHost():
         solve.start()
@@ -152,23 +155,37 @@ def test_the_evaluations_are_counted() -> None:
 
 
 def test_mistakes_are_refused() -> None:
-    x, dopri5 = states(), find_tableau("dopri5")[0]
+    x, dopri5 = states(), "dopri5"
     for message, tableau, settings in (
-        ("no error estimate", find_tableau("rk4")[0], {}),
+        ("no error estimate", "rk4", {}),
         ("error_norm must be one of", dopri5, {"error_norm": "max"}),
         ("rtol must be", dopri5, {"rtol": -1.0}),
         ("max_steps must be", dopri5, {"max_steps": 0}),
     ):
         with pytest.raises(ValueError, match=message):
-            DeviceAdaptive(smooth, x, 7, tableau, **settings)
+            device_adaptive(smooth, x, tableau, **settings)
     with pytest.raises(ValueError, match="field gave shape"):
         on_device(lambda t, x, i: x[:, :3], x, "dopri5")
 
 
-@contextlib.contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("field", [smooth, brittle], ids=lambda field: field.__name__)
+@pytest.mark.parametrize("norm", ["per_sample", "batch"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_kernels_form_of_a_step_takes_the_same_steps(solver: str, norm: str, field: Any) -> None:
+    """On whatever the operators are given in plain PyTorch; `test_kernels_solver` holds the kernels to those."""
+    ops = backends.operators("reference")
+    for tolerance, (t0, t1) in itertools.product((1e-1, 1e-3), ((0.0, 1.0), (1.0, 0.0))):
+        settings = {"t0": t0, "t1": t1, "rtol": tolerance, "atol": tolerance, "error_norm": norm}
+        host = integrate_adaptive(field, states().double(), 7, find_tableau(solver)[0], **settings)
+        device, solve = on_device(field, states().double(), solver, ops=ops, **settings)
+        for part in PARTS:
+            near = {"rtol": 1e-9, "atol": 1e-9 * tolerance} if part == "x" else {"rtol": 0, "atol": 0}
+            torch.testing.assert_close(getattr(device, part), getattr(host, part), **near, equal_nan=True, msg=part)
+        solve.attempt()  # after the end it changes nothing
+        assert_same(device, solve.solution())
+
+
+def test_many_samples_go_without_the_kernels() -> None:
+    ops = backends.operators("reference")
+    assert device_adaptive(smooth, torch.zeros(ops.MOST_SAMPLES, 1), "dopri5", ops=ops).ops is ops
+    assert device_adaptive(smooth, torch.zeros(ops.MOST_SAMPLES + 1, 1), "dopri5", ops=ops).ops is None
