@@ -24,6 +24,7 @@ from benchmarks.measure import ROOT, SOURCES, source_digest
 TESTS = ROOT / "tests"
 NETWORK = ("test_parity.py",)
 ENGINE = ("test_engine.py", "test_graphs.py", "test_backends.py")
+SOLVERS = ("test_while_loop.py", "test_adaptive_graphs.py", "test_kernels_solver.py")
 TRAINING = ("test_training_parity.py", "test_objectives_recorded.py")
 NEEDS = {
     "kernels": ("kernels",),
@@ -31,6 +32,7 @@ NEEDS = {
     "throughput": ("network", "engine"),
     "xl": ("network", "engine"),
     "peers": ("network", "engine"),
+    "solvers": ("solvers",),
     "training": ("training",),
 }
 
@@ -57,7 +59,12 @@ def groups(cuda: bool) -> Iterator[Group]:
         names = kernel_names(cuda)
         for kernels in ((name,) for name in names) if cuda else [tuple(names)]:
             yield Group(f"kernels: {', '.join(kernels) if cuda else 'all, interpreted'}", "kernels", (), kernels, ())
-    for name, wanted, modules in (("network", NETWORK, ()), ("engine", ENGINE, ()), ("training", TRAINING, ("tyro", "accelerate"))):
+    for name, wanted, modules in (
+        ("network", NETWORK, ()),
+        ("engine", ENGINE, ()),
+        ("solvers", SOLVERS, ()),
+        ("training", TRAINING, ("tyro", "accelerate")),
+    ):
         found = tuple(file for file in wanted if (TESTS / file).exists())
         sources = (*SOURCES, "tests/data/**/*", *(("train/**/*.py",) if name == "training" else ()))
         if found:

@@ -83,6 +83,10 @@ def part_table(content: dict[str, Any]) -> str:
             tuple(names),
             [tuple(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in names) for row in measured],
         )
+    if part == "solvers":
+        from benchmarks.solver_report import solver_tables  # it uses this module's helpers
+
+        return solver_tables(content)
     memory = []
     for key, configuration in content["configurations"].items():
         plain = configuration["variants"].get("eager", configuration["variants"].get("pytorch", {})).get("median_s")

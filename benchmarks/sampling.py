@@ -34,7 +34,8 @@ CONFIGS = PRESETS | {"tiny": DiTConfig(image_size=8, hidden_size=32, num_heads=2
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration. solver "euler" takes `steps` steps; an adaptive one chooses by `tolerance` and `steps` is of no effect."""
+    """One configuration. solver "euler" takes `steps` steps; an adaptive one chooses by `tolerance` and `steps` is of no effect. scale: of
+    the network's last projection, whose random weights make a field that hardly bends."""
 
     network: str
     depth: int
@@ -44,6 +45,7 @@ class Cell:
     variants: tuple[str, ...]
     solver: str = "euler"
     tolerance: float = 1e-2
+    scale: float = 1.0
 
     @property
     def key(self) -> str:
@@ -54,7 +56,7 @@ class Cell:
         return asdict(self) | {"dtype": str(self.dtype).removeprefix("torch."), "variants": list(self.variants)}
 
 
-def random_model(config: DiTConfig, depth: int, dtype: torch.dtype, device: torch.device) -> DiT:
+def random_model(config: DiTConfig, depth: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> DiT:
     """A network with the weights of `depth` alone, random in every tensor, the zero-initialised ones and biases too."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -63,6 +65,7 @@ def random_model(config: DiTConfig, depth: int, dtype: torch.dtype, device: torc
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.startswith("final_layer"):
                 parameter.normal_(0, 0.02)
+        model.final_layer.out.weight.mul_(scale)  # type: ignore[operator]
     return model.truncate(depth).to(dtype).eval().requires_grad_(False)
 
 
@@ -124,12 +127,12 @@ def check(variant: str, cell: Cell, got: Tensor, eager: Tensor, exact: Tensor) -
 def measure_cell(cell: Cell, device: torch.device, ceilings: dict[str, float], seconds: float, peer: JaxPeer | None) -> dict[str, Any]:
     """Every variant's samples, setup (first call: compilation, preparation, capture), error, peak memory; or the reason it did not run."""
     config = CONFIGS[cell.network]
-    model = random_model(config, cell.depth, cell.dtype, device)
+    model = random_model(config, cell.depth, cell.dtype, device, cell.scale)
     noise, labels = inputs(cell, device)
     checked = cell.solver == "euler" and cell.steps * cell.batch <= CHECKED_WORK
     exact = eager = None
     if checked:
-        wide = random_model(config, cell.depth, torch.float32, device)
+        wide = random_model(config, cell.depth, torch.float32, device, cell.scale)
         exact = sampler_call(wide, cell, "eager", noise, labels)[0]().double()
         del wide
         eager = sampler_call(model, cell, "eager", noise, labels)[0]()

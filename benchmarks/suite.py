@@ -1,9 +1,10 @@
 """Everything that is measured, correctness first: `python -m benchmarks.suite --out DIR [--part PART ...]`.
 
 Parts: correctness (the tests that the rest depends on; a red group refuses the parts that need it), kernels (each against plain PyTorch and
-Inductor), latency (batch 1), throughput (larger batches, memory, adaptive solvers), xl (DiT-XL/2), peers (torch.compile's modes and, with
---reference-dir, the paper's JAX reference), training. Each part is one JSON file in DIR with every sample, the device, versions and commit.
-A finished configuration is never measured again; a part that comes near --limit-s stops between two and goes on when it is run again.
+Inductor), latency (batch 1), throughput (larger batches, memory, adaptive solvers), xl (DiT-XL/2), solvers (the paper's Table 3, a race
+against torchdiffeq, what a solve launches), peers (torch.compile's modes and, with --reference-dir, the paper's JAX reference), training.
+Each part is one JSON file in DIR with every sample, the device, versions and commit. A finished configuration is never measured again; a
+part that comes near --limit-s stops between two and goes on when it is run again.
 Where there is no git repository, set COMMIT to say what is measured. Without a GPU the grid is smaller.
 
 Exit code: 0 finished, 1 refused or wrong usage, 3 stopped at the limit: run again.
@@ -35,8 +36,9 @@ from benchmarks.kernel_table import cases, operators
 from benchmarks.measure import Results, nvidia_smi, release
 from benchmarks.report import part_table
 from benchmarks.sampling import CONFIGS, MODES, Cell, measure_cell, measure_memory
+from benchmarks.solver_speed import SCALE, measure_proof, measure_race, table3_cells
 
-PARTS = ("correctness", "kernels", "latency", "throughput", "xl", "peers", "training")
+PARTS = ("correctness", "kernels", "latency", "throughput", "xl", "solvers", "peers", "training")
 FINISHED, REFUSED, AGAIN = 0, 1, 3
 
 
@@ -126,6 +128,20 @@ def sampling_items(part: str, grid: Grid, device: torch.device, ceilings: dict[s
                 yield Item(f"memory {cell.key}", lambda cell=cell: measure_memory(cell, device))  # type: ignore[misc]
 
 
+def solver_items(grid: Grid, device: torch.device, ceilings: dict[str, float]) -> Iterator[Item]:
+    """Table 3 without its one-step samples; races and proofs at batch 1 and the largest batch, of the longest network."""
+    variant, batch, depth = "fused" if device.type == "cuda" else "auto", grid.batches[-1], max(grid.depths)
+    network, dtype, seconds = grid.network, grid.dtype, grid.seconds
+    for cell in table3_cells(network, grid.depths, [count for count in grid.steps if count > 1], grid.adaptive, batch, dtype, variant):
+        yield Item(cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, seconds, None))  # type: ignore[misc]
+        if cell.solver == "euler" and cell.steps == max(grid.steps):
+            yield Item(f"memory {cell.key}", lambda cell=cell: measure_memory(cell, device))  # type: ignore[misc]
+    for count in (1, batch):
+        cell = Cell(network, depth, 1, count, dtype, (), "dopri5", scale=SCALE)
+        yield Item(f"race {cell.key}", lambda cell=cell: measure_race(cell, device, seconds, grid.inductor))  # type: ignore[misc]
+        yield Item(f"proof {cell.key}", lambda cell=cell: measure_proof(cell, device))  # type: ignore[misc]
+
+
 def training_items(device: torch.device, limit_s: float) -> Iterator[Item]:
     def run() -> dict[str, Any]:
         from benchmarks.training_speed import measure
@@ -183,6 +199,8 @@ def run_part(part: str, options: argparse.Namespace, device: torch.device, peer:
         if part == "kernels"
         else training_items(device, deadline - time.perf_counter())
         if part == "training"
+        else solver_items(grid, device, ceilings)
+        if part == "solvers"
         else sampling_items(part, grid, device, ceilings, peer)
     )
     items = [item for item in items if any(fnmatch.fnmatch(item.key, pattern) for pattern in options.only)]

@@ -187,6 +187,10 @@ class Sampler:
         """What evaluates the model where the fused backend does not."""
         return self.batches.network
 
+    @network.setter
+    def network(self, network: Callable[..., Tensor]) -> None:
+        self.batches.network = network
+
     def _shrink(self, batch: int) -> int:
         """Half the batch, after memory has run out."""
         self.batches.release()

@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import correctness, cpu_rate, measure, report, suite
+from benchmarks import correctness, cpu_rate, measure, report, solver_speed, suite
 from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
 from benchmarks.correctness import Group, run_group
 from benchmarks.jax_peer import JaxPeer
@@ -235,6 +235,67 @@ def test_the_suite_measures_once_and_the_report_shows_it(
     assert "| batch 1, l = 12, evaluation in a trajectory (T = 128) | at most 180 us | not measured |  |" in text
     assert (tmp_path / "report" / "report.md").read_text() in text
     assert (tmp_path / "report" / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_solvers_part_measures_table_3_a_race_and_a_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = quick_tests(tmp_path, "green", "def test_a(): pass")
+    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
+    monkeypatch.setitem(correctness.NEEDS, "solvers", ("green",))
+    assert run_suite(tmp_path, "--part", "solvers") == suite.FINISHED
+    found = json.loads((tmp_path / "out" / "solvers.json").read_text())["configurations"]
+    assert list(found) == [
+        *(name for depth in (12, 4) for name in (f"tiny float32 batch 2 l={depth} T=2", f"memory tiny float32 batch 2 l={depth} T=2",
+                                                 f"tiny float32 batch 2 l={depth} dopri5 0.01")),
+        *(f"{what} tiny float32 batch {batch} l=12 dopri5 0.01" for batch in (1, 2) for what in ("race", "proof")),
+    ]  # fmt: skip
+    for batch in (1, 2):
+        race = found[f"race tiny float32 batch {batch} l=12 dopri5 0.01"]["race"]
+        assert len(race) == 7
+        assert [name for name, row in race.items() if "median_s" not in row] == []
+        name = f"{'one launch' if torch.cuda.is_available() else 'steps on the device'}, eager network"
+        ours, host = race[name], race["host loop, eager network"]
+        assert ours["evaluations"] == host["evaluations"]
+        theirs, equal = (race[name] for name in ("torchdiffeq, eager network", f"{name}, at torchdiffeq's error"))
+        assert equal["relative_error"] <= theirs["relative_error"]
+        assert equal["evaluations"] <= theirs["evaluations"]
+        assert ours["relative_error"] == pytest.approx(host["relative_error"], rel=1e-2)
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| 12 | dopri5 | 0.01 | " in text
+    assert "| 1 | 0.01 | host loop, eager network |" in text
+
+
+def test_the_papers_figures_stand_beside_ours_and_the_gain_is_judged() -> None:
+    cell = {"network": "DiT-B/2", "depth": 8, "steps": 1, "batch": 128, "dtype": "bfloat16", "solver": "dopri5", "tolerance": 1e-2}
+    row = {"median_s": 0.5, "low_s": 0.4, "high_s": 0.6, "evaluations": 26.0, "per_evaluation_s": 0.5 / 26, "peak_bytes": 2**20}
+    ours, theirs = row | {"relative_error": 1e-3, "setup_s": 1.0}, row | {"median_s": 0.57, "relative_error": 1e-3, "setup_s": 1.0}
+    race = {
+        "torchdiffeq, compiled network": theirs,
+        "one launch, compiled network": ours,
+        "one launch, fused network": {"reason": "why"},
+    }
+    sizes = {"weights": {"blocks": 2**21, "ends": 2**20, "live_blocks": 8}}
+    text = report.part_table({"part": "solvers", "configurations": {
+        "a": {"cell": cell, "variants": {"fused": row}}, "memory a": {"cell": cell, "variants": {"fused": sizes}},
+        "race a": {"cell": cell, "race": race}, "proof a": {"cell": cell, "proof": {"reason": "no GPU"}},
+    }})  # fmt: skip
+    assert "| 500 ms (400 ms to 600 ms) | 26 | 19.2 ms | 1.0 MiB | 3.0 MiB | 2.25 s | 33 | 0.67x |" in text
+    assert "| 1.14x | at least 1.15x: missed |" in text
+    assert "one launch, fused network | did not run: why" in text
+
+
+def test_what_a_solve_asks_of_cuda_is_counted_inside_its_time() -> None:
+    events = [
+        ("cudaGraphLaunch", 1.0, 2.0),
+        ("cudaGraphLaunch", 11.0, 12.0),
+        ("cudaStreamSynchronize", 13.0, 14.0),
+        ("aten::add", 12.0, 13.0),
+    ]
+    assert solver_speed.count_calls(events, 10.0, 13.0) == ({"cudaGraphLaunch": 1}, {})
+    assert solver_speed.count_calls(events, 0.0, 20.0) == ({"cudaGraphLaunch": 2}, {"cudaStreamSynchronize": 1})
 
 
 def test_the_suite_refuses_what_is_red_and_stops_at_its_limit(

@@ -235,7 +235,7 @@ def test_compiled_network_equals_the_model_at_every_depth_batch_and_step_count(m
     for depth, count, steps in ((4, 2, 1), (4, 2, 8), (4, 3, 8), (2, 1, 4)):
         sampler = Sampler(model, depth=depth, steps=steps, backend="compile", guidance_scale=2)
         assert sampler.explain()["backend"] == "compile"
-        sampler.batches.network = network
+        sampler.network = network
         torch.testing.assert_close(sampler(count), Sampler(model, depth=depth, steps=steps, guidance_scale=2)(count), rtol=0, atol=1e-5)
 
 

@@ -483,7 +483,7 @@ def test_depth_may_change_with_time(model: DiT) -> None:
         met.append((t.flatten()[0].item(), depth))
         return model(x, t, log2_steps, y, depth=depth)
 
-    sampler.batches.network = network
+    sampler.network = network
     expected = sampler(2)
     assert met == [(0, 2), (0.25, 2), (0.5, 4), (0.75, 4)]
     assert torch.equal(Sampler(model, steps=4, depth_schedule=lambda t: 2 if t < 0.5 else 4)(2), expected)
