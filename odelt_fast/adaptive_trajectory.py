@@ -85,5 +85,5 @@ class CapturedSolve(Captured):
             self.loop = AdaptiveGraph(self.solve, pool, capture)
         return self.loop.step, (self.solve.x, self.solve.counters)
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
         self.loop.replay()

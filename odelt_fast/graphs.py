@@ -102,7 +102,7 @@ class Captured:
         """(graph, what its replay writes)."""
         return capture(lambda: self.function(*self.inputs), device, pool)
 
-    def _launch(self) -> None:
+    def launch(self) -> None:
         """Computes `outputs` from what lies in `inputs`."""
         self.graph.replay()
 
@@ -111,7 +111,7 @@ class Captured:
             if held is None or given is None or self._holds(i, given):
                 continue
             held.copy_(given, non_blocking=True)
-        self._launch()
+        self.launch()
         with torch.inference_mode(False), torch.no_grad():
             return tuple(output.clone() for output in self.outputs)
 
