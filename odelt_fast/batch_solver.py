@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odelt_fast.adaptive_trajectory import AdaptiveTrajectory
 from odelt_fast.cpu_network import CpuNetwork, choose
 from odelt_fast.fused import Fused, choose_fused
 from odelt_fast.model import DiT
@@ -102,15 +103,24 @@ class BatchSolver:
             self.fused.graphs.clear()
 
     def _solve_fused(self, fused: Fused, x: Tensor, labels: np.ndarray, seed: int, indices: range, progress: Progress | None) -> Batch:
-        fresh, steps, rows = None, self.settings.steps, self.settings.rows
+        trajectory, rows, count = fused.trajectory, self.settings.rows, len(x)
+        fresh, steps = None, self.settings.steps
         if self.model.config.sampling == "consistency" and steps > 1:
             fresh = torch.stack([stack_noise(seed, indices, x.shape[1:], "renoise", i) for i in range(steps - 1)])
         if self.settings.guidance_scale == 0:
             labels = np.full_like(labels, self.model.config.num_classes)
-        solution, evaluations, attempts = fused.solve(x, labels, fresh)
-        batch = Batch.of(solution, evaluations * rows, rows)
-        for _ in range(attempts if progress else 0):
-            progress(len(x))  # type: ignore[misc]
+        if isinstance(trajectory, AdaptiveTrajectory):
+            solution, steps = fused.solve_adaptive(x, labels)
+            batch = Batch.of(solution, trajectory.evaluations(steps) * rows, rows)
+        else:
+            x, finite = fused.solve(x, labels, fresh)
+            status = ["done" if each else "non_finite" for each in finite.tolist()]
+            evaluations = trajectory.evaluations * rows  # type: ignore[union-attr]
+            # Lists at once: by way of tensors they would take as long as a small sample.
+            record: dict[str, list[Any]] = {"accepted": [steps] * count, "rejected": [0] * count}
+            batch = Batch(x, evaluations, record | {"evaluations_needed": [evaluations] * count, "status": status})
+        for _ in range(steps if progress else 0):
+            progress(count)  # type: ignore[misc]
         return batch
 
     def _solve_on_host(self, x: Tensor, labels: np.ndarray, seed: int, indices: range, progress: Progress | None) -> Batch:

@@ -83,11 +83,20 @@ class Fused:
         if not self.engine.weights.is_current():
             self._prepare()
 
-    def solve(self, x: Tensor, labels: np.ndarray, fresh: Tensor | None = None) -> tuple[Solution, int, int]:
-        """(solution, its x (B, C, H, W) float32 on the engine's device; evaluations of the velocity; steps that the batch attempted).
+    def solve(self, x: Tensor, labels: np.ndarray, fresh: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x at the end (B, C, H, W) float32, whether each sample is finite (B,)) of fixed steps, new tensors on the engine's device.
 
         x and fresh (`Trajectory`) on any device; labels (B,) int64 on the host. Where the labels are all equal, less is computed.
         """
+        return self._run_trajectory(x, labels, (fresh,), Captured)  # type: ignore[return-value]
+
+    def solve_adaptive(self, x: Tensor, labels: np.ndarray) -> tuple[Solution, int]:
+        """(solution, its x float32 on the engine's device and its counts on the host; steps that the batch attempted); as `solve`."""
+        end, counters = self._run_trajectory(x, labels, (), CapturedSolve)
+        solution = Solution(end, *counters.cpu())  # all in one: each wait for the GPU takes longer than the copy
+        return solution, int((solution.accepted + solution.rejected).max())
+
+    def _run_trajectory(self, x: Tensor, labels: np.ndarray, more: tuple[Tensor | None, ...], kind: type[Captured]) -> tuple[Tensor, ...]:
         trajectory = self.trajectory
         assert trajectory is not None
         guided = trajectory.guidance is not None
@@ -98,14 +107,7 @@ class Fused:
         guidance = None if rows is None else trajectory.guidance
         key = ("trajectory", trajectory.key, guidance, tuple(x.shape), 0 if rows is None else len(rows))
         samples = len(x) if guidance is None else 2 * len(x)
-        if isinstance(trajectory, AdaptiveTrajectory):
-            end, counters = self._run(key, trajectory, (x, rows), samples, CapturedSolve)
-            solution = Solution(end, *counters.cpu())  # all in one: each wait for the GPU takes longer than the copy
-            attempts = int((solution.accepted + solution.rejected).max())
-            return solution, trajectory.evaluations(attempts), attempts
-        steps, evaluations = len(trajectory.times) - 1, trajectory.evaluations
-        end, finite = self._run(key, trajectory, (x, rows, fresh), samples)
-        return Solution.of_fixed_steps(end, steps, evaluations, finite=finite), evaluations, steps
+        return self._run(key, trajectory, (x, rows, *more), samples, kind)
 
     def network(self, x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: int | None = None) -> Tensor:
         """The velocity as the model gives it, with its signature: one evaluation as one graph."""
@@ -136,7 +138,7 @@ class Fused:
             if self.strict:
                 raise ValueError(f"backend 'fused' cannot run here: {reason}") from error
             self.graphs_off = reason
-            warnings.warn(f"{reason}: the same kernels are launched one by one, which is slower for small batches", RuntimeWarning, 6)
+            warnings.warn(f"{reason}: the same kernels are launched one by one, which is slower for small batches", RuntimeWarning, 7)
         return function(*place(inputs, self.engine.device))
 
     def _say_fallback(self, captured: Captured | None) -> None:
@@ -147,7 +149,7 @@ class Fused:
         warnings.warn(
             f"the GPU cannot repeat a solver's steps by itself ({self.loop_off}): the host does, a little slower, with the same numbers",
             RuntimeWarning,
-            7,
+            8,
         )
 
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:

@@ -49,12 +49,10 @@ class Solution:
     trajectory: Tensor | None = None
 
     @classmethod
-    def of_fixed_steps(
-        cls, x: Tensor, steps: int, evaluations: int, trajectory: Tensor | None = None, finite: Tensor | None = None
-    ) -> Solution:
-        """What `steps` steps that none could refuse led to: done where x is finite (finite (B,): where it is known)."""
+    def of_fixed_steps(cls, x: Tensor, steps: int, evaluations: int, trajectory: Tensor | None = None) -> Solution:
+        """What `steps` steps that none could refuse led to: done where x is finite."""
         accepted, rejected, needed = (torch.full((len(x),), value, device=x.device) for value in (steps, 0, evaluations))
-        return cls(x, torch.where(finite_rows(x) if finite is None else finite, DONE, NON_FINITE), accepted, rejected, needed, trajectory)
+        return cls(x, torch.where(finite_rows(x), DONE, NON_FINITE), accepted, rejected, needed, trajectory)
 
 
 def combine(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

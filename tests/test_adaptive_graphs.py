@@ -12,12 +12,17 @@ import pytest
 import torch
 from engine_cases import random_model, run_fused_on_the_cpu
 from test_graphs import CPU, NEEDS_CUDA, Replayed, cuda_model, replayed, warned
+from test_while_loop import NoHost, smooth, states
 
 from odelt_fast import backends, fused, native
+from odelt_fast.adaptive import Limits, integrate_adaptive
+from odelt_fast.adaptive_trajectory import AdaptiveTrajectory
 from odelt_fast.engine import Engine
 from odelt_fast.flow_map import flow
 from odelt_fast.graphs import CaptureError, GraphCache, capture
 from odelt_fast.sampler import Sampler
+from odelt_fast.tableau import find_tableau
+from odelt_fast.while_loop import AdaptiveGraph, DeviceAdaptive
 from reference_cases import relative_error
 
 STATS = ("accepted", "rejected", "evaluations_needed", "status")
@@ -142,6 +147,26 @@ def test_weights_changed_in_place_are_seen_by_solves_and_flows(monkeypatch: pyte
             model.load_state_dict(weights)
 
 
+@pytest.mark.parametrize("sampling", ["shortcut", "diffusion"])
+@pytest.mark.parametrize("norm", ["per_sample", "batch"])
+@pytest.mark.parametrize(("labels", "guidance"), [(None, None), ([3], None), ([1, 2, 3], None), ([1, 2, 3, 10, 10, 10], 2.0)], ids=str)
+def test_a_solve_on_the_engine_reads_nothing_on_the_host(
+    sampling: str, norm: str, labels: list[int] | None, guidance: float | None
+) -> None:
+    """What the GPU is to repeat must not ask the host; the reference operators do, so that here a step is PyTorch's own."""
+    engine = Engine(random_model(sampling=sampling), kind="reference")
+    engine.ops.MOST_SAMPLES = 0
+    trajectory = AdaptiveTrajectory(engine, find_tableau("dopri5")[0], 7, 4, guidance, Limits(error_norm=norm))
+    with torch.no_grad():
+        x, chosen = torch.randn(3, 2, 8, 8), None if labels is None else torch.tensor(labels)
+        solve = trajectory.prepare(x, chosen)
+        assert solve.ops is None
+        engine.positions(8, 8)
+        with NoHost():
+            solve.start()
+            solve.attempt()
+
+
 # From here on: on a CUDA GPU.
 
 
@@ -171,6 +196,28 @@ def test_cuda_a_solve_of_one_launch_gives_the_host_loops_images(while_nodes: Non
     for seed in (0, 1, 0):
         assert relative_error(ours(5, seed=seed), eager(5, seed=seed)) < 1e-3  # the steps may fall a little apart
     assert ours.explain()["graph"] == "the whole solve, a while loop of CUDA's"
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("replayed", [False, True], ids=["while_node", "replayed"])
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("solver", ["dopri5", "bosh3", "dop853"])
+def test_cuda_graphs_of_any_field_take_the_host_loops_steps(while_nodes: None, solver: str, kernels: bool, replayed: bool) -> None:
+    """In float64, where the kernels' order of summation changes no decision; to the last bit with PyTorch's own operators."""
+    ops = backends.operators("kernels") if kernels else None
+    x, tableau = states().double().cuda(), find_tableau(solver)[0]
+    graph = AdaptiveGraph(DeviceAdaptive(smooth, x, 7, tableau, ops=ops))
+    assert graph.fallback is None
+    if replayed:
+        graph.loop = None
+    for seed in (1, 2, 1):
+        x.copy_(states(seed))
+        host = integrate_adaptive(smooth, x, 7, tableau)
+        graph.replay()
+        found = graph.solve.solution()
+        torch.testing.assert_close(found.x, host.x, rtol=1e-9 if kernels else 0, atol=1e-11 if kernels else 0)
+        for part in ("status", "accepted", "rejected", "evaluations"):
+            assert torch.equal(getattr(found, part), getattr(host, part)), part
 
 
 @NEEDS_CUDA

@@ -121,7 +121,8 @@ class NoHost(TorchDispatchMode):
         name = function.name()
         assert not any(word in name for word in ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "lift_fresh")), name
         if name in ("aten::_to_copy", "aten::copy_"):
-            devices = {given.device.type for given in args if isinstance(given, Tensor)} | {(kwargs or {}).get("device")} - {None}
+            named = (kwargs or {}).get("device")
+            devices = {given.device.type for given in args if isinstance(given, Tensor)} | ({torch.device(named).type} if named else set())
             assert len(devices) == 1, f"{name} between {devices}"
         return function(*args, **(kwargs or {}))
 
