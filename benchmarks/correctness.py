@@ -24,7 +24,8 @@ from benchmarks.measure import ROOT, SOURCES, source_digest
 TESTS = ROOT / "tests"
 NETWORK = ("test_parity.py",)
 ENGINE = ("test_engine.py", "test_graphs.py", "test_backends.py")
-SOLVERS = ("test_while_loop.py", "test_adaptive_graphs.py", "test_kernels_solver.py")
+SOLVERS = ("test_while_loop.py", "test_adaptive_graphs.py")
+SOLVER_KERNELS = ("combine_stages", "adaptive_step", "adaptive_solve")
 TRAINING = ("test_training_parity.py", "test_objectives_recorded.py")
 NEEDS = {
     "kernels": ("kernels",),
@@ -59,6 +60,7 @@ def groups(cuda: bool) -> Iterator[Group]:
         names = kernel_names(cuda)
         for kernels in ((name,) for name in names) if cuda else [tuple(names)]:
             yield Group(f"kernels: {', '.join(kernels) if cuda else 'all, interpreted'}", "kernels", (), kernels, ())
+        yield Group("kernels of solvers", "solvers", (), SOLVER_KERNELS, ())
     for name, wanted, modules in (
         ("network", NETWORK, ()),
         ("engine", ENGINE, ()),

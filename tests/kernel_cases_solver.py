@@ -148,12 +148,12 @@ def solve(update: Callable[..., None], steps: AdaptiveSteps, start: State) -> So
     """What `integrate_adaptive` does after its first step size, with `update` for all that follows an attempt."""
     tableau, field, (x, k, *_) = steps.tableau, steps.field, start
     nodes, error, error3 = tableau_tensors(tableau, x.device)
-    rules = torch.tensor(steps.rules, dtype=torch.float64)
-    x, stages = x.clone(), torch.zeros((len(nodes), *x.shape), dtype=x.dtype)
+    rules = torch.tensor(steps.rules, dtype=torch.float64, device=x.device)
+    x, stages = x.clone(), torch.zeros((len(nodes), *x.shape), dtype=x.dtype, device=x.device)
     stages[0] = k
     control, counters = torch.stack(start[2:7]), torch.stack(start[7:])
     step, times, _ = first_attempt(control, nodes, rules)
-    step, times, running = step.contiguous(), times.contiguous(), torch.ones(1, dtype=torch.int32)
+    step, times, running = step.contiguous(), times.contiguous(), torch.ones(1, dtype=torch.int32, device=x.device)
     while running.item():
         d, x_new = column(step, x), x
         for i, row in enumerate(tableau.a[1:], 1):
