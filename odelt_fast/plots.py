@@ -62,21 +62,36 @@ def depth_steps_picture(cells: Sequence[Sequence[np.ndarray]], depths: Sequence[
 
     A cell shows its images in `columns` columns. Raises ValueError for images that are neither grey nor RGB.
     """
+    return labelled_grid(cells, [f"l = {depth}" for depth in depths], [f"T = {count}" for count in steps], columns)
+
+
+def labelled_grid(
+    cells: Sequence[Sequence[np.ndarray]], rows: Sequence[str], columns: Sequence[str], images_across: int = 5, *, upright: bool = False
+) -> Image:
+    """One picture of `cells[row][column]`, each (N, H, W, C) uint8 images, with the names of rows (left) and columns (top).
+
+    A cell shows its images `images_across` side by side. upright: names of rows are written from left to right, for rows that are lower
+    than their names are long. Raises ValueError for images that are neither grey nor RGB.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    pictures = [[image_grid(images, columns).convert("RGB") for images in row] for row in cells]
+    pictures = [[image_grid(images, images_across).convert("RGB") for images in row] for row in cells]
     width, height = pictures[0][0].size
-    margin, gap = max(48, height // 4), max(8, height // 20)
-    font = ImageFont.load_default(size=margin // 3)
-    picture = Image.new("RGB", (margin + len(steps) * (width + gap), margin + len(depths) * (height + gap)), "white")
+    top, gap = max(48, height // 4), max(8, height // 20)
+    font = ImageFont.load_default(size=top // 3)
+    left = top if not upright else top // 3 + math.ceil(max(font.getlength(name) for name in rows))
+    picture = Image.new("RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white")
     draw = ImageDraw.Draw(picture)
-    for column, count in enumerate(steps):
-        draw.text((margin + column * (width + gap) + width // 2, margin // 2), f"T = {count}", "black", font, anchor="mm")
-    for row, depth in enumerate(depths):
-        name = Image.new("RGB", (height, margin), "white")
-        ImageDraw.Draw(name).text((height // 2, margin // 2), f"l = {depth}", "black", font, anchor="mm")
-        top = margin + row * (height + gap)
-        picture.paste(name.rotate(90, expand=True), (0, top))
+    for column, text in enumerate(columns):
+        draw.text((left + column * (width + gap) + width // 2, top // 2), text, "black", font, anchor="mm")
+    for row, text in enumerate(rows):
+        above = top + row * (height + gap)
+        if upright:
+            draw.text((top // 6, above + height // 2), text, "black", font, anchor="lm")
+        else:
+            name = Image.new("RGB", (height, left), "white")
+            ImageDraw.Draw(name).text((height // 2, left // 2), text, "black", font, anchor="mm")
+            picture.paste(name.rotate(90, expand=True), (0, above))
         for column, cell in enumerate(pictures[row]):
-            picture.paste(cell, (margin + column * (width + gap), top))
+            picture.paste(cell, (left + column * (width + gap), above))
     return picture

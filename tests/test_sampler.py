@@ -13,7 +13,7 @@ from torch import Tensor
 
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.plots import image_grid, to_uint8
+from odelt_fast.plots import image_grid, labelled_grid, to_uint8
 from odelt_fast.probability_flow import vp_schedule
 from odelt_fast.sampler import STREAMS, Sampler, drawn_labels, image_noise
 from odelt_fast.solvers import integrate, predict_and_renoise
@@ -332,6 +332,21 @@ def test_grid_places_images_row_by_row_and_enlarges_small_ones() -> None:
     assert not pixels[8:64, 8:64].any()
     assert image_grid(np.zeros((1, 100, 300, 3), np.uint8)).size == (300, 100)
     assert image_grid(np.zeros((3, 8, 8, 3), np.uint8)).mode == "RGB"
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_a_labelled_grid_has_its_cells_in_order_beside_names_that_are_whole(upright: bool) -> None:
+    cells = [[np.full((1, 64, 64, 3), 40 * row + 10 * column + 1, np.uint8) for column in range(2)] for row in range(3)]
+    rows = ["a", "a long name of a method", "b"] if upright else ["l = 12", "l = 8", "l = 4"]
+    pixels = np.asarray(labelled_grid(cells, rows, ["T = 4", "T = 1"], upright=upright))
+    left = next(x for x in range(pixels.shape[1]) if (pixels[48:112, x] == 1).all())
+    for row, column in itertools.product(range(3), range(2)):
+        top, side = 48 + 72 * row, left + 72 * column
+        assert (pixels[top : top + 64, side : side + 64] == 40 * row + 10 * column + 1).all()
+    for row in range(3):
+        assert (pixels[48 + 72 * row : 112 + 72 * row, :left] < 100).any()
+    assert (pixels[:, left - 4 : left] == 255).all()  # no name runs into the pictures
+    assert (pixels[:48, left:] < 100).any()
 
 
 @pytest.mark.parametrize(
