@@ -29,7 +29,7 @@ from odelt_fast.evaluation_settings import Evaluation
 from odelt_fast.features import FeatureNetwork, bundled_for, load_features
 from odelt_fast.images import ImageSource, open_source
 from odelt_fast.measuring import PeakMemory, Processes, environment, file_hash, model_hash
-from odelt_fast.metrics import check_features, read_statistics
+from odelt_fast.metrics import Statistics, check_features, read_statistics
 from odelt_fast.model import DiT
 from odelt_fast.outputs import write_whole
 from odelt_fast.plots import to_uint8
@@ -65,6 +65,7 @@ class Evaluator:
         self.network = self._network()
         self.network.check_images(self.channels, self.image_size)
         self.source = self._source()
+        self.statistics = self._statistics()
         self._check_counts()
         self.out.mkdir(parents=True, exist_ok=True)
         self._bind()
@@ -154,6 +155,13 @@ class Evaluator:
             raise ValueError(f"--labels data: {self.settings.data} has {source.num_classes} classes, the model {self.config.num_classes}")
         return source
 
+    def _statistics(self) -> Statistics | None:
+        if self.settings.stats is None:
+            return None
+        statistics = read_statistics(self.settings.stats)
+        check_statistics(statistics, self.settings.stats, self.network, self.settings.protocol)
+        return statistics
+
     def _check_counts(self) -> None:
         settings, dimensions = self.settings, self.network.dimensions
         counts = [settings.num_images] + ([] if self.source is None else [len(self.source)])
@@ -192,11 +200,9 @@ class Evaluator:
         settings = self.settings
         if not {"frechet", "kid", "precision_recall"} & set(settings.metrics):
             return None
-        if self.source is None:
-            assert settings.stats is not None
-            statistics = read_statistics(settings.stats)
-            check_statistics(statistics, settings.stats, self.network, settings.protocol)
-            return Reference(statistics, None)
+        if self.statistics is not None:
+            return Reference(self.statistics, None)
+        assert self.source is not None
         if not (self.out / "reference.npz").exists():
             files = BatchFiles(self.out / "partial" / "reference", len(self.source), settings.batch_size)
             todo = files.missing(self.processes.index, self.processes.count)

@@ -206,6 +206,7 @@ def test_damaged_batches_are_named(tmp_path: Path) -> None:
         ({"solvers": ("eluer",)}, "eluer"),
         ({"data": None}, "either --data or --stats"),
         ({"data": None, "stats": "x.npz", "metrics": ("kid",)}, "kid and precision_recall need real images"),
+        ({"data": None, "stats": "missing.npz", "metrics": ("frechet",)}, "missing.npz is no statistics file"),
         ({"metrics": ("fid",)}, "--metrics must be frechet"),
         ({"paper_guidance": True}, "--paper-guidance needs"),
         ({"tolerances": (0.0,)}, "--tolerances must be above 0"),
@@ -216,7 +217,7 @@ def test_damaged_batches_are_named(tmp_path: Path) -> None:
 def test_evaluations_that_cannot_be_are_refused(model: str, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Evaluator(evaluation(model, **changes), tmp_path / "out", device="cpu", show=False)
-    assert not (tmp_path / "out" / "partial").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_statistics_of_another_network_or_protocol_are_refused(model: str, finished: Path, tmp_path: Path) -> None:
@@ -232,6 +233,7 @@ def test_statistics_of_another_network_or_protocol_are_refused(model: str, finis
         np.savez(tmp_path / "other.npz", **{**file, "features_sha256": np.array("0" * 64)})
     with pytest.raises(ValueError, match="other weights"):
         run(evaluation(model, **{**own, "stats": str(tmp_path / "other.npz")}), tmp_path / "other")
+    assert not any((tmp_path / name).exists() for name in ("protocol", "narrow", "other"))
 
 
 def test_models_of_latents_need_a_decoder(tmp_path: Path) -> None:
