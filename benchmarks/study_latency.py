@@ -8,6 +8,7 @@ The cost of a training step is counted in images that pass through the network, 
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -56,11 +57,11 @@ def time_everything(study: Study) -> None:
     if not study.results():
         raise ValueError(f"{study.out} holds no finished evaluation to time: run the stages train and evaluate first")
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
     torch.set_num_threads(1)
     try:
+        machine = {**device_record(), "load": load}  # of the minute before: about 0 on a quiet machine
         latency, training = _latencies(study), _training_costs(study)
-        machine = {**device_record(), "device": study.budget.device}
     finally:
         torch.set_num_threads(threads)
     found = {"machine": machine, "latency": latency, "training": training, "parameters": _parameters(study)}

@@ -118,7 +118,8 @@ def tables(found: Mapping[str, Results]) -> dict[str, str]:
         made["training"] = _training(study)
     if study["machine"]:
         machine = study["machine"]
-        made["machine"] = f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, float32."
+        busy = f"other programs' load on the machine: {machine['load']:.1f}"
+        made["machine"] = f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, float32; {busy}."
     return made
 
 
@@ -178,12 +179,13 @@ def _main(found: Mapping[str, Results]) -> str:
 def _guided(found: Mapping[str, Results]) -> str:
     plain, guided = _cells(found["odelt"]), _cells(found["odelt-guided"])
     scale = found["odelt-guided"]["settings"]["guidance_scale"]
-    both = (f"64 steps of two passes, w = {scale:g}", "recognised", "seconds a batch, both")
-    head = [_metric(found["odelt"]), "128 steps", "recognised", *both]
+    guided_head = (f"64 steps of two passes, w = {scale:g}", "recognised, recall", "seconds a batch, both")
+    head = [_metric(found["odelt"]), "128 steps", "recognised, recall", *guided_head]
     body = []
     for depth in (12, 8, 4):
         a, b = (cells[depth, "euler", 128] for cells in (plain, guided))
-        body.append([f"l = {depth}", _distance(a), _share(a), _distance(b), _share(b), f"{_seconds(a)}, {_seconds(b)}"])
+        (first, second) = ((_distance(row), f"{_share(row)}, {_recall(row)}") for row in (a, b))
+        body.append([f"l = {depth}", *first, *second, f"{_seconds(a)}, {_seconds(b)}"])
     return _markdown(head, body)
 
 
