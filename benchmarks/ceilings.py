@@ -5,6 +5,7 @@ The floor of a piece of work is the larger of (operations / rate of products) an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -17,7 +18,7 @@ GPU_PRODUCT = (8192, 8192, 8192)
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
-def product_timer(dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int]) -> Timer:
+def product_timer(dtype: torch.dtype, device: torch.device, shape: tuple[int, int, int], clock: Timer = time.perf_counter) -> Timer:
     """Seconds of x W^T, x (rows, inner) and W (columns, inner) of random values in `dtype`, operands rotated."""
     rows, inner, columns = shape
     sets = 2
@@ -29,7 +30,7 @@ def product_timer(dtype: torch.dtype, device: torch.device, shape: tuple[int, in
         call = lambda index: torch._scaled_mm(  # noqa: E731
             pairs[index][0], pairs[index][1].t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
         )
-    return graph_timer(call, sets, device)
+    return graph_timer(call, sets, device, clock)
 
 
 def copy_timer(device: torch.device, count: int) -> Timer:

@@ -29,26 +29,26 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def host_timer(call: Callable[[], object], device: torch.device) -> Timer:
+def host_timer(call: Callable[[], object], device: torch.device, clock: Timer = time.perf_counter) -> Timer:
     """Seconds from the call to its finished result, as a user waits for it: host clock, device idle before and after."""
 
     def timed() -> float:
         synchronize(device)
-        start = time.perf_counter()
+        start = clock()
         call()
         synchronize(device)
-        return time.perf_counter() - start
+        return clock() - start
 
     return timed
 
 
-def graph_timer(call: Callable[[int], object], sets: int, device: torch.device) -> Timer:
+def graph_timer(call: Callable[[int], object], sets: int, device: torch.device, clock: Timer = time.perf_counter) -> Timer:
     """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1): inputs that have left the cache between two uses.
 
     On CUDA one graph holds all the calls and events stand around its replay, so that the host does not count; elsewhere its clock does.
     """
     if device.type != "cuda":
-        timed = host_timer(lambda: [call(index) for index in range(sets)], device)
+        timed = host_timer(lambda: [call(index) for index in range(sets)], device, clock)
         return lambda: timed() / sets
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

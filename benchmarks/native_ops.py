@@ -4,7 +4,8 @@
         [--output benchmarks/results/native-ops-cpu.json]
 
 Bytes are those that an operator must read and write once; the variants take turns. `gemm_share`: the matrix products of an evaluation,
-timed alone into memory of their own, as a share of the evaluation. `faster`: its slowest tenth beats the others' fastest tenth.
+timed alone into memory of their own, as a share of the evaluation. `native rows`:
+with PyTorch's products and attention. `faster`: its slowest tenth beats the others' fastest tenth.
 """
 
 from __future__ import annotations
@@ -143,6 +144,9 @@ def main() -> None:
             model = DiT(config).truncate(options.depth).to(dtype).eval()
             x, y = torch.randn(options.batch, config.channels, config.image_size, config.image_size), torch.arange(options.batch)
             networks: dict[str, Callable[..., object]] = {"model": model, "native": CpuNetwork(model)}
+            if networks["native"].products:  # type: ignore[attr-defined]
+                networks["native rows"] = rows_alone = CpuNetwork(model)
+                rows_alone.products = False
             calls: Variants = {key: partial(run, x, 0.5, 2, y, depth=options.depth) for key, run in networks.items()}
             calls["gemm"] = products(model, options.batch, options.depth)
             timers = {key: measure.host_timer(call, CPU) for key, call in calls.items()}
@@ -151,6 +155,7 @@ def main() -> None:
             speedup = whole["model"]["median_s"] / whole["native"]["median_s"]
             record[name] = {"operators": rows, "evaluation": whole, "gemm_share": shares, "speedup": speedup}
             print(f"{name} evaluation: GEMM share {shares['model']:.0%} -> {shares['native']:.0%}, {speedup:.2f}x", flush=True)
+            print(", ".join(f"{key} {row['median_s'] * 1e3:.0f} ms" for key, row in whole.items()), flush=True)
     if options.output:
         measure.write_json(options.output, record)
 

@@ -13,6 +13,10 @@ STABLE_TORCH_LIBRARY(odelt_native, m) {
       "int shift_column, int scale_column, Tensor? steps, float eps, Tensor(a!)? out_xr, Tensor(b!) out_vr, Tensor(c!) out) -> ()");
   m.def("bias_gelu_(Tensor(a!) x, Tensor? bias) -> ()");
   m.def("euler_update(Tensor x, Tensor v, float d, Tensor(a!) out) -> ()");
+  m.def("has_products(Tensor like) -> bool");
+  m.def("pack_weight(Tensor weight, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, bool gelu, Tensor(a!) out) -> ()");
+  m.def("attention(Tensor qkv, int heads, float scale, Tensor(a!) out) -> ()");
   // Graphs, executables and streams are CUDA's own handles as numbers; flag is the address of an int32 on the device.
   m.def("while_graph_versions() -> (int, int)");
   m.def("while_graph_create(int device, int first, int body, int flag) -> (int, int)");

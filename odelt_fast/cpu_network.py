@@ -1,8 +1,9 @@
 """The network on a CPU with native operators (csrc/cpu): the model's weights and results, with fewer passes over memory.
 
 Between matrix products the model reads and writes every activation many times, into fresh memory that the system has to hand out page by
-page. Here each gap is one pass over memory that is used again: bias + GELU in place; bias + gated residual + LayerNorm + modulate, at a
-group's end with the Euler update of the inner ODE. Matrix products and attention are PyTorch's.
+page. Here each gap is one pass over memory that is used again: bias + gated residual + LayerNorm + modulate, at a group's end with the
+Euler update of the inner ODE. Where the processor has the instructions (`native.has_products`), matrix products with bias and GELU and
+attention are native too, from packed copies of the weights. Elsewhere they are PyTorch's.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from odelt_fast import native
 from odelt_fast.model import DiT
+from odelt_fast.prepared import LAYERS, Watched
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory of one batch. x, middle, vr, y, h (B, N, D); qkv (B*N, 3*D); hidden (B*N, M)."""
+    """Memory of one batch. middle, vr, y, h (B, N, D); qkv (B*N, 3*D); hidden (B*N, M)."""
 
-    x: Tensor
     middle: Tensor
     vr: Tensor
     y: Tensor
@@ -36,7 +37,8 @@ class CpuNetwork:
     """`network(x, t, log2_steps, y, depth)` is `model(x, t, log2_steps, y, depth)`, for sampling: no gradients, no dropout.
 
     Calls that it has no path for (gradients, depths of each sample, a length without a whole group) go to the model itself. Threads take
-    turns. Raises ValueError with the reason where it cannot run (`why_not`).
+    turns. The packed weights are a second copy of the blocks' matrices, made anew when those change. Raises ValueError with the reason
+    where it cannot run (`why_not`).
     """
 
     def __init__(self, model: DiT) -> None:
@@ -44,6 +46,11 @@ class CpuNetwork:
         if reason:
             raise ValueError(f"the native operators cannot run this model: {reason}")
         self.model = model
+        self.products = native.has_products(model.dtype) and all(
+            size % 2 == 0 for size in (model.config.hidden_size, model.config.mlp_size, model.config.hidden_size // model.config.num_heads)
+        )
+        self._packed: list[dict[str, Tensor]] = []
+        self._watched: Watched | None = None
         self._workspace: Workspace | None = None
         self._lock = threading.Lock()
 
@@ -54,39 +61,50 @@ class CpuNetwork:
             return model(x, t, log2_steps, y, depth)
         length = model.check_depth(depth)
         with self._lock:
-            tokens = model.embed_patches(x)
+            tokens = self._tokens(x)
             final = model.condition(t, log2_steps, y)
             condition = final + model.length_embed.weight[length] if model.config.length_conditioned else final
             h = self._hidden(tokens, F.silu(condition).to(model.dtype), F.silu(final).to(model.dtype), length)
             return model.unpatchify(model.final_layer.out(h), x.shape[2], x.shape[3])
 
+    def _tokens(self, x: Tensor) -> Tensor:
+        """The model's `embed_patches`, contiguous. As a matrix product of the patches it is less than half the time of the convolution."""
+        patch, weight = self.model.config.patch_size, self.model.patch_embed.weight
+        if x.shape[2:] != (self.model.config.image_size,) * 2 or x.shape[1] != self.model.config.channels:
+            return self.model.embed_patches(x).contiguous()
+        patches = x.to(weight.dtype).unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+        tokens = F.linear(patches.reshape(len(x), -1, weight[0].numel()), weight.flatten(1), self.model.patch_embed.bias)
+        if tokens.dtype == torch.float32:
+            return tokens.add_(self.model.positions)
+        wide = torch.empty_like(self.model.positions)  # sums are rounded once; those of one sample stay in the cache
+        for sample in tokens:
+            sample.copy_(torch.add(sample, self.model.positions, out=wide))
+        return tokens
+
     def _hidden(self, tokens: Tensor, condition: Tensor, final: Tensor, length: int) -> Tensor:
-        """What the final projection sees (B, N, D): the inner ODE's vr after the final layer's LayerNorm + modulate."""
+        """What the final projection sees (B, N, D): the inner ODE's vr after the final layer's LayerNorm + modulate. Overwrites tokens."""
         model, config, size = self.model, self.model.config, self.model.config.hidden_size
-        work, rows = self._memory(tokens), tokens.shape[0] * tokens.shape[1]
-        x, middle, y, h = work.x, work.middle, work.y, work.h
-        flat_h, flat_y = h.view(rows, size), y.view(rows, size)
+        blocks: list[Any] = list(model.blocks[: config.live_blocks(length)])
+        modulations = [*(block.modulation(condition) for block in blocks), model.final_layer.modulation(final)]
+        if self.products:
+            self._pack(blocks)
+        work = self._memory(tokens)
+        x, middle, y, h = tokens, work.middle, work.y, work.h
+        flat_h, flat_y = h.view(-1, size), y.view(-1, size)
         steps = None
         if config.inner_step == "inverse_depth":
-            steps = (config.depth_group / torch.tensor([length], dtype=model.dtype)).float()
-        blocks: list[Any] = list(model.blocks[: config.live_blocks(length)])
-        final_modulation = model.final_layer.modulation(final)
-        modulation = blocks[0].modulation(condition)
-        x.copy_(tokens)
-        native.norm_modulate(x, modulation, 0, size, out=h)
+            steps = (config.depth_group / torch.tensor([length], dtype=tokens.dtype)).float()
+        native.norm_modulate(x, modulations[0], 0, size, out=h)
         vr = None
         for index, block in enumerate(blocks, 1):
-            torch.addmm(block.qkv.bias, flat_h, block.qkv.weight.t(), out=work.qkv)
-            q, k, v = work.qkv.view(*tokens.shape[:2], 3, config.num_heads, -1).permute(2, 0, 3, 1, 4)
-            attended = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
-            torch.mm(attended.transpose(1, 2).reshape(rows, size), block.attention_out.weight.t(), out=flat_y)
+            modulation, following, last = modulations[index - 1], modulations[index], index == len(blocks)
+            self._linear(index, "qkv", flat_h, block.qkv.bias, out=work.qkv)
+            self._attend(work.qkv.view(*tokens.shape[:2], -1), out=h)
+            self._linear(index, "attention_out", flat_h, None, out=flat_y)
             columns = (modulation, 2 * size, modulation, 3 * size, 4 * size)
             native.gated_residual(x, y, block.attention_out.bias, *columns, out_x=middle, out=h)
-            torch.mm(flat_h, block.mlp_in.weight.t(), out=work.hidden)
-            native.bias_gelu_(work.hidden, block.mlp_in.bias)
-            torch.mm(work.hidden, block.mlp_out.weight.t(), out=flat_y)
-            last = index == len(blocks)
-            following = final_modulation if last else blocks[index].modulation(condition)
+            self._linear(index, "mlp_in", flat_h, block.mlp_in.bias, gelu=True, out=work.hidden)
+            self._linear(index, "mlp_out", work.hidden, None, out=flat_y)
             columns = (modulation, 5 * size, following, 0, size)
             if not config.length_conditioned or index % config.depth_group:
                 native.gated_residual(middle, y, block.mlp_out.bias, *columns, out_x=x, out=h)
@@ -94,17 +112,46 @@ class CpuNetwork:
                 xr = None if last else x
                 native.group_end(middle, y, block.mlp_out.bias, xr, vr, *columns, steps, out_xr=xr, out_vr=work.vr, out=h)
                 vr = work.vr
-            modulation = following
         return h
+
+    def _linear(self, index: int, name: str, x: Tensor, bias: Tensor | None, gelu: bool = False, *, out: Tensor) -> None:
+        """out = x W^T + bias, with its GELU where asked for; W is that of a layer of block `index`, from 1 on."""
+        if self.products:
+            return native.linear(x, self._packed[index - 1][name], bias, gelu, out=out)
+        weight: Tensor = getattr(self.model.blocks[index - 1], name).weight.t()
+        if bias is None or gelu:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(bias, x, weight, out=out)
+        if gelu:
+            native.bias_gelu_(out, bias)
+
+    def _attend(self, qkv: Tensor, *, out: Tensor) -> None:
+        """Attention of packed qkv (B, N, 3*D) into out (B, N, D)."""
+        heads = self.model.config.num_heads
+        dim = out.shape[2] // heads
+        if self.products and qkv.shape[1] <= native.MAX_TOKENS and dim <= native.MAX_HEAD_DIM:
+            return native.attention(qkv, heads, 1.0 / dim, out=out)
+        q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        out.unflatten(2, (heads, dim)).copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0 / dim).transpose(1, 2))
+
+    def _pack(self, blocks: list[Any]) -> None:
+        """Packs what is not packed yet of these blocks, and everything anew that has changed."""
+        if self._watched is None or not self._watched.unchanged():
+            self._packed = []
+            self._watched = Watched(list(self.model.blocks.parameters()))
+        with torch.inference_mode(False), torch.no_grad():
+            for block in blocks[len(self._packed) :]:
+                self._packed.append({name: native.pack_weight(getattr(block, name).weight.detach()) for name in LAYERS})
 
     def _memory(self, tokens: Tensor) -> Workspace:
         """The workspace for tokens (B, N, D): the last one where it fits."""
-        if self._workspace is None or self._workspace.x.shape != tokens.shape or self._workspace.x.dtype != tokens.dtype:
+        if self._workspace is None or self._workspace.h.shape != tokens.shape or self._workspace.h.dtype != tokens.dtype:
             self._workspace = None  # before its successor takes memory
             rows, size = tokens.shape[0] * tokens.shape[1], tokens.shape[2]
             wide = 3 * size, self.model.config.mlp_size
             with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
-                shapes = [tuple(tokens.shape)] * 5 + [(rows, columns) for columns in wide]
+                shapes = [tuple(tokens.shape)] * 4 + [(rows, columns) for columns in wide]
                 self._workspace = Workspace(*(torch.empty(shape, dtype=tokens.dtype) for shape in shapes))
         return self._workspace
 

@@ -31,6 +31,7 @@ ARCHITECTURES = ("-gencode=arch=compute_80,code=compute_80", "-gencode=arch=comp
 NVCC_FLAGS = (*CXX_FLAGS, "-std=c++20", "-shared", "-Xcompiler=-fPIC", *ARCHITECTURES)
 EPS = 1e-6  # of the network's LayerNorm
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
+PANEL, MAX_TOKENS, MAX_HEAD_DIM = 32, 1024, 192  # of csrc/cpu/products.h
 WHILE_NODES = 12040  # CUDA 12.4, the first with while nodes
 
 
@@ -221,6 +222,35 @@ def bias_gelu_(x: Tensor, bias: Tensor | None) -> None:
 def euler_update(x: Tensor, v: Tensor, d: float, *, out: Tensor) -> None:
     """out = x + d*v; x and out float32, v float32 or bfloat16, all contiguous and of one shape."""
     torch.ops.odelt_native.euler_update(x, v, d, out)
+
+
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this processor has the instructions for `linear` and `attention`: AVX-512 for float32, AMX for bfloat16."""
+    return dtype in (torch.float32, torch.bfloat16) and bool(torch.ops.odelt_native.has_products(torch.empty(0, dtype=dtype)))
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """The copy of a weight (N, K) that `linear` reads, N and K filled up to multiples of 32; K even in bfloat16."""
+    columns, inner = (-(-size // PANEL) * PANEL for size in weight.shape)
+    packed = torch.empty(columns, inner, dtype=weight.dtype)
+    torch.ops.odelt_native.pack_weight(weight, packed)
+    return packed
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, gelu: bool = False, *, out: Tensor) -> None:
+    """out = x W^T + bias, or the tanh form of its GELU; x (M, K), packed from W (N, K), bias (N,), out (M, N). Sums are float32.
+
+    x, packed and out have one dtype, for which `has_products` holds; rows are contiguous.
+    """
+    torch.ops.odelt_native.linear(x, packed, bias, gelu, out)
+
+
+def attention(qkv: Tensor, heads: int, scale: float, *, out: Tensor) -> None:
+    """out = softmax(scale q k^T) v; qkv (B, N, 3*D), packed as (q, k, v), out (B, N, D); scale > 0. dtypes as for `linear`.
+
+    N up to MAX_TOKENS, D/heads up to MAX_HEAD_DIM and even in bfloat16.
+    """
+    torch.ops.odelt_native.attention(qkv, heads, scale, out)
 
 
 def while_graph_reason(build_it: bool = True) -> str | None:

@@ -37,6 +37,25 @@ class BlockLayers:
     mlp_out: Layer
 
 
+class Watched:
+    """Notices when parameters are written to, or moved (not: changes through `.data`, and parameters that replace them)."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._versioned = [parameter for parameter in self.parameters if not parameter.is_inference()]
+        self.update()
+
+    def _now(self) -> tuple[int, int]:
+        return sum(map(attrgetter("_version"), self._versioned)), self.parameters[0].data_ptr()
+
+    def update(self) -> None:
+        """From now on they count as unchanged."""
+        self._state = self._now()
+
+    def unchanged(self) -> bool:
+        return self._now() == self._state
+
+
 class PreparedWeights:
     """Prepared from `model`, whose modulation weights become views of one stacked tensor: no weight is held twice, but by float8 copies.
 
@@ -47,8 +66,7 @@ class PreparedWeights:
     def __init__(self, given: DiT, quantize: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None) -> None:
         model: Any = given
         config = given.config
-        self._parameters = list(given.parameters())
-        self._versioned = [parameter for parameter in self._parameters if not parameter.is_inference()]
+        self._watched = Watched(list(given.parameters()))
         blocks = model.blocks[: config.live_blocks(given.max_depth)]
         self.modulation = stack_modulations(blocks, given)
         self.blocks = [BlockLayers(*(_layer(name, getattr(block, name), quantize) for name in LAYERS)) for block in blocks]
@@ -61,19 +79,18 @@ class PreparedWeights:
         for depth in config.depths:
             step = (config.depth_group / torch.tensor([depth], dtype=given.dtype)).float().to(given.device)
             self.group_steps[depth] = step if config.inner_step == "inverse_depth" else None
-        self._state = self._now()
-
-    def _now(self) -> tuple[int, int]:
-        return sum(map(attrgetter("_version"), self._versioned)), self._parameters[0].data_ptr()
+        self._watched.update()
 
     def is_current(self) -> bool:
-        """Whether the weights are still those they were prepared from (changes through `.data`, and replaced parameters, are not seen)."""
-        return self._now() == self._state
+        """Whether the weights are still those they were prepared from, as far as `Watched` sees."""
+        return self._watched.unchanged()
 
     def are_of(self, model: DiT) -> bool:
         """Whether they were prepared from just this model's parameters as they are now."""
         own = list(model.parameters())
-        return self.is_current() and len(own) == len(self._parameters) and all(a is b for a, b in zip(self._parameters, own))
+        return (
+            self.is_current() and len(own) == len(self._watched.parameters) and all(a is b for a, b in zip(self._watched.parameters, own))
+        )
 
     @property
     def nbytes(self) -> dict[str, int]:

@@ -64,12 +64,6 @@ template <typename T, bool GATED> void norm_row(const Row& row) {
   }
 }
 
-// x/(1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): the tanh form of GELU without its cancellation for negative x.
-inline Float gelu(Float x) {
-  Float u = x * (x * x * (-2 * 0.7978845608028654f * 0.044715f) + (-2 * 0.7978845608028654f));
-  return x / (1.0f + exponential(u));
-}
-
 template <typename T> void bias_gelu(void* data, const float* bias, int64_t size) {
   T* x = static_cast<T*>(data);
   int64_t i = 0;

@@ -5,10 +5,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <optional>
-#include <string>
 
+#include "processor.h"
 #include "rows.h"
 
 namespace {
@@ -19,20 +18,11 @@ using Tensors = std::optional<Tensor>;
 
 constexpr int64_t GRAIN = 1 << 15;  // values below which a thread of its own costs more than it gains, as in PyTorch
 
-// The widest vectors that the processor has, or what PyTorch's own ATEN_CPU_CAPABILITY (default, avx2, avx512) allows.
+// The widest vectors that may be used.
 const RowFunctions& functions() {
-  static const RowFunctions* chosen = [] {
-    const char* given = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string allowed = given ? given : "avx512";
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (allowed == "avx2" || allowed == "avx512");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512dq") && allowed == "avx512";
-    if (avx512) return avx512_functions();
-    if (avx2) return avx2_functions();
-#endif
-    return baseline_functions();
-  }();
+  static const RowFunctions* chosen = has_avx512() && avx512_functions() ? avx512_functions()
+                                      : has_avx2() && avx2_functions()   ? avx2_functions()
+                                                                         : baseline_functions();
   return *chosen;
 }
 

@@ -1,0 +1,168 @@
+// Packed linear layers and attention: what they accept, whether the processor has the instructions, and the work shared out between threads.
+#include "products.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "processor.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t CACHE_BYTES = 1280 * 1024;  // of strips and sums of a task: they stay in a second-level cache of 2 MiB
+
+const Products* products(const Tensor& x) {
+  static const Products* float32 = has_avx512() ? avx512_products() : nullptr;
+  static const Products* bfloat16 = has_amx() ? amx_products() : nullptr;
+  STD_TORCH_CHECK(x.is_cpu(), "tensors must be on the CPU");
+  return x.scalar_type() == ScalarType::Float ? float32 : x.scalar_type() == ScalarType::BFloat16 ? bfloat16 : nullptr;
+}
+
+const Products& required(const Tensor& x) {
+  const Products* found = products(x);
+  STD_TORCH_CHECK(found, "this processor has no instructions for products of this dtype");
+  return *found;
+}
+
+bool has_products(const Tensor& like) { return products(like) != nullptr; }
+
+// Memory of one thread, aligned to a cache line.
+class Memory {
+ public:
+  char* of(int64_t size) {
+    if (size > size_) {
+      data_.reset(static_cast<char*>(::operator new(size, std::align_val_t(64))));
+      size_ = size;
+    }
+    return data_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<char, Free> data_;
+  int64_t size_ = 0;
+};
+
+// A matrix whose rows are contiguous; those of bfloat16 hold pairs.
+void check_matrix(const Tensor& x, const Tensor& like, const char* name) {
+  const bool fits = x.dim() == 2 && x.stride(1) == 1 && x.is_cpu() && x.scalar_type() == like.scalar_type();
+  STD_TORCH_CHECK(fits, name, " must be a matrix of the dtype of x whose rows are contiguous");
+}
+
+void pack_weight(const Tensor& weight, Tensor out) {
+  const Products& run = required(weight);
+  check_matrix(weight, weight, "weight");
+  const int64_t columns = weight.size(0), inner = weight.size(1), bytes = static_cast<int64_t>(weight.element_size());
+  STD_TORCH_CHECK(bytes == 4 || (inner % 2 == 0 && weight.stride(0) % 2 == 0), "a weight of bfloat16 must have an even number of columns");
+  check_matrix(out, weight, "out");
+  STD_TORCH_CHECK(out.is_contiguous() && out.size(0) == whole(columns, COLUMNS) && out.size(1) == whole(inner, INNER),
+                  "out must be contiguous, and the weight's shape filled up to multiples of 32");
+  const char* from = static_cast<const char*>(weight.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t stride = weight.stride(0), panel = out.size(1) * COLUMNS * bytes;
+  torch::stable::parallel_for(0, out.size(0) / COLUMNS, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      run.pack(from + i * COLUMNS * stride * bytes, stride, std::min(COLUMNS, columns - i * COLUMNS), inner, to + i * panel);
+  });
+}
+
+void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, bool use_gelu, Tensor out) {
+  const Products& run = required(x);
+  check_matrix(x, x, "x");
+  check_matrix(packed, x, "packed");
+  check_matrix(out, x, "out");
+  const int64_t rows = x.size(0), inner = x.size(1), columns = out.size(1), bytes = static_cast<int64_t>(x.element_size());
+  STD_TORCH_CHECK(packed.is_contiguous() && packed.size(0) == whole(columns, COLUMNS) && packed.size(1) == whole(inner, INNER),
+                  "packed must be what pack_weight made of a weight (", columns, ", ", inner, ")");
+  STD_TORCH_CHECK(out.size(0) == rows, "out must have as many rows as x");
+  std::optional<Tensor> wide;
+  if (bias) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_cpu(), "bias must have the shape (", columns, ")");
+    wide = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+  }
+  Linear all = {};
+  all.x = static_cast<const char*>(x.const_data_ptr());
+  all.panels = packed.const_data_ptr();
+  all.bias = wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr;
+  all.out = static_cast<char*>(out.mutable_data_ptr());
+  all.x_stride = x.stride(0) * bytes;
+  all.out_stride = out.stride(0) * bytes;
+  all.inner = inner;
+  all.gelu = use_gelu;
+  if (inner == 0) all.x = all.out;  // nothing is read
+  // Whole strips and panels, shared out evenly: as many rows to a task as the cache takes, but no thread without work.
+  const int64_t strips = (rows + run.rows - 1) / run.rows, panels = out.size(1) ? packed.size(0) / COLUMNS : 0;
+  const int64_t threads = torch::stable::get_num_threads(), held = chunk_inner(packed.size(1));
+  const int64_t row_bytes = held * bytes + 4 * (packed.size(1) > held ? packed.size(0) : COLUMNS);
+  const int64_t most = std::max<int64_t>(1, CACHE_BYTES / (row_bytes * run.rows));
+  int64_t down = (strips + most - 1) / most, across = 1;
+  if (down) down = std::min((down + threads - 1) / threads * threads, strips);
+  if (down && down < threads) across = std::min((threads + down - 1) / down, panels);
+  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Memory memory;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % down * strips / down * run.rows, row_end = std::min((i % down + 1) * strips / down * run.rows, rows);
+      const int64_t column = i / down * panels / across * COLUMNS, column_end = std::min((i / down + 1) * panels / across * COLUMNS, columns);
+      Linear task = all;
+      task.x += row * all.x_stride;
+      task.panels = static_cast<const char*>(all.panels) + column * packed.size(1) * bytes;
+      if (task.bias) task.bias += column;
+      task.out += row * all.out_stride + column * bytes;
+      task.rows = row_end - row;
+      task.columns = column_end - column;
+      run.linear(task, memory.of(run.linear_memory(task)));
+    }
+  });
+}
+
+void attention(const Tensor& qkv, int64_t heads, double scale, Tensor out) {
+  const Products& run = required(qkv);
+  const bool fits = qkv.dim() == 3 && out.dim() == 3 && qkv.stride(2) == 1 && out.is_contiguous() && heads > 0 && qkv.size(2) % (3 * heads) == 0 &&
+                    out.size(0) == qkv.size(0) && out.size(1) == qkv.size(1) && 3 * out.size(2) == qkv.size(2);
+  STD_TORCH_CHECK(fits, "qkv must be (B, N, 3*D) with D a multiple of the number of heads, out (B, N, D) and contiguous");
+  STD_TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && out.is_cpu(), "out must have the dtype of qkv");
+  STD_TORCH_CHECK(scale > 0, "scale must be positive");
+  const int64_t bytes = static_cast<int64_t>(qkv.element_size()), size = out.size(2), dim = size / heads;
+  STD_TORCH_CHECK(qkv.size(1) <= MAX_TOKENS && dim <= MAX_DIM, "at most ", MAX_TOKENS, " tokens, and heads of ", MAX_DIM, " values");
+  STD_TORCH_CHECK(bytes == 4 || (dim % 2 == 0 && qkv.stride(1) % 2 == 0), "a head of bfloat16 must have an even number of values");
+  const char* from = static_cast<const char*>(qkv.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, qkv.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
+    static thread_local Memory memory;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t sample = i / heads, first = i % heads * dim * bytes;
+      Head head = {};
+      head.q = from + sample * qkv.stride(0) * bytes + first;
+      head.k = head.q + size * bytes;
+      head.v = head.k + size * bytes;
+      head.out = to + sample * out.stride(0) * bytes + first;
+      head.stride = qkv.stride(1) * bytes;
+      head.out_stride = size * bytes;
+      head.tokens = qkv.size(1);
+      head.dim = dim;
+      head.scale = static_cast<float>(scale);
+      run.attention(head, memory.of(run.attention_memory(head)));
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(odelt_native, CPU, m) {
+  m.impl("has_products", TORCH_BOX(&has_products));
+  m.impl("pack_weight", TORCH_BOX(&pack_weight));
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("attention", TORCH_BOX(&attention));
+}

@@ -1,0 +1,46 @@
+// Matrix products with packed weights, and attention, for one instruction set: what one thread does at a time. Sums are float32.
+//
+// A packed weight (N, K) lies in panels of COLUMNS of its rows, each panel K long, both filled up with zeros to whole multiples of 32. A panel
+// of float32 is [K][32]. A panel of bfloat16 is, for every 32 of K, two tiles of 16 columns, each [16][16][2]: pairs of K beside each other.
+#pragma once
+#include <cstdint>
+
+constexpr int64_t COLUMNS = 32, INNER = 32;
+constexpr int64_t MAX_TOKENS = 1024, MAX_DIM = 192;  // of attention, which holds all logits of a few tokens at a time
+
+constexpr int64_t whole(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Of K in strips at a time: all of it where that is short, or else the sums of all columns are kept between the parts.
+constexpr int64_t chunk_inner(int64_t inner) { return inner <= 1152 ? inner : 576; }
+
+// out = x W^T (+ bias) (and its GELU), for some of the rows of x and some of the panels of W.
+struct Linear {
+  const char* x;       // the first row
+  const void* panels;  // the first panel
+  const float* bias;   // of the first column, or null
+  char* out;           // the first row and column
+  int64_t x_stride, out_stride;  // bytes from row to row
+  int64_t rows, columns, inner;
+  bool gelu;
+};
+
+// One head of one sample: out = softmax(scale q k^T) v.
+struct Head {
+  const char *q, *k, *v;  // the first token
+  char* out;
+  int64_t stride, out_stride;  // bytes from token to token
+  int64_t tokens, dim;
+  float scale;
+};
+
+struct Products {
+  int64_t rows;  // of a tile
+  void (*pack)(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel);  // one panel; stride in values
+  int64_t (*linear_memory)(const Linear&);  // bytes that `linear` needs, aligned to 64
+  void (*linear)(const Linear&, char* memory);
+  int64_t (*attention_memory)(const Head&);
+  void (*attention)(const Head&, char* memory);
+};
+
+const Products* avx512_products();  // of float32; null where the compiler cannot make them
+const Products* amx_products();     // of bfloat16

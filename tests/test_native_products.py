@@ -1,0 +1,230 @@
+"""Packed matrix products and attention on the CPU: held to float64, and to what they refuse; the network that runs on them is the model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from odelt_fast import DiT, DiTConfig, native
+from odelt_fast.cpu_network import CpuNetwork
+
+ROOT = Path(__file__).resolve().parent.parent
+DTYPES = (torch.float32, torch.bfloat16)
+# Rows, inner, columns: one value, ragged ends of tiles and of parts of K, K in several parts with the sums of all columns kept.
+SHAPES = (
+    (1, 2, 1),
+    (3, 34, 31),
+    (4, 192, 32),
+    (15, 194, 33),
+    (29, 768, 65),
+    (37, 1152, 40),
+    (45, 1154, 72),
+    (61, 3072, 100),
+    (256, 96, 288),
+)
+
+
+@pytest.fixture(autouse=True)
+def _library(native_cache: Path) -> None:
+    assert native.load("cpu", build_it=False) is None
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    if not native.has_products(request.param):
+        pytest.skip(f"this processor has no instructions for products of {request.param}")
+    return request.param
+
+
+def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def poisoned(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A matrix of NaN in the middle of a larger one, and the larger one."""
+    around = torch.full((rows + 2, columns + 6), torch.nan, dtype=dtype)
+    return around[1:-1, 3:-3], around
+
+
+def assert_as_accurate(result: Tensor, peer: Tensor, truth: Tensor) -> None:
+    """Largest error at most twice that of PyTorch in the same dtype, or the rounding of the largest value, as few can be right by luck."""
+    error, other = ((value.double() - truth).abs().max() for value in (result, peer))
+    assert error <= 2 * max(other, torch.finfo(result.dtype).eps / 2 * truth.abs().max())
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_is_as_accurate_as_pytorch(dtype: torch.dtype, shape: tuple[int, int, int], gelu: bool) -> None:
+    rows, inner, columns = shape
+    # PyTorch's error is that of a large product: small ones it adds up in another order.
+    x, weight, bias = draw(256, inner, dtype=dtype), draw(512, inner, dtype=dtype) / inner**0.5, draw(512, dtype=dtype)
+    out, around = poisoned(rows, columns, dtype)
+    native.linear(x[:rows], native.pack_weight(weight[:columns]), bias[:columns], gelu, out=out)
+    truth, peer = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
+    if gelu:
+        truth, peer = (F.gelu(value, approximate="tanh") for value in (truth, peer))
+    assert (out.double() - truth[:rows, :columns]).abs().max() <= 2 * (peer.double() - truth).abs().max()
+    assert around.isnan().sum() == around.numel() - out.numel()
+
+
+def test_linear_without_a_bias_of_a_slice_of_rows_and_of_none(dtype: torch.dtype) -> None:
+    wide, weight = draw(40, 200, dtype=dtype), draw(50, 100, dtype=dtype)
+    x, packed = wide[:, 60:160], native.pack_weight(weight)
+    out = torch.empty(40, 50, dtype=dtype)
+    native.linear(x, packed, out=out)
+    assert_as_accurate(out, x @ weight.t(), x.double() @ weight.double().t())
+    native.linear(x[:0], packed, out=out[:0])
+
+
+def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    x, packed, threads = draw(300, 1154, dtype=dtype), native.pack_weight(draw(70, 1154, dtype=dtype)), torch.get_num_threads()
+    results = {}
+    try:
+        for count, used in ((300, 1), (300, 3), (7, 1), (20, 2), (1, 8)):
+            torch.set_num_threads(used)
+            results[count, used] = torch.empty(count, 70, dtype=dtype)
+            native.linear(x[:count], packed, out=results[count, used])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(result, results[300, 1][:count]) for (count, _), result in results.items())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dim"), [(1, 1, 2), (5, 3, 8), (16, 2, 64), (33, 2, 72), (256, 12, 64), (256, 2, 72), (1024, 1, 192)]
+)
+def test_attention_is_as_accurate_as_pytorch(dtype: torch.dtype, tokens: int, heads: int, dim: int) -> None:
+    qkv = draw(2, tokens, 3 * heads * dim, dtype=dtype) * 2
+    out = torch.full((2, tokens, heads * dim), torch.nan, dtype=dtype)
+    native.attention(qkv, heads, dim**-0.5, out=out)
+
+    def plain(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    assert_as_accurate(out, plain(qkv), plain(qkv.double()))
+
+
+def test_attention_takes_large_logits_and_keeps_a_nan_to_its_sample(dtype: torch.dtype) -> None:
+    qkv = draw(2, 40, 48, dtype=dtype) * 30
+    qkv[0, 3, 5] = torch.nan
+    out = torch.empty(2, 40, 16, dtype=dtype)
+    native.attention(qkv, 1, 1.0, out=out)
+    assert out[0, 3].isnan().all()
+    assert out[1].isfinite().all()
+
+
+def refusals() -> list[tuple[str, Callable[[torch.dtype], None]]]:
+    def linear(dtype: torch.dtype, columns: int = 8, inner: int = 16, **changes: Tensor) -> None:
+        given = {
+            "x": torch.zeros(4, 16, dtype=dtype),
+            "packed": torch.zeros(32, 32, dtype=dtype),
+            "out": torch.zeros(4, columns, dtype=dtype),
+        }
+        native.linear(**(given | changes))  # type: ignore[arg-type]
+
+    def attention(dtype: torch.dtype, tokens: int = 4, size: int = 16, heads: int = 2, scale: float = 1.0) -> None:
+        native.attention(torch.zeros(1, tokens, 3 * size, dtype=dtype), heads, scale, out=torch.zeros(1, tokens, size, dtype=dtype))
+
+    return [
+        ("no instructions", lambda _: linear(torch.float64)),
+        ("pack_weight", lambda dtype: linear(dtype, columns=40)),
+        ("pack_weight", lambda dtype: linear(dtype, x=torch.zeros(4, 40, dtype=dtype))),
+        ("rows are contiguous", lambda dtype: linear(dtype, x=torch.zeros(16, 4, dtype=dtype).t())),
+        ("rows are contiguous", lambda dtype: linear(dtype, out=torch.zeros(4, 8, dtype=torch.float16))),
+        ("as many rows", lambda dtype: linear(dtype, out=torch.zeros(5, 8, dtype=dtype))),
+        ("bias must have the shape", lambda dtype: linear(dtype, bias=torch.zeros(9, dtype=dtype))),
+        ("multiple of the number of heads", lambda dtype: attention(dtype, heads=3)),
+        ("multiple of the number of heads", lambda dtype: attention(dtype, heads=0)),
+        ("1024 tokens", lambda dtype: attention(dtype, tokens=1025)),
+        ("192 values", lambda dtype: attention(dtype, size=388)),
+        ("scale must be positive", lambda dtype: attention(dtype, scale=0.0)),
+    ]
+
+
+@pytest.mark.parametrize(("text", "call"), refusals())
+def test_what_does_not_fit_is_refused(dtype: torch.dtype, text: str, call: Callable[[torch.dtype], None]) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        call(dtype)
+
+
+def network(heads: int, dim: int, image_size: int = 8) -> DiT:
+    torch.manual_seed(0)
+    size = heads * dim
+    config = DiTConfig(
+        image_size=image_size, channels=1, hidden_size=size, depth=4, depth_min=2, depth_group=2, num_heads=heads, num_classes=10
+    )
+    model = DiT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def error_of(run: Callable[..., Tensor], exact: DiT, batch: int, side: int = 8) -> float:
+    generator = torch.Generator().manual_seed(batch)
+    x, y = torch.randn(batch, 1, side, side, generator=generator), torch.arange(batch) % 11
+    with torch.no_grad():
+        truth = exact(x.double(), 0.5, 3, y, depth=4)
+        return float((run(x, 0.5, 3, y, depth=4).double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=False)
+@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (2, 72), (3, 20)])
+def test_the_network_is_the_model_at_every_batch(dtype: torch.dtype, heads: int, dim: int) -> None:
+    model = network(heads, dim).to(dtype)
+    exact, ours = network(heads, dim).double(), CpuNetwork(model)
+    exact.load_state_dict(model.state_dict())
+    assert ours.products == native.has_products(dtype)
+    for batch in range(1, 10):
+        assert error_of(ours, exact, batch) <= 1.25 * error_of(model, exact, batch) + 1e-7
+    assert error_of(ours, exact, 2, side=12) <= 1.25 * error_of(model, exact, 2, side=12) + 1e-7
+
+
+def test_more_tokens_than_the_native_attention_takes(dtype: torch.dtype) -> None:
+    model = network(1, 32, image_size=66).to(dtype)  # 1089 tokens
+    exact = network(1, 32, image_size=66).double()
+    exact.load_state_dict(model.state_dict())
+    assert error_of(CpuNetwork(model), exact, 1, side=66) <= 1.25 * error_of(model, exact, 1, side=66) + 1e-7
+
+
+def test_weights_that_change_are_packed_anew(dtype: torch.dtype) -> None:
+    model, other = network(2, 64).to(dtype), network(2, 64).to(dtype)
+    ours, arguments = CpuNetwork(model), (torch.randn(2, 1, 8, 8), 0.5, 3, torch.tensor([1, 2]))
+    with torch.no_grad():
+        for block in other.blocks:
+            block.mlp_in.weight.mul_(1.5)
+        before = ours(*arguments, depth=4)
+        model.load_state_dict(other.state_dict())
+        assert torch.equal(ours(*arguments, depth=4), CpuNetwork(other)(*arguments, depth=4))
+        assert not torch.equal(ours(*arguments, depth=4), before)
+
+
+NARROW = """
+import sys
+sys.path.insert(0, "tests")
+import torch, test_native_products as t
+assert t.native.load("cpu", build_it=False) is None
+for dtype in t.DTYPES:
+    assert not t.native.has_products(dtype)
+    model, exact = t.network(2, 72).to(dtype), t.network(2, 72).double()
+    exact.load_state_dict(model.state_dict())
+    ours = t.CpuNetwork(model)
+    assert not ours.products
+    assert t.error_of(ours, exact, 3) <= 1.25 * t.error_of(model, exact, 3) + 1e-7
+"""
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_a_processor_without_the_instructions_takes_pytorchs_products(native_cache: Path, capability: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ODELT_FAST_CACHE": str(native_cache)}
+    environment["ATEN_CPU_CAPABILITY"] = capability
+    done = subprocess.run([sys.executable, "-c", NARROW], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
