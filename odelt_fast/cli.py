@@ -34,6 +34,7 @@ COMMANDS = (
     "train",
     "ema",
     "encode",
+    "demo",
     "serve",
     "env",
     "build-ops",

@@ -9,6 +9,7 @@ from odelt_fast import paper
 from odelt_fast.results import higher_is_better, number
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe and Ito: told apart by everyone
+_MOST_NAMED = 16  # points of a panel
 _MARKERS = {"euler": "o", "dopri5": "s"}
 
 
@@ -79,25 +80,50 @@ def pareto(results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: s
     return figure
 
 
-def _pareto_panel(axes: Any, found: Sequence[tuple[Point, str]], higher_is_better: bool) -> None:
+def explored(found: Sequence[Point], current: Point | None, metric: str | None, images: int) -> Any:
+    """Points measured one by one, `current` ringed: metric against latency with the frontier, or, of metric None, evaluations against it.
+
+    images: those of a batch, whose seconds the latencies are. A figure of its own, with no state of matplotlib's: for any thread.
+    """
+    _pyplot()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.8, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    _pareto_panel(axes, [(point, "") for point in found], metric is not None and higher_is_better(metric), "frontier" if metric else None)
+    if current is not None:
+        axes.plot(current.latency, current.value, "o", markersize=15, markerfacecolor="none", markeredgecolor="black", markeredgewidth=1.6)
+    axes.set(xlabel=f"seconds to sample {images} images, measured here", ylabel=metric or "network evaluations an image")
+    return figure
+
+
+def _pareto_panel(axes: Any, found: Sequence[tuple[Point, str]], higher_is_better: bool, line: str | None = "frontier") -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     depths = sorted({point.depth for point, _ in found}, reverse=True)
     several = len({label for _, label in found}) > 1
+    best = frontier([point for point, _ in found], higher_is_better)
     for point, label in found:
         style = {"marker": _MARKERS.get(point.solver, "^"), "color": _COLOURS[depths.index(point.depth) % len(_COLOURS)]}
         axes.errorbar(point.latency, point.value, yerr=point.std, linestyle="none", markersize=6, capsize=2, **style)
+        if line is not None and len(found) > _MOST_NAMED and point not in best:
+            continue  # many names lie on each other
         text = f"{label} {point.label}" if several else point.label
         axes.annotate(text, (point.latency, point.value), textcoords="offset points", xytext=(5, 4), fontsize=7)
-    best = frontier([point for point, _ in found], higher_is_better)
-    axes.plot([point.latency for point in best], [point.value for point in best], color="grey", linewidth=1, zorder=0)
-    _keys(axes, depths, sorted({point.solver for point, _ in found}), "frontier")
+    if line is not None:
+        axes.plot([point.latency for point in best], [point.value for point in best], color="grey", linewidth=1, zorder=0)
+    _keys(axes, depths, sorted({point.solver for point, _ in found}), line)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.1)
     if all(point.value > 0 for point, _ in found) and not higher_is_better:
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
 
 
-def _keys(axes: Any, depths: Sequence[int], solvers: Sequence[str], line: str) -> None:
+def _keys(axes: Any, depths: Sequence[int], solvers: Sequence[str], line: str | None) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
@@ -105,7 +131,8 @@ def _keys(axes: Any, depths: Sequence[int], solvers: Sequence[str], line: str) -
         for i, depth in enumerate(depths)
     ]
     handles += [Line2D([], [], color="grey", marker=_MARKERS.get(solver, "^"), linestyle="none", label=solver) for solver in solvers]
-    axes.legend(handles=[*handles, Line2D([], [], color="grey", linewidth=1, label=line)], fontsize=8)
+    handles += [Line2D([], [], color="grey", linewidth=1, label=line)] if line is not None else []
+    axes.legend(handles=handles, fontsize=8)
 
 
 def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:

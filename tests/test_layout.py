@@ -64,7 +64,7 @@ LAYERS = (
     ),
     ("sampler",),
     ("evaluation", "evaluation_cells", "flow_map", "likelihood", "planner", "evidence", "profiling", "schedules", "pipeline"),
-    ("train", "demo", "batching", "http_limits", "service", "server"),
+    ("train", "demo_settings", "demo_studio", "demo", "demo_app", "batching", "http_limits", "service", "server"),
     ("commands",),
     ("cli",),
 )
