@@ -37,7 +37,7 @@ CSS = """
 .odelt td { text-align: center; border: none; padding: 0; vertical-align: top; font-variant-numeric: tabular-nums; }
 .odelt .empty { width: 100%; border-radius: 4px; background: rgba(128, 128, 128, 0.12); }
 .odelt-help { padding: 0 10px; }
-.odelt-power .head > :not(label) { display: none; }
+.odelt-power .head > :not(label), .odelt-power .min_value, .odelt-power .max_value { display: none; }
 """
 
 

@@ -38,7 +38,7 @@ class Processes:
         try:
             from accelerate import PartialState
         except ImportError:
-            raise ValueError("several processes need accelerate: pip install accelerate") from None
+            raise ValueError("several processes need accelerate: pip install 'odelt-fast[eval]'") from None
         state = PartialState(cpu=not gpu)
         return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 

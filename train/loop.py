@@ -52,8 +52,11 @@ class Trainer:
     """State of a run: live network, its averages, optimizer and the number of finished steps. `step()` does one update."""
 
     def __init__(self, config: TrainConfig) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import DistributedDataParallelKwargs
+        try:
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedDataParallelKwargs
+        except ImportError:
+            raise ValueError("training needs accelerate: pip install 'odelt-fast[train]'") from None
 
         self.config = config
         trackers: Any = list(config.log_with)

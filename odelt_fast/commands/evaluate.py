@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -62,6 +63,7 @@ def run(options: Command) -> None:
     settings = evaluation_of(options)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out {options.out} is a file: name a folder")
+    made = not options.out.exists()
     options.out.mkdir(parents=True, exist_ok=True)
     check_folder("--out", options.out, options.out)
 
@@ -72,7 +74,13 @@ def run(options: Command) -> None:
 
     gpu = options.device != "cpu" and torch.cuda.is_available()
     dtype = choose_dtype(options.dtype, "cuda" if gpu else "cpu")
-    evaluator = Evaluator(settings, options.out, device=options.device, dtype=dtype, show=not (options.quiet or options.json))
+    try:
+        evaluator = Evaluator(settings, options.out, device=options.device, dtype=dtype, show=not (options.quiet or options.json))
+    except ValueError:
+        if made:
+            with contextlib.suppress(OSError):  # another process's, or not empty
+                options.out.rmdir()
+        raise
     try:
         results = evaluator.run()
     except torch.OutOfMemoryError as error:

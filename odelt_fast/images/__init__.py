@@ -36,7 +36,7 @@ class DigitsSource(ImageSource):
         try:
             from sklearn.datasets import load_digits
         except ImportError:
-            raise ValueError("the digits come with scikit-learn: pip install scikit-learn") from None
+            raise ValueError("the digits come with scikit-learn: pip install 'odelt-fast[eval]'") from None
         self.image_size, self.channels = image_size, channels
         digits = load_digits()
         self.labels = digits.target.astype(np.int64)

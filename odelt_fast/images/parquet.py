@@ -49,7 +49,7 @@ def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, .
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError("reading Parquet needs pyarrow: pip install 'odelt-fast[eval]'") from None
     columns: Columns | None = None
     labels = []
     for file in files:

@@ -110,7 +110,7 @@ def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, .
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"opening {name!r} needs the package datasets: pip install datasets") from None
+        raise ValueError(f"opening {name!r} needs the package datasets: pip install 'odelt-fast[train]'") from None
     try:
         if any(os.path.isfile(os.path.join(name, mark)) for mark in SAVED_MARKS):
             dataset = datasets.load_from_disk(name)
