@@ -1,4 +1,4 @@
-"""Everything optional is optional: where a package is missing, what needs it says so in one line that names the extra, and leaves nothing."""
+"""Everything optional is optional: where a package is missing, one line names the extra that has it, and nothing is left behind."""
 
 from __future__ import annotations
 
