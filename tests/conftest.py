@@ -8,11 +8,21 @@ from pathlib import Path
 
 import pytest
 
+_GIVEN = os.environ.get("ODELT_FAST_CACHE")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the user of this machine has built or measured changes no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ODELT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache folder of the session's own, or that which the environment names."""
-    return Path(os.environ.get("ODELT_FAST_CACHE") or tmp_path_factory.mktemp("native"))
+    return Path(_GIVEN or tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,14 @@ def demo_server(*options: str, quiet: bool = True) -> Iterator[DemoServer]:
     """Starts it on a free port; afterwards interrupts it, and fails unless it ends as it should, with nothing on stderr if `quiet`."""
     command = [sys.executable, "-c", _START, "demo", "--port", "0", "--dtype", "float32", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's background jobs ignore it
+    )
     errors: list[str] = []
     assert process.stdout
     assert process.stderr

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import signal
 import subprocess
 import sys
 import threading
@@ -65,7 +66,10 @@ def serve_command(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """`odelt-fast serve` in a process of its own, and its port. Killed at the end if it still runs."""
     command = [sys.executable, "-m", "odelt_fast.cli", "serve", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    interruptible = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 (a shell's background jobs ignore it)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=interruptible
+    ) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

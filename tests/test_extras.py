@@ -36,7 +36,8 @@ def test_a_missing_package_is_answered_with_its_extra(
     Path("results/results.json").write_bytes(results.read_bytes())
     for module in [name for name in sys.modules if name.startswith(("odelt_fast.server", "odelt_fast.service", "odelt_fast.http_limits"))]:
         monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
+    for module in [package, *(name for name in sys.modules if name.startswith(package + "."))]:
+        monkeypatch.setitem(sys.modules, module, None)
     assert main(list(command)) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")
