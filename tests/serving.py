@@ -7,8 +7,8 @@ import http.client
 import io
 import json
 import os
-import socket
 import signal
+import socket
 import subprocess
 import sys
 import threading
