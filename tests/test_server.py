@@ -30,7 +30,7 @@ from odelt_fast.cli import main
 from odelt_fast.commands.serve import Command, find_plan
 from odelt_fast.decoder import Decoder
 from odelt_fast.evidence import this_machine
-from odelt_fast.http_limits import HttpLimits
+from odelt_fast.http_limits import HttpLimits, listen
 from odelt_fast.plots import to_uint8
 from odelt_fast.profiles import Measurement, Operation, Profile, write_profile
 from odelt_fast.sampler import Sampler
@@ -534,3 +534,11 @@ def test_mistakes_of_the_command_are_one_line(capsys: pytest.CaptureFixture[str]
         ):
             assert main(["serve", *options]) == 2
             assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_connections_do_not_wait_for_acknowledgements() -> None:
+    """An answer in two packets would take 40 ms more."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
