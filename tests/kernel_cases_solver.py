@@ -203,8 +203,9 @@ def adaptive_solve_case(rng: random.Random, device: torch.device, dtype: torch.d
     for name in ("status", "accepted", "rejected", "evaluations"):
         mine, theirs = getattr(got, name), getattr(host, name)
         assert torch.equal(mine, theirs), f"{tableau.name}, {norm}: {name} {mine}, not {theirs}"
-    # Step sizes follow an estimate of the error that is a difference of nearly equal stages, in DOP853 down to its last digits.
-    torch.testing.assert_close(got.x, host.x, rtol=1e-9, atol=1e-5 * tolerance, equal_nan=True)
+    # Step sizes follow an estimate of the error that is a difference of nearly equal stages: in DOP853 it cancels down to its last digits.
+    near = 1e-5 * tolerance if tableau.name == "dop853" else 1e-9
+    torch.testing.assert_close(got.x, host.x, rtol=1e-9, atol=near, equal_nan=True)
     return got.x
 
 
