@@ -4,6 +4,9 @@ Between matrix products the model reads and writes every activation many times, 
 page. Here each gap is one pass over memory that is used again: bias + gated residual + LayerNorm + modulate, at a group's end with the
 Euler update of the inner ODE. Where the processor has the instructions (`native.has_products`), matrix products with bias and GELU and
 attention are native too, from packed copies of the weights. Elsewhere they are PyTorch's.
+
+A block's layers run on a few samples at a time, so that what they pass on to each other stays in the caches: writing a result over memory that
+has left them takes up to half as long again as the product itself.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ from odelt_fast.model import DiT
 from odelt_fast.prepared import LAYERS, Watched
 
 
+ROWS_AT_ONCE = 512  # tokens of a thread that go through a block together: the weights are read once for them
+
+
 @dataclass(frozen=True)
 class Workspace:
-    """Memory of one batch. middle, vr, y, h (B, N, D); qkv (B*N, 3*D); hidden (B*N, M)."""
+    """Memory of one batch: h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), hidden (n, N, M)."""
 
-    middle: Tensor
-    vr: Tensor
-    y: Tensor
     h: Tensor
+    vr: Tensor
+    middle: Tensor
+    y: Tensor
     qkv: Tensor
     hidden: Tensor
 
@@ -89,36 +95,40 @@ class CpuNetwork:
         if self.products:
             self._pack(blocks)
         work = self._memory(tokens)
-        x, middle, y, h = tokens, work.middle, work.y, work.h
-        flat_h, flat_y = h.view(-1, size), y.view(-1, size)
+        x, h = tokens, work.h
         steps = None
         if config.inner_step == "inverse_depth":
             steps = (config.depth_group / torch.tensor([length], dtype=tokens.dtype)).float()
         native.norm_modulate(x, modulations[0], 0, size, out=h)
-        vr = None
-        for index, block in enumerate(blocks, 1):
-            modulation, following, last = modulations[index - 1], modulations[index], index == len(blocks)
-            self._linear(index, "qkv", flat_h, block.qkv.bias, out=work.qkv)
-            self._attend(work.qkv.view(*tokens.shape[:2], -1), out=h)
-            self._linear(index, "attention_out", flat_h, None, out=flat_y)
-            columns = (modulation, 2 * size, modulation, 3 * size, 4 * size)
-            native.gated_residual(x, y, block.attention_out.bias, *columns, out_x=middle, out=h)
-            self._linear(index, "mlp_in", flat_h, block.mlp_in.bias, gelu=True, out=work.hidden)
-            self._linear(index, "mlp_out", work.hidden, None, out=flat_y)
-            columns = (modulation, 5 * size, following, 0, size)
-            if not config.length_conditioned or index % config.depth_group:
-                native.gated_residual(middle, y, block.mlp_out.bias, *columns, out_x=x, out=h)
-            else:
-                xr = None if last else x
-                native.group_end(middle, y, block.mlp_out.bias, xr, vr, *columns, steps, out_xr=xr, out_vr=work.vr, out=h)
-                vr = work.vr
+        ends_group = [config.length_conditioned and index % config.depth_group == 0 for index in range(1, len(blocks) + 1)]
+        for index, block in enumerate(blocks):
+            first, last = True not in ends_group[:index], index + 1 == len(blocks)
+            for start in range(0, len(x), len(work.y)):
+                part = slice(start, start + len(work.y))
+                modulation, following = (row if len(row) == 1 else row[part] for row in modulations[index : index + 2])
+                px, ph = x[part], h[part]
+                middle, y, qkv, hidden = (memory[: len(px)] for memory in (work.middle, work.y, work.qkv, work.hidden))
+                self._linear(index, "qkv", ph, block.qkv.bias, out=qkv)
+                self._attend(qkv, out=ph)
+                self._linear(index, "attention_out", ph, None, out=y)
+                columns = (modulation, 2 * size, modulation, 3 * size, 4 * size)
+                native.gated_residual(px, y, block.attention_out.bias, *columns, out_x=middle, out=ph)
+                self._linear(index, "mlp_in", ph, block.mlp_in.bias, gelu=True, out=hidden)
+                self._linear(index, "mlp_out", hidden, None, out=y)
+                columns = (modulation, 5 * size, following, 0, size)
+                if not ends_group[index]:
+                    native.gated_residual(middle, y, block.mlp_out.bias, *columns, out_x=px, out=ph)
+                else:
+                    xr, vr = None if last else px, work.vr[part]
+                    native.group_end(middle, y, block.mlp_out.bias, xr, None if first else vr, *columns, steps, out_xr=xr, out_vr=vr, out=ph)
         return h
 
     def _linear(self, index: int, name: str, x: Tensor, bias: Tensor | None, gelu: bool = False, *, out: Tensor) -> None:
-        """out = x W^T + bias, with its GELU where asked for; W is that of a layer of block `index`, from 1 on."""
+        """out = x W^T + bias, with its GELU where asked for; W is that of a layer of block `index`, x and out (n, N, columns)."""
+        x, out = x.flatten(0, 1), out.view(-1, out.shape[2])
         if self.products:
-            return native.linear(x, self._packed[index - 1][name], bias, gelu, out=out)
-        weight: Tensor = getattr(self.model.blocks[index - 1], name).weight.t()
+            return native.linear(x, self._packed[index][name], bias, gelu, out=out)
+        weight: Tensor = getattr(self.model.blocks[index], name).weight.t()
         if bias is None or gelu:
             torch.mm(x, weight, out=out)
         else:
@@ -146,14 +156,16 @@ class CpuNetwork:
 
     def _memory(self, tokens: Tensor) -> Workspace:
         """The workspace for tokens (B, N, D): the last one where it fits."""
-        if self._workspace is None or self._workspace.h.shape != tokens.shape or self._workspace.h.dtype != tokens.dtype:
-            self._workspace = None  # before its successor takes memory
-            rows, size = tokens.shape[0] * tokens.shape[1], tokens.shape[2]
-            wide = 3 * size, self.model.config.mlp_size
+        batch, count, size = tokens.shape
+        parts = -(-batch * count // (ROWS_AT_ONCE * torch.get_num_threads()))
+        few = -(-batch // parts)
+        found = self._workspace
+        if found is None or found.h.shape != tokens.shape or found.h.dtype != tokens.dtype or len(found.y) != few:
+            found = self._workspace = None  # before its successor takes memory
+            shapes = [(batch, count, size)] * 2 + [(few, count, width) for width in (size, size, 3 * size, self.model.config.mlp_size)]
             with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
-                shapes = [tuple(tokens.shape)] * 4 + [(rows, columns) for columns in wide]
-                self._workspace = Workspace(*(torch.empty(shape, dtype=tokens.dtype) for shape in shapes))
-        return self._workspace
+                found = self._workspace = Workspace(*(torch.empty(shape, dtype=tokens.dtype) for shape in shapes))
+        return found
 
 
 def why_not(model: DiT, build_it: bool = True) -> str | None:

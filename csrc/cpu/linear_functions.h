@@ -7,6 +7,18 @@ inline int64_t inner_block(int64_t inner) {
   return inner ? whole((inner + (inner + BLOCK_INNER - 1) / BLOCK_INNER - 1) / ((inner + BLOCK_INNER - 1) / BLOCK_INNER), INNER) : INNER;
 }
 
+// Of K in strips at a time: all of it where that is short, or else the sums of all columns are kept between the parts.
+constexpr int64_t chunk_inner(int64_t inner) { return inner <= 1152 ? inner : 576; }
+
+constexpr int64_t CACHE_BYTES = 1280 * 1024;  // of strips and sums of a task: they stay in a second-level cache of 2 MiB
+
+int64_t rows_at_once(int64_t columns, int64_t inner) {
+  inner = whole(inner, INNER);
+  const int64_t held = chunk_inner(inner);
+  const int64_t row = (held * sizeof(Value) + 4 * (inner > held ? whole(columns, COLUMNS) : COLUMNS)) * ROWS;
+  return row < CACHE_BYTES ? CACHE_BYTES / row * ROWS : ROWS;
+}
+
 struct Plan {
   int64_t block, blocks, chunk, strips, sums;  // sums: floats of one panel
   bool many;                                   // chunks: sums of all panels are kept

@@ -19,8 +19,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t CACHE_BYTES = 1280 * 1024;  // of strips and sums of a task: they stay in a second-level cache of 2 MiB
-
 const Products* products(const Tensor& x) {
   static const Products* float32 = has_avx512() ? avx512_products() : nullptr;
   static const Products* bfloat16 = has_amx() ? amx_products() : nullptr;
@@ -87,6 +85,7 @@ void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   STD_TORCH_CHECK(packed.is_contiguous() && packed.size(0) == whole(columns, COLUMNS) && packed.size(1) == whole(inner, INNER),
                   "packed must be what pack_weight made of a weight (", columns, ", ", inner, ")");
   STD_TORCH_CHECK(out.size(0) == rows, "out must have as many rows as x");
+  STD_TORCH_CHECK(inner > 0 && columns > 0, "x and out must have columns");
   std::optional<Tensor> wide;
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_cpu(), "bias must have the shape (", columns, ")");
@@ -101,15 +100,9 @@ void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   all.out_stride = out.stride(0) * bytes;
   all.inner = inner;
   all.gelu = use_gelu;
-  if (inner == 0) all.x = all.out;  // nothing is read
-  // Whole strips and panels, shared out evenly: as many rows to a task as the cache takes, but no thread without work.
-  const int64_t strips = (rows + run.rows - 1) / run.rows, panels = out.size(1) ? packed.size(0) / COLUMNS : 0;
-  const int64_t threads = torch::stable::get_num_threads(), held = chunk_inner(packed.size(1));
-  const int64_t row_bytes = held * bytes + 4 * (packed.size(1) > held ? packed.size(0) : COLUMNS);
-  const int64_t most = std::max<int64_t>(1, CACHE_BYTES / (row_bytes * run.rows));
-  int64_t down = (strips + most - 1) / most, across = 1;
-  if (down) down = std::min((down + threads - 1) / threads * threads, strips);
-  if (down && down < threads) across = std::min((threads + down - 1) / down, panels);
+  // Whole strips and panels, shared out evenly, so that no thread is without work.
+  const int64_t strips = (rows + run.rows - 1) / run.rows, panels = packed.size(0) / COLUMNS, threads = torch::stable::get_num_threads();
+  const int64_t down = std::min(strips, threads), across = down ? std::min((threads + down - 1) / down, panels) : 0;
   torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
     static thread_local Memory memory;
     for (int64_t i = begin; i < end; ++i) {

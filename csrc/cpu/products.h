@@ -10,9 +10,6 @@ constexpr int64_t MAX_TOKENS = 1024, MAX_DIM = 192;  // of attention, which hold
 
 constexpr int64_t whole(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Of K in strips at a time: all of it where that is short, or else the sums of all columns are kept between the parts.
-constexpr int64_t chunk_inner(int64_t inner) { return inner <= 1152 ? inner : 576; }
-
 // out = x W^T (+ bias) (and its GELU), for some of the rows of x and some of the panels of W.
 struct Linear {
   const char* x;       // the first row

@@ -75,10 +75,10 @@ inline float sum(Float f) {
 inline Float splat(float value) { return Float{} + value; }
 
 #ifdef NARROW_RESULTS
-// exp within 1e-5 of its value (rounding to bfloat16 takes up to 2e-3); 0 and infinity at the ends. With y = x/ln 2 it is 2^floor(y) times a
-// polynomial of the rest, the best one of degree 4 on [0, 1]; the rest of an infinite y is 0.
-inline Float exponential(Float x) {
-  Float y = x * 1.44269504088896341f, f = _mm512_reduce_ps(y, 1);
+// 2^y within 1e-5 of its value (rounding to bfloat16 takes up to 2e-3); 0 and infinity at the ends. It is 2^floor(y) times a polynomial of the
+// rest, the best one of degree 4 on [0, 1]; the rest of an infinite y is 0.
+inline Float power_of_2(Float y) {
+  Float f = _mm512_reduce_ps(y, 1);
   Float p = splat(1.353416778e-2f);
   p = p * f + 5.201146007e-2f;
   p = p * f + 2.414427549e-1f;
@@ -86,6 +86,8 @@ inline Float exponential(Float x) {
   p = p * f + 1.0000026f;
   return _mm512_scalef_ps(p, y);
 }
+
+inline Float exponential(Float x) { return power_of_2(x * 1.44269504088896341f); }
 #else
 // exp of a finite number, below 2 units in the last place from -87.3 to 88.7, constant beyond; NaN gives NaN.
 inline Float exponential(Float x) {
