@@ -15,7 +15,8 @@ STABLE_TORCH_LIBRARY(odelt_native, m) {
   m.def("euler_update(Tensor x, Tensor v, float d, Tensor(a!) out) -> ()");
   m.def("has_products(Tensor like) -> bool");
   m.def("pack_weight(Tensor weight, Tensor(a!) out) -> ()");
-  m.def("linear(Tensor x, Tensor packed, Tensor? bias, bool gelu, Tensor(a!) out) -> ()");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("mlp(Tensor x, Tensor packed_in, Tensor bias_in, Tensor packed_out, Tensor(a!) out) -> ()");
   m.def("attention(Tensor qkv, int heads, float scale, Tensor(a!) out) -> ()");
   // Graphs, executables and streams are CUDA's own handles as numbers; flag is the address of an int32 on the device.
   m.def("while_graph_versions() -> (int, int)");

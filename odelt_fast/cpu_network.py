@@ -29,14 +29,15 @@ ROWS_AT_ONCE = 512  # tokens of a thread that go through a block together: the w
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory of one batch: h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), hidden (n, N, M)."""
+    """Memory of one batch: h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), and where
+    PyTorch does the products hidden (n, N, M)."""
 
     h: Tensor
     vr: Tensor
     middle: Tensor
     y: Tensor
     qkv: Tensor
-    hidden: Tensor
+    hidden: Tensor | None
 
 
 class CpuNetwork:
@@ -107,14 +108,13 @@ class CpuNetwork:
                 part = slice(start, start + len(work.y))
                 modulation, following = (row if len(row) == 1 else row[part] for row in modulations[index : index + 2])
                 px, ph = x[part], h[part]
-                middle, y, qkv, hidden = (memory[: len(px)] for memory in (work.middle, work.y, work.qkv, work.hidden))
+                middle, y, qkv = (memory[: len(px)] for memory in (work.middle, work.y, work.qkv))
                 self._linear(index, "qkv", ph, block.qkv.bias, out=qkv)
                 self._attend(qkv, out=ph)
                 self._linear(index, "attention_out", ph, None, out=y)
                 columns = (modulation, 2 * size, modulation, 3 * size, 4 * size)
                 native.gated_residual(px, y, block.attention_out.bias, *columns, out_x=middle, out=ph)
-                self._linear(index, "mlp_in", ph, block.mlp_in.bias, gelu=True, out=hidden)
-                self._linear(index, "mlp_out", hidden, None, out=y)
+                self._mlp(index, ph, work.hidden, out=y)
                 columns = (modulation, 5 * size, following, 0, size)
                 if not ends_group[index]:
                     native.gated_residual(middle, y, block.mlp_out.bias, *columns, out_x=px, out=ph)
@@ -123,18 +123,27 @@ class CpuNetwork:
                     native.group_end(middle, y, block.mlp_out.bias, xr, None if first else vr, *columns, steps, out_xr=xr, out_vr=vr, out=ph)
         return h
 
-    def _linear(self, index: int, name: str, x: Tensor, bias: Tensor | None, gelu: bool = False, *, out: Tensor) -> None:
-        """out = x W^T + bias, with its GELU where asked for; W is that of a layer of block `index`, x and out (n, N, columns)."""
+    def _linear(self, index: int, name: str, x: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
+        """out = x W^T + bias; W is that of a layer of block `index`, x and out (n, N, columns)."""
         x, out = x.flatten(0, 1), out.view(-1, out.shape[2])
         if self.products:
-            return native.linear(x, self._packed[index][name], bias, gelu, out=out)
+            return native.linear(x, self._packed[index][name], bias, out=out)
         weight: Tensor = getattr(self.model.blocks[index], name).weight.t()
-        if bias is None or gelu:
+        if bias is None:
             torch.mm(x, weight, out=out)
         else:
             torch.addmm(bias, x, weight, out=out)
-        if gelu:
-            native.bias_gelu_(out, bias)
+
+    def _mlp(self, index: int, x: Tensor, hidden: Tensor | None, *, out: Tensor) -> None:
+        """out is what the two layers make of x without the second bias; x and out (n, N, D)."""
+        bias: Tensor = self.model.blocks[index].mlp_in.bias  # type: ignore[assignment, union-attr]
+        if hidden is None:
+            packed = self._packed[index]
+            return native.mlp(x.flatten(0, 1), packed["mlp_in"], bias, packed["mlp_out"], out=out.view(-1, out.shape[2]))
+        hidden = hidden[: len(x)]
+        self._linear(index, "mlp_in", x, None, out=hidden)
+        native.bias_gelu_(hidden, bias)
+        self._linear(index, "mlp_out", hidden, None, out=out)
 
     def _attend(self, qkv: Tensor, *, out: Tensor) -> None:
         """Attention of packed qkv (B, N, 3*D) into out (B, N, D)."""
@@ -164,7 +173,8 @@ class CpuNetwork:
             found = self._workspace = None  # before its successor takes memory
             shapes = [(batch, count, size)] * 2 + [(few, count, width) for width in (size, size, 3 * size, self.model.config.mlp_size)]
             with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
-                found = self._workspace = Workspace(*(torch.empty(shape, dtype=tokens.dtype) for shape in shapes))
+                memory = [torch.empty(shape, dtype=tokens.dtype) for shape in shapes[: 5 if self.products else 6]]
+            found = self._workspace = Workspace(*memory, *([None] if self.products else []))
         return found
 
 

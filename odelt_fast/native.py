@@ -237,12 +237,20 @@ def pack_weight(weight: Tensor) -> Tensor:
     return packed
 
 
-def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, gelu: bool = False, *, out: Tensor) -> None:
-    """out = x W^T + bias, or the tanh form of its GELU; x (M, K), packed from W (N, K), bias (N,), out (M, N). Sums are float32.
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
+    """out = x W^T + bias; x (M, K), packed from W (N, K), bias (N,), out (M, N). Sums are float32.
 
     x, packed and out have one dtype, for which `has_products` holds; rows are contiguous.
     """
-    torch.ops.odelt_native.linear(x, packed, bias, gelu, out)
+    torch.ops.odelt_native.linear(x, packed, bias, out)
+
+
+def mlp(x: Tensor, packed_in: Tensor, bias_in: Tensor, packed_out: Tensor, *, out: Tensor) -> None:
+    """out = GELU(x W_in^T + bias_in) W_out^T, GELU in its tanh form; x (M, K), W_in (H, K), bias_in (H,), W_out (N, H), out (M, N).
+
+    As `linear` otherwise. What lies between the two layers is rounded to the dtype, and its memory kept for the next call.
+    """
+    torch.ops.odelt_native.mlp(x, packed_in, bias_in, packed_out, out)
 
 
 def attention(qkv: Tensor, heads: int, scale: float, *, out: Tensor) -> None:

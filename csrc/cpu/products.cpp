@@ -76,48 +76,100 @@ void pack_weight(const Tensor& weight, Tensor out) {
   });
 }
 
-void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, bool use_gelu, Tensor out) {
-  const Products& run = required(x);
-  check_matrix(x, x, "x");
-  check_matrix(packed, x, "packed");
-  check_matrix(out, x, "out");
-  const int64_t rows = x.size(0), inner = x.size(1), columns = out.size(1), bytes = static_cast<int64_t>(x.element_size());
-  STD_TORCH_CHECK(packed.is_contiguous() && packed.size(0) == whole(columns, COLUMNS) && packed.size(1) == whole(inner, INNER),
-                  "packed must be what pack_weight made of a weight (", columns, ", ", inner, ")");
-  STD_TORCH_CHECK(out.size(0) == rows, "out must have as many rows as x");
-  STD_TORCH_CHECK(inner > 0 && columns > 0, "x and out must have columns");
-  std::optional<Tensor> wide;
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_cpu(), "bias must have the shape (", columns, ")");
-    wide = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-  }
-  Linear all = {};
-  all.x = static_cast<const char*>(x.const_data_ptr());
-  all.panels = packed.const_data_ptr();
-  all.bias = wide ? static_cast<const float*>(wide->const_data_ptr()) : nullptr;
-  all.out = static_cast<char*>(out.mutable_data_ptr());
-  all.x_stride = x.stride(0) * bytes;
-  all.out_stride = out.stride(0) * bytes;
-  all.inner = inner;
-  all.gelu = use_gelu;
-  // Whole strips and panels, shared out evenly, so that no thread is without work.
-  const int64_t strips = (rows + run.rows - 1) / run.rows, panels = packed.size(0) / COLUMNS, threads = torch::stable::get_num_threads();
-  const int64_t down = std::min(strips, threads), across = down ? std::min((threads + down - 1) / down, panels) : 0;
-  torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
-    static thread_local Memory memory;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i % down * strips / down * run.rows, row_end = std::min((i % down + 1) * strips / down * run.rows, rows);
-      const int64_t column = i / down * panels / across * COLUMNS, column_end = std::min((i / down + 1) * panels / across * COLUMNS, columns);
-      Linear task = all;
-      task.x += row * all.x_stride;
-      task.panels = static_cast<const char*>(all.panels) + column * packed.size(1) * bytes;
-      if (task.bias) task.bias += column;
-      task.out += row * all.out_stride + column * bytes;
-      task.rows = row_end - row;
-      task.columns = column_end - column;
-      run.linear(task, memory.of(run.linear_memory(task)));
+// x, packed, bias and out in the form that the work takes; what x and out are is checked elsewhere.
+class Layer {
+ public:
+  Layer(const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns, int64_t inner, const Tensor& like) {
+    check_matrix(packed, like, "packed");
+    STD_TORCH_CHECK(packed.is_contiguous() && packed.size(0) == whole(columns, COLUMNS) && packed.size(1) == whole(inner, INNER),
+                    "packed must be what pack_weight made of a weight (", columns, ", ", inner, ")");
+    STD_TORCH_CHECK(inner > 0 && columns > 0, "a layer must have columns");
+    if (bias) {
+      STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_cpu(), "bias must have the shape (", columns, ")");
+      bias_ = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
     }
-  });
+    all.panels = packed.const_data_ptr();
+    all.bias = bias_ ? static_cast<const float*>(bias_->const_data_ptr()) : nullptr;
+    all.columns = columns;
+    all.inner = inner;
+    bytes_ = static_cast<int64_t>(packed.element_size());
+  }
+
+  // Whole strips and panels, shared out evenly, so that no thread is without work.
+  void run(const Products& products) const {
+    const int64_t strips = (all.rows + products.rows - 1) / products.rows, panels = whole(all.columns, COLUMNS) / COLUMNS;
+    const int64_t threads = torch::stable::get_num_threads(), down = std::min(strips, threads);
+    const int64_t across = down ? std::min((threads + down - 1) / down, panels) : 0;
+    torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
+      static thread_local Memory memory;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % down * strips / down * products.rows;
+        const int64_t row_end = std::min((i % down + 1) * strips / down * products.rows, all.rows);
+        const int64_t column = i / down * panels / across * COLUMNS;
+        const int64_t column_end = std::min((i / down + 1) * panels / across * COLUMNS, all.columns);
+        Linear task = all;
+        task.x += row * all.x_stride;
+        task.panels = static_cast<const char*>(all.panels) + column * whole(all.inner, INNER) * bytes_;
+        if (task.bias) task.bias += column;
+        task.out += row * all.out_stride + column * bytes_ * (all.out_tiles ? products.rows : 1);
+        task.rows = row_end - row;
+        task.columns = column_end - column;
+        products.linear(task, memory.of(products.linear_memory(task)));
+      }
+    });
+  }
+
+  Linear all = {};
+
+ private:
+  std::optional<Tensor> bias_;
+  int64_t bytes_;
+};
+
+void check_rows(const Tensor& x, const Tensor& out) {
+  check_matrix(x, x, "x");
+  check_matrix(out, x, "out");
+  STD_TORCH_CHECK(out.size(0) == x.size(0), "out must have as many rows as x");
+}
+
+void read_from(Linear& all, const Tensor& x) {
+  all.x = static_cast<const char*>(x.const_data_ptr());
+  all.x_stride = x.stride(0) * static_cast<int64_t>(x.element_size());
+  all.rows = x.size(0);
+}
+
+void write_to(Linear& all, Tensor& out) {
+  all.out = static_cast<char*>(out.mutable_data_ptr());
+  all.out_stride = out.stride(0) * static_cast<int64_t>(out.element_size());
+}
+
+void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, Tensor out) {
+  const Products& products = required(x);
+  check_rows(x, out);
+  Layer layer(packed, bias, out.size(1), x.size(1), x);
+  read_from(layer.all, x);
+  write_to(layer.all, out);
+  layer.run(products);
+}
+
+void mlp(const Tensor& x, const Tensor& packed_in, const Tensor& bias_in, const Tensor& packed_out, Tensor out) {
+  const Products& products = required(x);
+  check_rows(x, out);
+  const int64_t hidden = bias_in.numel();
+  Layer in(packed_in, bias_in, hidden, x.size(1), x), back(packed_out, std::nullopt, out.size(1), hidden, x);
+  static thread_local Memory memory;
+  const int64_t row = whole(hidden, INNER) * static_cast<int64_t>(x.element_size());
+  read_from(in.all, x);
+  in.all.out = memory.of(whole(x.size(0), products.rows) * row);
+  in.all.out_stride = row;
+  in.all.gelu = in.all.out_tiles = true;
+  in.run(products);
+  back.all.x = in.all.out;
+  back.all.x_stride = row;
+  back.all.rows = x.size(0);
+  back.all.x_tiles = true;
+  write_to(back.all, out);
+  back.run(products);
 }
 
 void attention(const Tensor& qkv, int64_t heads, double scale, Tensor out) {
@@ -157,5 +209,6 @@ STABLE_TORCH_LIBRARY_IMPL(odelt_native, CPU, m) {
   m.impl("has_products", TORCH_BOX(&has_products));
   m.impl("pack_weight", TORCH_BOX(&pack_weight));
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("mlp", TORCH_BOX(&mlp));
   m.impl("attention", TORCH_BOX(&attention));
 }

@@ -18,7 +18,7 @@ struct Linear {
   char* out;           // the first row and column
   int64_t x_stride, out_stride;  // bytes from row to row
   int64_t rows, columns, inner;
-  bool gelu;
+  bool gelu, x_tiles, out_tiles;  // tiles: what one layer hands to the next, laid out as the instruction set likes it, filled up to whole strips
 };
 
 // One head of one sample: out = softmax(scale q k^T) v.

@@ -16,7 +16,7 @@ constexpr int64_t STEP = 2048;  // bytes of 32 of K of a panel or a strip: two t
 constexpr int64_t PART = 48;    // steps of K that are summed up in the tiles
 // Steps of a panel that stay in the first-level cache of 48 KiB while the strips pass; all else is read past that cache, which would only lose
 // what it holds.
-constexpr int64_t HELD = 18;
+constexpr int64_t HELD = 16;
 constexpr int64_t CACHE_BYTES = 1024 * 1024;  // of strips and sums: they stay in a second-level cache of 2 MiB
 
 // All eight tiles whole, and vectors that take denormal numbers for zeros, as the tiles do: exponentials run into them, and each would take a
@@ -160,8 +160,9 @@ inline void finish(const Linear& task, const Finished& tile, int64_t begin, int6
   const int64_t left = task.columns - tile.column;
   const __mmask32 mask = left < COLUMNS ? (1u << left) - 1 : ~0u;
   const float* bias = task.bias + tile.column;
-  char* out = task.out + (tile.row + begin) * task.out_stride + tile.column * sizeof(Value);
-  for (const float* sums = tile.sums + begin * COLUMNS; sums < tile.sums + end * COLUMNS; sums += COLUMNS, out += task.out_stride) {
+  const int64_t stride = task.out_tiles ? 64 : task.out_stride;
+  char* out = task.out + tile.row * task.out_stride + (task.out_tiles ? tile.column / INNER * STEP : tile.column * 2) + begin * stride;
+  for (const float* sums = tile.sums + begin * COLUMNS; sums < tile.sums + end * COLUMNS; sums += COLUMNS, out += stride) {
     Float low = load(sums), high = load(sums + WIDTH);
     if (task.bias) {
       low += _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), bias);
@@ -171,7 +172,8 @@ inline void finish(const Linear& task, const Finished& tile, int64_t begin, int6
       low = gelu(low);
       high = gelu(high);
     }
-    _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    task.out_tiles ? _mm512_store_si512(out, _mm512_maskz_mov_epi16(mask, both)) : _mm512_mask_storeu_epi16(out, mask, both);
   }
 }
 
@@ -188,14 +190,15 @@ void linear(const Linear& task, char* strips) {
       const bool last = part + 1 == parts.count;
       const Round round(task, parts, row, part);
       const int64_t steps = round.steps, count = round.rows < together * ROWS ? (round.rows + ROWS - 1) / ROWS : together;
-      for (int64_t s = 0; s < count; ++s) copy_strip_tiles(round, task.x_stride, s * ROWS, strips + s * steps * STEP);
+      if (!task.x_tiles)
+        for (int64_t s = 0; s < count; ++s) copy_strip_tiles(round, task.x_stride, s * ROWS, strips + s * steps * STEP);
       const int64_t lines = (STEP / 64 + count - 1) / count;       // of the next panel, to be fetched during a step
       for (int64_t p = 0; p < panels; ++p) {
         const char* panel = static_cast<const char*>(task.panels) + (p * all_steps + part * parts.steps) * STEP;
         const char* next = panel + all_steps * STEP;
         for (int64_t s = 0; s < count; ++s) {
           const int64_t tile = p * count + s, share = (ROWS + steps - 1) / steps;
-          float* to = sums + (parts.count > 1 ? tile : tile % 2) * SUMS;
+          float* to = sums + (parts.count > 1 ? tile : 0) * SUMS;
           auto meanwhile = [&](int64_t step) __attribute__((always_inline)) {
             for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
             const int64_t begin = step * share, end = begin + share < ROWS ? begin + share : ROWS;
@@ -204,7 +207,7 @@ void linear(const Linear& task, char* strips) {
             if (finished.sums) finish(task, finished, begin, end);
           };
           part ? load_sums(to, COLUMNS) : zero_sums();
-          const char* strip = strips + s * steps * STEP;
+          const char* strip = task.x_tiles ? task.x + (row + s * ROWS) * task.x_stride + part * parts.steps * STEP : strips + s * steps * STEP;
           int64_t step = 0;
           for (; step < steps && step < HELD; ++step) {
             add_products<true>(strip + step * STEP, panel + step * STEP);
