@@ -29,9 +29,10 @@ ROWS_AT_ONCE = 512  # tokens of a thread that go through a block together: the w
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory of one batch: h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), and where
+    """Memory of one batch: x, h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), and where
     PyTorch does the products hidden (n, N, M)."""
 
+    x: Tensor
     h: Tensor
     vr: Tensor
     middle: Tensor
@@ -56,72 +57,74 @@ class CpuNetwork:
         self.products = native.has_products(model.dtype) and all(
             size % 2 == 0 for size in (model.config.hidden_size, model.config.mlp_size, model.config.hidden_size // model.config.num_heads)
         )
-        self._packed: list[dict[str, Tensor]] = []
+        self._packed: list[dict[str, Tensor]] = []  # weights of the blocks, where the products are native
+        self._biases: list[dict[str, Tensor]] = []  # float32, as the operators want them
         self._watched: Watched | None = None
         self._workspace: Workspace | None = None
         self._lock = threading.Lock()
 
     def __call__(self, x: Tensor, t: float | Tensor, log2_steps: int | Tensor, y: Tensor, depth: Any = None) -> Tensor:
         model = self.model
-        one_depth = depth is None or isinstance(depth, int)
-        if torch.is_grad_enabled() or model.training or not one_depth or not model.config.live_blocks(model.check_depth(depth)):
+        usual = x.dim() == 4 and x.numel() > 0 and (depth is None or isinstance(depth, int))
+        if torch.is_grad_enabled() or model.training or not usual or not model.config.live_blocks(model.check_depth(depth)):
             return model(x, t, log2_steps, y, depth)
         length = model.check_depth(depth)
         with self._lock:
-            tokens = self._tokens(x)
+            work = self._memory(x)
+            self._embed(x, work.x)
             final = model.condition(t, log2_steps, y)
             condition = final + model.length_embed.weight[length] if model.config.length_conditioned else final
-            h = self._hidden(tokens, F.silu(condition).to(model.dtype), F.silu(final).to(model.dtype), length)
-            return model.unpatchify(model.final_layer.out(h), x.shape[2], x.shape[3])
+            self._hidden(work, F.silu(condition).to(model.dtype), F.silu(final).to(model.dtype), length)
+            return model.unpatchify(model.final_layer.out(work.h), x.shape[2], x.shape[3])
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """The model's `embed_patches`, contiguous. As a matrix product of the patches it is less than half the time of the convolution."""
-        patch, weight = self.model.config.patch_size, self.model.patch_embed.weight
+    def _embed(self, x: Tensor, tokens: Tensor) -> None:
+        """The model's `embed_patches`. As a matrix product of the patches it is less than half the time of the convolution."""
+        layer, patch = self.model.patch_embed, self.model.config.patch_size
         if x.shape[2:] != (self.model.config.image_size,) * 2 or x.shape[1] != self.model.config.channels:
-            return self.model.embed_patches(x).contiguous()
-        patches = x.to(weight.dtype).unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
-        tokens = F.linear(patches.reshape(len(x), -1, weight[0].numel()), weight.flatten(1), self.model.patch_embed.bias)
+            tokens.copy_(self.model.embed_patches(x))
+            return
+        patches = x.to(tokens.dtype).unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+        torch.mm(patches.reshape(-1, layer.weight[0].numel()), layer.weight.flatten(1).t(), out=tokens.flatten(0, 1))
+        positions = self.model.positions if layer.bias is None else self.model.positions + layer.bias  # one pass for both
         if tokens.dtype == torch.float32:
-            return tokens.add_(self.model.positions)
-        wide = torch.empty_like(self.model.positions)  # sums are rounded once; those of one sample stay in the cache
+            tokens.add_(positions)
+            return
+        wide = torch.empty_like(positions)  # those of one sample stay in the cache
         for sample in tokens:
-            sample.copy_(torch.add(sample, self.model.positions, out=wide))
-        return tokens
+            sample.copy_(torch.add(sample, positions, out=wide))
 
-    def _hidden(self, tokens: Tensor, condition: Tensor, final: Tensor, length: int) -> Tensor:
-        """What the final projection sees (B, N, D): the inner ODE's vr after the final layer's LayerNorm + modulate. Overwrites tokens."""
+    def _hidden(self, work: Workspace, condition: Tensor, final: Tensor, length: int) -> None:
+        """From work.x, the embedded patches, to work.h, what the final projection sees: the inner ODE's vr after the final LayerNorm + modulate."""
         model, config, size = self.model, self.model.config, self.model.config.hidden_size
         blocks: list[Any] = list(model.blocks[: config.live_blocks(length)])
-        modulations = [*(block.modulation(condition) for block in blocks), model.final_layer.modulation(final)]
-        if self.products:
-            self._pack(blocks)
-        work = self._memory(tokens)
-        x, h = tokens, work.h
+        self._pack(blocks)
+        modulations = [self._modulation(index, condition) for index in range(len(blocks))] + [model.final_layer.modulation(final).float()]
+        x, h = work.x, work.h
         steps = None
         if config.inner_step == "inverse_depth":
-            steps = (config.depth_group / torch.tensor([length], dtype=tokens.dtype)).float()
+            steps = (config.depth_group / torch.tensor([length], dtype=x.dtype)).float()
         native.norm_modulate(x, modulations[0], 0, size, out=h)
         ends_group = [config.length_conditioned and index % config.depth_group == 0 for index in range(1, len(blocks) + 1)]
-        for index, block in enumerate(blocks):
+        for index in range(len(blocks)):
+            biases = self._biases[index]
             first, last = True not in ends_group[:index], index + 1 == len(blocks)
             for start in range(0, len(x), len(work.y)):
                 part = slice(start, start + len(work.y))
                 modulation, following = (row if len(row) == 1 else row[part] for row in modulations[index : index + 2])
                 px, ph = x[part], h[part]
                 middle, y, qkv = (memory[: len(px)] for memory in (work.middle, work.y, work.qkv))
-                self._linear(index, "qkv", ph, block.qkv.bias, out=qkv)
+                self._linear(index, "qkv", ph, biases["qkv"], out=qkv)
                 self._attend(qkv, out=ph)
                 self._linear(index, "attention_out", ph, None, out=y)
                 columns = (modulation, 2 * size, modulation, 3 * size, 4 * size)
-                native.gated_residual(px, y, block.attention_out.bias, *columns, out_x=middle, out=ph)
+                native.gated_residual(px, y, biases["attention_out"], *columns, out_x=middle, out=ph)
                 self._mlp(index, ph, work.hidden, out=y)
                 columns = (modulation, 5 * size, following, 0, size)
                 if not ends_group[index]:
-                    native.gated_residual(middle, y, block.mlp_out.bias, *columns, out_x=px, out=ph)
+                    native.gated_residual(middle, y, biases["mlp_out"], *columns, out_x=px, out=ph)
                 else:
                     xr, vr = None if last else px, work.vr[part]
-                    native.group_end(middle, y, block.mlp_out.bias, xr, None if first else vr, *columns, steps, out_xr=xr, out_vr=vr, out=ph)
-        return h
+                    native.group_end(middle, y, biases["mlp_out"], xr, None if first else vr, *columns, steps, out_xr=xr, out_vr=vr, out=ph)
 
     def _linear(self, index: int, name: str, x: Tensor, bias: Tensor | None, *, out: Tensor) -> None:
         """out = x W^T + bias; W is that of a layer of block `index`, x and out (n, N, columns)."""
@@ -132,11 +135,20 @@ class CpuNetwork:
         if bias is None:
             torch.mm(x, weight, out=out)
         else:
-            torch.addmm(bias, x, weight, out=out)
+            torch.addmm(bias.to(x.dtype), x, weight, out=out)
+
+    def _modulation(self, index: int, condition: Tensor) -> Tensor:
+        """Shifts, scales and gates of a block (B, 6*D) in float32; condition (B, D)."""
+        layer: Any = self.model.blocks[index].modulation
+        if not self.products:
+            return layer(condition).float()  # type: ignore[no-any-return]
+        out = torch.empty(len(condition), layer.out_features, dtype=condition.dtype)
+        native.linear(condition, self._packed[index]["modulation"], layer.bias, out=out)
+        return out.float()
 
     def _mlp(self, index: int, x: Tensor, hidden: Tensor | None, *, out: Tensor) -> None:
         """out is what the two layers make of x without the second bias; x and out (n, N, D)."""
-        bias: Tensor = self.model.blocks[index].mlp_in.bias  # type: ignore[assignment, union-attr]
+        bias = self._biases[index]["mlp_in"]
         if hidden is None:
             packed = self._packed[index]
             return native.mlp(x.flatten(0, 1), packed["mlp_in"], bias, packed["mlp_out"], out=out.view(-1, out.shape[2]))
@@ -155,25 +167,28 @@ class CpuNetwork:
         out.unflatten(2, (heads, dim)).copy_(F.scaled_dot_product_attention(q, k, v, scale=1.0 / dim).transpose(1, 2))
 
     def _pack(self, blocks: list[Any]) -> None:
-        """Packs what is not packed yet of these blocks, and everything anew that has changed."""
+        """Prepares what is not prepared yet of these blocks, and everything anew that has changed."""
         if self._watched is None or not self._watched.unchanged():
-            self._packed = []
+            self._packed, self._biases = [], []
             self._watched = Watched(list(self.model.blocks.parameters()))
         with torch.inference_mode(False), torch.no_grad():
-            for block in blocks[len(self._packed) :]:
-                self._packed.append({name: native.pack_weight(getattr(block, name).weight.detach()) for name in LAYERS})
+            for block in blocks[len(self._biases) :]:
+                if self.products:
+                    self._packed.append({name: native.pack_weight(getattr(block, name).weight.detach()) for name in (*LAYERS, "modulation")})
+                self._biases.append({name: getattr(block, name).bias.detach().float() for name in LAYERS})
 
-    def _memory(self, tokens: Tensor) -> Workspace:
-        """The workspace for tokens (B, N, D): the last one where it fits."""
-        batch, count, size = tokens.shape
-        parts = -(-batch * count // (ROWS_AT_ONCE * torch.get_num_threads()))
+    def _memory(self, x: Tensor) -> Workspace:
+        """The workspace for x (B, C, H, W): the last one where it fits."""
+        config, dtype = self.model.config, self.model.dtype
+        batch, tokens, size = x.shape[0], x.shape[2] // config.patch_size * (x.shape[3] // config.patch_size), config.hidden_size
+        parts = max(1, -(-batch * tokens // (ROWS_AT_ONCE * torch.get_num_threads())))
         few = -(-batch // parts)
         found = self._workspace
-        if found is None or found.h.shape != tokens.shape or found.h.dtype != tokens.dtype or len(found.y) != few:
+        if found is None or (found.x.shape, len(found.y), found.x.dtype) != ((batch, tokens, size), few, dtype):
             found = self._workspace = None  # before its successor takes memory
-            shapes = [(batch, count, size)] * 2 + [(few, count, width) for width in (size, size, 3 * size, self.model.config.mlp_size)]
+            shapes = [(batch, tokens, size)] * 3 + [(few, tokens, width) for width in (size, size, 3 * size, config.mlp_size)]
             with torch.inference_mode(False):  # what is made in inference mode cannot be written outside it
-                memory = [torch.empty(shape, dtype=tokens.dtype) for shape in shapes[: 5 if self.products else 6]]
+                memory = [torch.empty(shape, dtype=dtype) for shape in shapes[: 6 if self.products else 7]]
             found = self._workspace = Workspace(*memory, *([None] if self.products else []))
         return found
 

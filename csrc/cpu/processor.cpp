@@ -27,12 +27,16 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && allowed("avx512", "avx512");
 }
 
+bool has_avx512_bf16() {
+  unsigned a = 0, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & 1u << 5;
+}
+
 bool has_amx() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
-  unsigned a, b, c, d, a1 = 0;
-  if (!has_avx512() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !__get_cpuid_count(7, 1, &a1, &b, &c, &b)) return false;
-  constexpr unsigned TILES = 1u << 24, TILE_BFLOAT16 = 1u << 22, VECTOR_BFLOAT16 = 1u << 5;
-  if (!(d & TILES) || !(d & TILE_BFLOAT16) || !(a1 & VECTOR_BFLOAT16)) return false;
+  unsigned a, b, c, d;
+  constexpr unsigned TILES = 1u << 24, TILE_BFLOAT16 = 1u << 22;
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & TILES) || !(d & TILE_BFLOAT16)) return false;
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 #else
@@ -43,5 +47,6 @@ bool has_amx() {
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_bf16() { return false; }
 bool has_amx() { return false; }
 #endif

@@ -3,4 +3,5 @@
 
 bool has_avx2();
 bool has_avx512();
+bool has_avx512_bf16();
 bool has_amx();  // the tiles and their bfloat16 product, allowed by the system to this process

@@ -5,6 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,fma,prfchw,amx-tile,amx-bf16")
 #include <immintrin.h>
 #define VECTOR_WIDTH 16
+#define ROUNDS_BFLOAT16
 #define NARROW_RESULTS
 namespace {
 #include "vec.h"

@@ -3,7 +3,7 @@ namespace {
 #include "vec.h"
 
 // Base of the norm, kept in float32: x; or x + gate*(y + bias); or at a group's end xr + v, vr + v with v = step*(x + gate*(y + bias)).
-template <typename T, bool GATED> inline Float base(const Row& row, int64_t i, int64_t left) {
+template <typename T, bool GATED> __attribute__((always_inline)) inline Float base(const Row& row, int64_t i, int64_t left) {
   const bool whole = left >= WIDTH;
   auto read = [&](const auto* p) { return whole ? load(p + i) : load(p + i, left); };
   auto write = [&](void* p, Float f) { whole ? store(static_cast<T*>(p) + i, f) : store(static_cast<T*>(p) + i, f, left); };

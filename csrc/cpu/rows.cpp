@@ -20,9 +20,10 @@ constexpr int64_t GRAIN = 1 << 15;  // values below which a thread of its own co
 
 // The widest vectors that may be used.
 const RowFunctions& functions() {
-  static const RowFunctions* chosen = has_avx512() && avx512_functions() ? avx512_functions()
-                                      : has_avx2() && avx2_functions()   ? avx2_functions()
-                                                                         : baseline_functions();
+  static const RowFunctions* chosen = has_avx512_bf16() && avx512_bf16_functions() ? avx512_bf16_functions()
+                                      : has_avx512() && avx512_functions()           ? avx512_functions()
+                                      : has_avx2() && avx2_functions()               ? avx2_functions()
+                                                                                     : baseline_functions();
   return *chosen;
 }
 

@@ -24,3 +24,4 @@ constexpr int64_t MAX_SIZE = 8192;  // of a row: the float32 copy of one lives o
 const RowFunctions* baseline_functions();
 const RowFunctions* avx2_functions();    // null where the compiler cannot make them
 const RowFunctions* avx512_functions();
+const RowFunctions* avx512_bf16_functions();

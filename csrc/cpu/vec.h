@@ -1,6 +1,7 @@
 // A vector of W floats in the compiler's own vector type, and loads and stores of float32 and bfloat16 rows, whole or in part.
 // Included once for each instruction set, inside an anonymous namespace: no inline function may be shared between them, or the linker could
-// keep the copy that an older processor cannot run. That is also why nothing of the C++ library is used here.
+// keep the copy that an older processor cannot run. That is also why nothing of the C++ library is used here. Set beforehand, as the compiler's
+// own macros do not follow its pragmas: VECTOR_WIDTH (16: with immintrin.h), ROUNDS_BFLOAT16 (AVX512-BF16), NARROW_RESULTS.
 
 template <int W> struct Vectors {
   typedef float Float __attribute__((vector_size(4 * W)));
@@ -17,11 +18,17 @@ using Half = Vectors<WIDTH>::Half;
 
 typedef uint16_t bfloat16;  // the upper half of a float32
 
-inline Float widen(Half h) { return reinterpret_cast<Float>(__builtin_convertvector(h, Word) << 16); }
+inline Float widen(Half h) {
+#if VECTOR_WIDTH == 16
+  return reinterpret_cast<Float>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(h)), 16));  // one shuffle where GCC makes four
+#else
+  return reinterpret_cast<Float>(__builtin_convertvector(h, Word) << 16);
+#endif
+}
 
 // To the nearest, ties to even; NaN stays NaN.
 inline Half narrow(Float f) {
-#ifdef __AVX512BF16__
+#ifdef ROUNDS_BFLOAT16
   return reinterpret_cast<Half>(_mm512_cvtneps_pbh(f));
 #else
   Word bits = reinterpret_cast<Word>(f);
@@ -64,12 +71,15 @@ template <typename T> inline void store(T* p, Float f, int64_t count) {
 }
 
 inline float sum(Float f) {
-  float values[WIDTH], total = 0;
+#if VECTOR_WIDTH == 16
+  return _mm512_reduce_add_ps(f);
+#else
+  float values[WIDTH];
   store(values, f);
   for (int half = WIDTH / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) values[i] += values[i + half];
-  total = values[0];
-  return total;
+  return values[0];
+#endif
 }
 
 inline Float splat(float value) { return Float{} + value; }
