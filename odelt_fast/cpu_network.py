@@ -5,8 +5,8 @@ page. Here each gap is one pass over memory that is used again: bias + gated res
 Euler update of the inner ODE. Where the processor has the instructions (`native.has_products`), matrix products with bias and GELU and
 attention are native too, from packed copies of the weights. Elsewhere they are PyTorch's.
 
-A block's layers run on a few samples at a time, so that what they pass on to each other stays in the caches: writing a result over memory that
-has left them takes up to half as long again as the product itself.
+A block's layers run on a few samples at a time, so that what they pass on to each other stays in the caches: writing a result over memory
+that has left them takes up to half as long again as the product itself.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from odelt_fast import native
 from odelt_fast.model import DiT
 from odelt_fast.prepared import LAYERS, Watched
 
-
 ROWS_AT_ONCE = 512  # tokens of a thread that go through a block together: the weights are read once for them
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """Memory of one batch: x, h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), and where
-    PyTorch does the products hidden (n, N, M)."""
+    """Memory of one batch: x, h, vr (B, N, D). And of the n samples that are at work together: middle, y (n, N, D), qkv (n, N, 3*D), and
+    hidden (n, N, M) where PyTorch does the products."""
 
     x: Tensor
     h: Tensor
@@ -94,7 +93,7 @@ class CpuNetwork:
             sample.copy_(torch.add(sample, positions, out=wide))
 
     def _hidden(self, work: Workspace, condition: Tensor, final: Tensor, length: int) -> None:
-        """From work.x, the embedded patches, to work.h, what the final projection sees: the inner ODE's vr after the final LayerNorm + modulate."""
+        """From work.x, the embedded patches, to work.h, what the final projection sees: vr after the last norm + modulate."""
         model, config, size = self.model, self.model.config, self.model.config.hidden_size
         blocks: list[Any] = list(model.blocks[: config.live_blocks(length)])
         self._pack(blocks)
@@ -174,7 +173,8 @@ class CpuNetwork:
         with torch.inference_mode(False), torch.no_grad():
             for block in blocks[len(self._biases) :]:
                 if self.products:
-                    self._packed.append({name: native.pack_weight(getattr(block, name).weight.detach()) for name in (*LAYERS, "modulation")})
+                    weights = {name: getattr(block, name).weight.detach() for name in (*LAYERS, "modulation")}
+                    self._packed.append({name: native.pack_weight(weight) for name, weight in weights.items()})
                 self._biases.append({name: getattr(block, name).bias.detach().float() for name in LAYERS})
 
     def _memory(self, x: Tensor) -> Workspace:

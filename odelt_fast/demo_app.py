@@ -79,17 +79,6 @@ async def _answer(send: Callable[[Message], Awaitable[None]], status: int, words
     await send({"type": "http.response.body", "body": content})
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket (port 0: any free one); ValueError that says why there is none."""
-    if not 0 <= port < 2**16:
-        raise ValueError(f"--port must be from 0 to 65535, not {port}")
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=128)
-    except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {error}; --port 0 takes a free one") from None
-
-
 def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
     """Serves the page until it is interrupted. No request leaves this machine: nothing is shared, reported or looked up."""
     gr = import_gradio()

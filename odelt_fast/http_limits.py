@@ -264,6 +264,8 @@ def allow_files(count: int) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there; port 0: a free one. ValueError if it cannot."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port must be from 0 to 65535, not {port}")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -272,4 +274,6 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}") from None
+        raise ValueError(
+            f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}; --port 0 takes a free one"
+        ) from None

@@ -49,7 +49,8 @@ def run(options: Command) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
     from odelt_fast.demo import build_page, import_gradio
-    from odelt_fast.demo_app import LOOPBACK, listen, serve
+    from odelt_fast.demo_app import LOOPBACK, serve
+    from odelt_fast.http_limits import listen
 
     import_gradio()
     with listen(options.host, options.port) as listener:

@@ -61,8 +61,6 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    if not 0 <= options.port < 2**16:
-        raise ValueError(f"--port must be from 0 to 65535, not {options.port}")
     for name in ("shutdown", "max_connections"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
