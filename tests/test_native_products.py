@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odelt_fast import DiT, DiTConfig, native
+from odelt_fast import DiT, DiTConfig, cpu_network, native
 from odelt_fast.cpu_network import CpuNetwork
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,16 +98,28 @@ def test_linear_without_a_bias_of_a_slice_of_rows_and_of_none(dtype: torch.dtype
 
 
 def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
-    x, packed, threads = draw(300, 1154, dtype=dtype), native.pack_weight(draw(70, 1154, dtype=dtype)), torch.get_num_threads()
-    results = {}
+    x, threads = draw(300, 1154, dtype=dtype), torch.get_num_threads()
+    packed, back = (native.pack_weight(draw(*shape, dtype=dtype)) for shape in ((70, 1154), (90, 70)))
+    bias = draw(70, dtype=dtype)
+    layers: dict[tuple[int, int], Tensor] = {}
+    pairs: dict[tuple[int, int], Tensor] = {}
     try:
         for count, used in ((300, 1), (300, 3), (7, 1), (20, 2), (1, 8)):
             torch.set_num_threads(used)
-            results[count, used] = torch.empty(count, 70, dtype=dtype)
-            native.linear(x[:count], packed, out=results[count, used])
+            layers[count, used], pairs[count, used] = torch.empty(count, 70, dtype=dtype), torch.empty(count, 90, dtype=dtype)
+            native.linear(x[:count], packed, out=layers[count, used])
+            native.mlp(x[:count], packed, bias, back, out=pairs[count, used])
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(result, results[300, 1][:count]) for (count, _), result in results.items())
+    for results in (layers, pairs):
+        assert all(torch.equal(result, results[300, 1][:count]) for (count, _), result in results.items())
+
+
+def test_denormal_numbers_are_everyone_elses_as_before(dtype: torch.dtype) -> None:
+    tiny, x = torch.full((4,), 1e-40), torch.zeros(64, 64, dtype=dtype)
+    native.linear(x, native.pack_weight(x), out=torch.empty_like(x))
+    native.attention(torch.zeros(1, 8, 96, dtype=dtype), 2, 1.0, out=torch.zeros(1, 8, 32, dtype=dtype))
+    assert bool((tiny * 0.5 > 0).all())
 
 
 @pytest.mark.parametrize(
@@ -143,6 +155,11 @@ def refusals() -> list[tuple[str, Callable[[torch.dtype], None]]]:
         }
         native.linear(**(given | changes))  # type: ignore[arg-type]
 
+    def mlp(dtype: torch.dtype, **changes: Tensor) -> None:
+        packed = torch.zeros(32, 32, dtype=dtype)
+        given = {"bias": torch.zeros(8, dtype=dtype), "out": torch.zeros(4, 8, dtype=dtype)} | changes
+        native.mlp(torch.zeros(4, 16, dtype=dtype), packed, given["bias"], packed, out=given["out"])
+
     def attention(dtype: torch.dtype, tokens: int = 4, size: int = 16, heads: int = 2, scale: float = 1.0) -> None:
         native.attention(torch.zeros(1, tokens, 3 * size, dtype=dtype), heads, scale, out=torch.zeros(1, tokens, size, dtype=dtype))
 
@@ -154,6 +171,9 @@ def refusals() -> list[tuple[str, Callable[[torch.dtype], None]]]:
         ("rows are contiguous", lambda dtype: linear(dtype, out=torch.zeros(4, 8, dtype=torch.float16))),
         ("as many rows", lambda dtype: linear(dtype, out=torch.zeros(5, 8, dtype=dtype))),
         ("bias must have the shape", lambda dtype: linear(dtype, bias=torch.zeros(9, dtype=dtype))),
+        ("pack_weight", lambda dtype: mlp(dtype, bias=torch.zeros(40, dtype=dtype))),
+        ("pack_weight", lambda dtype: mlp(dtype, out=torch.zeros(4, 40, dtype=dtype))),
+        ("as many rows", lambda dtype: mlp(dtype, out=torch.zeros(3, 8, dtype=dtype))),
         ("multiple of the number of heads", lambda dtype: attention(dtype, heads=3)),
         ("multiple of the number of heads", lambda dtype: attention(dtype, heads=0)),
         ("1024 tokens", lambda dtype: attention(dtype, tokens=1025)),
@@ -199,6 +219,19 @@ def test_the_network_is_the_model_at_every_batch(dtype: torch.dtype, heads: int,
     for batch in range(1, 10):
         assert error_of(ours, exact, batch) <= 1.25 * error_of(model, exact, batch) + 1e-7
     assert error_of(ours, exact, 2, side=12) <= 1.25 * error_of(model, exact, 2, side=12) + 1e-7
+
+
+def test_a_few_samples_at_a_time_are_the_whole_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(2, 64).to(dtype)
+    x, t, y = torch.randn(7, 1, 8, 8), torch.rand(7), torch.arange(7)
+    results = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    for rows in (16, 32, 48, 512):  # 1, 2, 3 samples of 16 tokens, the 7 in even parts, and all
+        monkeypatch.setattr(cpu_network, "ROWS_AT_ONCE", rows)
+        ours = CpuNetwork(model)
+        with torch.no_grad():
+            results += [ours(x, t, 3, y, depth=4), ours(x, 0.5, 3, y[:1].expand(7), depth=4)]
+    assert all(torch.equal(result, whole) for result, whole in zip(results, 4 * results[-2:], strict=True))
 
 
 def test_more_tokens_than_the_native_attention_takes(dtype: torch.dtype) -> None:
