@@ -21,6 +21,7 @@ from benchmarks.measure import Timer, device_record, host_timer, summary, take_t
 from benchmarks.report import spread, table
 from benchmarks.sampling import CONFIGS, Cell, inputs, random_model, sampler_call
 from odelt_fast import native
+from odelt_fast.cpu_network import choose
 
 TARGET = 0.95
 
@@ -57,6 +58,30 @@ def measure(dtype: torch.dtype, cell: Cell, duration: float, clock: Timer = time
     }
 
 
+def operators(dtype: torch.dtype, cell: Cell, evaluations: int = 20) -> list[tuple[str, str, str]]:
+    """Where an evaluation of "auto" spends its time, by PyTorch's profiler: operator and shapes, calls, ms; the most first."""
+    device = torch.device("cpu")
+    network = choose(random_model(CONFIGS[cell.network], cell.depth, dtype, device))
+    noise, labels = inputs(cell, device)
+    y = torch.from_numpy(labels)
+    with torch.inference_mode():
+        for _ in range(3):
+            network(noise, 0.0, 0, y, cell.depth)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            for _ in range(evaluations):
+                network(noise, 0.0, 0, y, cell.depth)
+    events = sorted(profile.key_averages(group_by_input_shape=True), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = []
+    for event in events:
+        if event.self_cpu_time_total >= total / 200:
+            shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
+            calls, time_ms = event.count / evaluations, event.self_cpu_time_total / evaluations / 1e3
+            rows.append((f"{event.key} {shapes[:80]}", f"{calls:.4g}", f"{time_ms:.2f}"))
+    shown = sum(float(row[2]) for row in rows)
+    return [*rows, ("all else", "", f"{total / evaluations / 1e3 - shown:.2f}")]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cpu_rate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -67,6 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=60, help="of each dtype")
     parser.add_argument("--one-thread", action="store_true", help="one thread, and its processor time instead of the clock's")
+    parser.add_argument("--operators", action="store_true", help="print where an evaluation of auto spends its time, too")
     parser.add_argument("--out", type=Path, help="JSON file for the samples")
     options = parser.parse_args(arguments)
     if options.one_thread:
@@ -76,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for name in options.dtype:
         dtype = getattr(torch, name)
-        found = measure(dtype, Cell(options.network, options.depth, 1, options.batch, dtype, ("eager", "auto")), options.seconds, clock)
+        cell = Cell(options.network, options.depth, 1, options.batch, dtype, ("eager", "auto"))
+        found = measure(dtype, cell, options.seconds, clock)
         results.append(found)
         rows = []
         for variant, row in found["variants"].items():
@@ -89,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
                 (f"{options.network} {name} batch {options.batch} l={options.depth}", "time", "rate", "share of the product's rate"), rows
             )
         )
+        if options.operators:
+            print(table((f"operator ({name})", "calls", "ms"), operators(dtype, cell)))
         share, ratio = found["share"]["auto"]["median_s"], found["auto_to_eager"]["median_s"]
         print(f"auto: {share:.1%} of the product's rate (target {TARGET:.0%}); {ratio:.3f} of eager's time\n", flush=True)
     if options.out:
