@@ -106,7 +106,8 @@ void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& 
   const int64_t strips = (rows + run.rows - 1) / run.rows, panels = out.size(1) ? packed.size(0) / COLUMNS : 0;
   const int64_t threads = torch::stable::get_num_threads(), held = chunk_inner(packed.size(1));
   const int64_t row_bytes = held * bytes + 4 * (packed.size(1) > held ? packed.size(0) : COLUMNS);
-  const int64_t most = std::max<int64_t>(1, CACHE_BYTES / (row_bytes * run.rows));
+  const int64_t together = run.rows_at_once ? run.rows_at_once(packed.size(0), packed.size(1)) : CACHE_BYTES / row_bytes;
+  const int64_t most = std::max<int64_t>(1, together / run.rows);
   int64_t down = (strips + most - 1) / most, across = 1;
   if (down) down = std::min((down + threads - 1) / threads * threads, strips);
   if (down && down < threads) across = std::min((threads + down - 1) / down, panels);

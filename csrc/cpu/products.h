@@ -40,6 +40,7 @@ struct Products {
   void (*linear)(const Linear&, char* memory);
   int64_t (*attention_memory)(const Head&);
   void (*attention)(const Head&, char* memory);
+  int64_t (*rows_at_once)(int64_t columns, int64_t inner);  // that a task of `linear` should hold
 };
 
 const Products* avx512_products();  // of float32; null where the compiler cannot make them
