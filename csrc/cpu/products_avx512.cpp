@@ -18,14 +18,10 @@ constexpr int64_t CACHE_BYTES = 1280 * 1024;  // of a task's strips: they stay i
 #define INLINE __attribute__((always_inline)) inline
 
 // A strip, [K][ROWS], of `rows` rows of `inner` values and zeros in place of the others. The products read it as one stream: reading 14 rows
-// at a time, they would take a tenth more time.
+// at a time, they would take a tenth more time. It is written 16 values at a time: what follows it in memory must be written later.
 INLINE void pack_strip(const char* x, int64_t stride, int64_t rows, int64_t inner, float* strip) {
-  alignas(64) float square[16][16];
-  for (int64_t k = 0; k < inner; k += 16) {
-    const int64_t count = inner - k < 16 ? inner - k : 16;
-    transpose(x + k * 4, stride / 4, rows < ROWS ? rows : ROWS, count, square, 16);
-    for (int64_t i = 0; i < count; ++i) _mm512_mask_storeu_ps(strip + (k + i) * ROWS, (1 << ROWS) - 1, _mm512_load_ps(square[i]));
-  }
+  for (int64_t k = 0; k < inner; k += 16)
+    transpose(x + k * 4, stride / 4, rows < ROWS ? rows : ROWS, inner - k < 16 ? inner - k : 16, strip + k * ROWS, ROWS);
 }
 
 void pack(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel) {
@@ -79,7 +75,7 @@ int64_t rows_at_once(int64_t, int64_t inner) {
 struct Plan {  // of a linear layer's memory, in floats: strips, and the sums of one panel
   int64_t strips, sums, size;
   explicit Plan(const Linear& task)
-      : strips((task.rows + ROWS - 1) / ROWS), sums(whole(strips * ROWS * task.inner, 16)), size(sums + strips * ROWS * COLUMNS) {}
+      : strips((task.rows + ROWS - 1) / ROWS), sums(whole(strips * ROWS * task.inner + 16 - ROWS, 16)), size(sums + strips * ROWS * COLUMNS) {}
 };
 
 int64_t linear_memory(const Linear& task) { return 4 * Plan(task).size; }
@@ -206,10 +202,8 @@ void attention(const Head& head, char* memory) {
     pack_strip(head.k + token * head.stride, head.stride, head.tokens - token, head.dim, keys + token * head.dim);
   for (int64_t d = 0; d < head.dim; d += ROWS) {  // strips of 14 values: [token][14]
     const __mmask16 mask = static_cast<__mmask16>((1 << (head.dim - d < ROWS ? head.dim - d : ROWS)) - 1);
-    for (int64_t token = 0; token < head.tokens; ++token) {
-      const __m512 value = _mm512_maskz_loadu_ps(mask, head.v + token * head.stride + d * 4);
-      _mm512_mask_storeu_ps(values + d * head.tokens + token * ROWS, (1 << ROWS) - 1, value);
-    }
+    for (int64_t token = 0; token < head.tokens; ++token)
+      _mm512_storeu_ps(values + d * head.tokens + token * ROWS, _mm512_maskz_loadu_ps(mask, head.v + token * head.stride + d * 4));
   }
   for (int64_t first = 0; first < head.tokens; first += COLUMNS) {
     const int64_t count = head.tokens - first < COLUMNS ? head.tokens - first : COLUMNS;
