@@ -95,7 +95,7 @@ struct Parts {
 inline int64_t strips_at_once(const Linear& task, const Parts& parts) {
   const int64_t strip = parts.steps * STEP;
   const int64_t all = (task.rows + ROWS - 1) / ROWS, most = strip < CACHE_BYTES ? CACHE_BYTES / strip : 1, groups = (all + most - 1) / most;
-  return (all + groups - 1) / groups;
+  return groups ? (all + groups - 1) / groups : 0;
 }
 
 constexpr int64_t SUMS = ROWS * COLUMNS;  // of a tile of the output, in floats

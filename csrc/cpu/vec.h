@@ -84,6 +84,23 @@ inline float sum(Float f) {
 
 inline Float splat(float value) { return Float{} + value; }
 
+// The larger and the smaller one; a where either is not a number.
+inline Float larger(Float a, Float b) {
+#if VECTOR_WIDTH == 16
+  return __builtin_ia32_maxps512_mask(b, a, a, -1, 4);
+#else
+  return b > a ? b : a;
+#endif
+}
+
+inline Float smaller(Float a, Float b) {
+#if VECTOR_WIDTH == 16
+  return __builtin_ia32_minps512_mask(b, a, a, -1, 4);
+#else
+  return b < a ? b : a;
+#endif
+}
+
 #ifdef NARROW_RESULTS
 // 2^y within 1e-5 of its value (rounding to bfloat16 takes up to 2e-3); 0 and infinity at the ends. It is 2^floor(y) times a polynomial of the
 // rest, the best one of degree 4 on [0, 1]; the rest of an infinite y is 0.
@@ -101,8 +118,7 @@ inline Float exponential(Float x) { return power_of_2(x * 1.44269504088896341f);
 #else
 // exp of a finite number, below 2 units in the last place from -87.3 to 88.7, constant beyond; NaN gives NaN.
 inline Float exponential(Float x) {
-  x = x < -87.3f ? splat(-87.3f) : x;
-  x = x > 88.3f ? splat(88.3f) : x;
+  x = smaller(larger(x, splat(-87.3f)), splat(88.3f));
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
   Float shifted = x * 1.44269504088896341f + magic;
   Float n = shifted - magic;
