@@ -162,12 +162,12 @@ void mlp(const Tensor& x, const Tensor& packed_in, const Tensor& bias_in, const 
   read_from(in.all, x);
   in.all.out = memory.of(whole(x.size(0), products.rows) * row);
   in.all.out_stride = row;
-  in.all.gelu = in.all.out_tiles = true;
+  in.all.gelu = true;
+  in.all.out_tiles = back.all.x_tiles = products.tiles;
   in.run(products);
   back.all.x = in.all.out;
   back.all.x_stride = row;
   back.all.rows = x.size(0);
-  back.all.x_tiles = true;
   write_to(back.all, out);
   back.run(products);
 }

@@ -32,6 +32,7 @@ struct Head {
 
 struct Products {
   int64_t rows;  // of a tile
+  bool tiles;    // whether layers hand on tiles
   void (*pack)(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel);  // one panel; stride in values
   int64_t (*linear_memory)(const Linear&);  // bytes that `linear` needs, aligned to 64
   void (*linear)(const Linear&, char* memory);

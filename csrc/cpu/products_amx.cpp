@@ -349,7 +349,7 @@ void attention(const Head& head, char* memory) {
   }
 }
 
-constexpr Products PRODUCTS = {ROWS, pack, linear_memory, linear, attention_memory, attention};
+constexpr Products PRODUCTS = {ROWS, true, pack, linear_memory, linear, attention_memory, attention};
 
 }  // namespace
 
