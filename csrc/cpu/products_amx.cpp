@@ -18,7 +18,10 @@ constexpr int64_t PART = 48;    // steps of K that are summed up in the tiles
 // Steps of a panel that stay in the first-level cache of 48 KiB while the strips pass; all else is read past that cache, which would only lose
 // what it holds.
 constexpr int64_t HELD = 16;
-constexpr int64_t CACHE_BYTES = 1024 * 1024;  // of strips and sums: they stay in a second-level cache of 2 MiB
+constexpr int64_t CACHE_BYTES = 1024 * 1024;  // of strips: they stay in a second-level cache of 2 MiB
+
+// What has been written so far is in memory: GCC does not know that the instructions which load tiles read it.
+inline void written() { __asm__ volatile("" ::: "memory"); }
 
 // All eight tiles whole, and vectors that take denormal numbers for zeros, as the tiles do: exponentials run into them, and each would take a
 // hundred cycles. Both are the thread's own, and are given back, as others expect.
@@ -29,6 +32,7 @@ struct Setup {
     alignas(64) struct { uint8_t palette, start, rest[14]; uint16_t columns[16]; uint8_t rows[16]; } config = {};
     config.palette = 1;
     for (int i = 0; i < 8; ++i) config.columns[i] = 64, config.rows[i] = 16;
+    written();
     _tile_loadconfig(&config);
   }
   ~Setup() {
@@ -37,103 +41,8 @@ struct Setup {
   }
 };
 
-// One step of 32 rows of tiles and a panel, added to the sums in the tiles 0 .. 3.
-inline void multiply(const char* rows, const char* panel) {
-  _tile_loadd(4, rows, 64);
-  _tile_loadd(5, rows + 1024, 64);
-  _tile_loadd(6, panel, 64);
-  _tile_loadd(7, panel + 1024, 64);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_dpbf16ps(1, 4, 7);
-  _tile_dpbf16ps(2, 5, 6);
-  _tile_dpbf16ps(3, 5, 7);
-}
-
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-}
-
-inline void load_sums(const float* sums, int64_t stride) {  // stride in floats
-  _tile_loadd(0, sums, stride * 4);
-  _tile_loadd(1, sums + 16, stride * 4);
-  _tile_loadd(2, sums + 16 * stride, stride * 4);
-  _tile_loadd(3, sums + 16 * stride + 16, stride * 4);
-}
-
-inline void store_sums(float* sums, int64_t stride) {
-  _tile_stored(0, sums, stride * 4);
-  _tile_stored(1, sums + 16, stride * 4);
-  _tile_stored(2, sums + 16 * stride, stride * 4);
-  _tile_stored(3, sums + 16 * stride + 16, stride * 4);
-}
-
-void pack(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel) {
-  const bfloat16* w = static_cast<const bfloat16*>(weight);
-  int32_t* out = static_cast<int32_t*>(panel);
-  for (int64_t k = 0; k < inner; k += INNER)
-    for (int64_t half = 0; half < COLUMNS; half += 16, out += 256) {
-      const int64_t pairs = inner - k < INNER ? (inner - k) / 2 : 16;
-      transpose(w + half * stride + k, stride / 2, columns - half, pairs, out, 16);
-      __builtin_memset(out + pairs * 16, 0, (16 - pairs) * 64);
-    }
-}
-
-// K in equal parts of up to PART steps: sums do not depend on how the work is shared out.
-struct Parts {
-  int64_t steps, count;  // of a part; parts
-  explicit Parts(int64_t inner) {
-    const int64_t all = inner ? (inner + INNER - 1) / INNER : 1;
-    count = (all + PART - 1) / PART;
-    steps = (all + count - 1) / count;
-  }
-};
-
-// Strips that are at work together: as many as the cache takes, shared out evenly.
-inline int64_t strips_at_once(const Linear& task, const Parts& parts) {
-  const int64_t strip = parts.steps * STEP;
-  const int64_t all = (task.rows + ROWS - 1) / ROWS, most = strip < CACHE_BYTES ? CACHE_BYTES / strip : 1, groups = (all + most - 1) / most;
-  return groups ? (all + groups - 1) / groups : 0;
-}
-
-constexpr int64_t SUMS = ROWS * COLUMNS;  // of a tile of the output, in floats
-
-// Sums of all tiles where K is in parts, or else those of the tile at work and of the one before it.
-int64_t linear_memory(const Linear& task) {
-  const Parts parts(task.inner);
-  const int64_t strips = strips_at_once(task, parts), panels = whole(task.columns, COLUMNS) / COLUMNS;
-  return strips * parts.steps * STEP + (parts.count > 1 ? strips * panels : 2) * SUMS * 4;
-}
-
-// A part of K of the rows of some strips.
-struct Round {
-  const char* x;
-  int64_t rows, steps, bytes;  // bytes of a row that there are
-  Round(const char* x, int64_t rows, int64_t inner) : x(x), rows(rows), steps(whole(inner, INNER) / INNER), bytes(inner * sizeof(Value)) {}
-  Round(const Linear& task, const Parts& parts, int64_t row, int64_t part)
-      : x(task.x + row * task.x_stride + part * parts.steps * 64), rows(task.rows - row) {
-    const int64_t first = part * parts.steps, all = whole(task.inner, INNER) / INNER;
-    steps = all - first < parts.steps ? all - first : parts.steps;
-    bytes = (task.inner - first * INNER) * sizeof(Value);
-  }
-};
-
-// Up to 32 rows of x in tiles, zeros around them.
-inline void copy_strip_tiles(const Round& round, int64_t stride, int64_t row, char* strip) {
-  const char* from = round.x + row * stride;
-  const int64_t rows = round.rows - row < ROWS ? round.rows - row : ROWS;
-  for (int64_t step = 0; step < round.steps; ++step, strip += STEP, from += 64) {
-    const int64_t left = round.bytes - step * 64;
-    const __mmask32 mask = left < 64 ? (1u << left / 2) - 1 : ~0u;
-    for (int64_t i = 0; i < rows; ++i) _mm512_store_si512(strip + i * 64, _mm512_maskz_loadu_epi16(mask, from + i * stride));
-    for (int64_t i = rows; i < ROWS; ++i) _mm512_store_si512(strip + i * 64, _mm512_setzero_si512());
-  }
-}
-
-// One step of 32 rows of a strip and a panel, added to what the tiles 0 .. 3 hold.
-template <bool HELD_PANEL> inline void add_products(const char* strip, const char* panel) {
+// One step of K of a strip and a panel, added to the sums in the tiles 0 .. 3. The strip is read past the first-level cache, as the panel may be.
+template <bool HELD_PANEL> inline void multiply(const char* strip, const char* panel) {
   if (HELD_PANEL) {
     _tile_loadd(6, panel, 64);
     _tile_loadd(7, panel + 1024, 64);
@@ -149,6 +58,71 @@ template <bool HELD_PANEL> inline void add_products(const char* strip, const cha
   _tile_dpbf16ps(3, 5, 7);
 }
 
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+inline void load_sums(const float* sums) {
+  _tile_loadd(0, sums, COLUMNS * 4);
+  _tile_loadd(1, sums + 16, COLUMNS * 4);
+  _tile_loadd(2, sums + 16 * COLUMNS, COLUMNS * 4);
+  _tile_loadd(3, sums + 16 * COLUMNS + 16, COLUMNS * 4);
+}
+
+inline void store_sums(float* sums) {
+  _tile_stored(0, sums, COLUMNS * 4);
+  _tile_stored(1, sums + 16, COLUMNS * 4);
+  _tile_stored(2, sums + 16 * COLUMNS, COLUMNS * 4);
+  _tile_stored(3, sums + 16 * COLUMNS + 16, COLUMNS * 4);
+}
+
+inline __mmask32 first_columns(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+
+void pack(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel) {
+  const bfloat16* w = static_cast<const bfloat16*>(weight);
+  int32_t* out = static_cast<int32_t*>(panel);
+  for (int64_t k = 0; k < inner; k += INNER)
+    for (int64_t half = 0; half < COLUMNS; half += 16, out += 256) {
+      const int64_t pairs = inner - k < INNER ? (inner - k) / 2 : 16;
+      transpose(w + half * stride + k, stride / 2, columns - half, pairs, out, 16);
+      __builtin_memset(out + pairs * 16, 0, (16 - pairs) * 64);
+    }
+}
+
+constexpr int64_t SUMS = ROWS * COLUMNS;  // of a tile of the output, in floats
+
+// How a linear layer is divided: K in equal parts of up to PART steps, so that sums do not depend on how the work is shared out; and the strips
+// that are at work together, as many as the cache takes, in equal groups.
+struct Plan {
+  int64_t steps, parts, part_steps, panels, strips;
+  explicit Plan(const Linear& task)
+      : steps(whole(task.inner, INNER) / INNER), parts((steps + PART - 1) / PART), part_steps((steps + parts - 1) / parts),
+        panels(whole(task.columns, COLUMNS) / COLUMNS) {
+    const int64_t strip = part_steps * STEP, most = strip < CACHE_BYTES ? CACHE_BYTES / strip : 1;
+    const int64_t all = whole(task.rows, ROWS) / ROWS, groups = (all + most - 1) / most;
+    strips = groups ? (all + groups - 1) / groups : 0;
+  }
+};
+
+// Strips, and the sums of all their tiles where K is in parts, or else those of one tile.
+int64_t linear_memory(const Linear& task) {
+  const Plan plan(task);
+  return plan.strips * plan.part_steps * STEP + (plan.parts > 1 ? plan.strips * plan.panels : 1) * SUMS * 4;
+}
+
+// Up to 32 rows of x, and of each up to 32 values of a step, in tiles with zeros around them.
+inline void copy_strip(const char* x, int64_t stride, int64_t rows, int64_t values, int64_t steps, char* strip) {
+  rows = rows < ROWS ? rows : ROWS;
+  for (int64_t step = 0; step < steps; ++step, strip += STEP, x += 64, values -= INNER) {
+    const __mmask32 mask = first_columns(values);
+    for (int64_t i = 0; i < rows; ++i) _mm512_store_si512(strip + i * 64, _mm512_maskz_loadu_epi16(mask, x + i * stride));
+    for (int64_t i = rows; i < ROWS; ++i) _mm512_store_si512(strip + i * 64, _mm512_setzero_si512());
+  }
+}
+
 // A tile's sums on their way through bias and GELU to the output at (row, column).
 struct Finished {
   const float* sums = nullptr;
@@ -158,16 +132,14 @@ struct Finished {
 // The rows begin .. end of ROWS.
 inline void finish(const Linear& task, const Finished& tile, int64_t begin, int64_t end) {
   end = end < task.rows - tile.row ? end : task.rows - tile.row;
-  const int64_t left = task.columns - tile.column;
-  const __mmask32 mask = left < COLUMNS ? (1u << left) - 1 : ~0u;
-  const float* bias = task.bias + tile.column;
+  const __mmask32 mask = first_columns(task.columns - tile.column);
   const int64_t stride = task.out_tiles ? 64 : task.out_stride;
   char* out = task.out + tile.row * task.out_stride + (task.out_tiles ? tile.column / INNER * STEP : tile.column * 2) + begin * stride;
   for (const float* sums = tile.sums + begin * COLUMNS; sums < tile.sums + end * COLUMNS; sums += COLUMNS, out += stride) {
     Float low = load(sums), high = load(sums + WIDTH);
     if (task.bias) {
-      low += _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), bias);
-      high += _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> WIDTH), bias + WIDTH);
+      low += _mm512_maskz_loadu_ps(mask, task.bias + tile.column);
+      high += _mm512_maskz_loadu_ps(mask >> WIDTH, task.bias + tile.column + WIDTH);
     }
     if (task.gelu) {
       low = gelu(low);
@@ -178,47 +150,50 @@ inline void finish(const Linear& task, const Finished& tile, int64_t begin, int6
   }
 }
 
-// A few strips at a time, a part of K at a time: the rows of x are copied into tiles, which stay in the second-level cache while the panels of the
-// weight pass. While the tiles multiply, the vector units finish the tile before, and the next panel and the next rows of x are fetched.
-void linear(const Linear& task, char* strips) {
+// A group of strips at a time, a part of K at a time: the rows of x are copied into tiles, unless they are tiles already, and stay in the
+// second-level cache while the panels of the weight pass. While the tiles multiply, the vector units finish the tile before, and the next panel
+// is fetched.
+void linear(const Linear& task, char* memory) {
   const Setup setup;
-  const Parts parts(task.inner);
-  const int64_t together = strips_at_once(task, parts), panels = whole(task.columns, COLUMNS) / COLUMNS, all_steps = whole(task.inner, INNER) / INNER;
-  float* sums = reinterpret_cast<float*>(strips + together * parts.steps * STEP);
+  const Plan plan(task);
+  float* sums = reinterpret_cast<float*>(memory + plan.strips * plan.part_steps * STEP);
   Finished finished;
-  for (int64_t row = 0; row < task.rows; row += together * ROWS)
-    for (int64_t part = 0; part < parts.count; ++part) {
-      const bool last = part + 1 == parts.count;
-      const Round round(task, parts, row, part);
-      const int64_t steps = round.steps, count = round.rows < together * ROWS ? (round.rows + ROWS - 1) / ROWS : together;
+  for (int64_t row = 0; row < task.rows; row += plan.strips * ROWS)
+    for (int64_t part = 0; part < plan.parts; ++part) {
+      const int64_t first = part * plan.part_steps, steps = plan.steps - first < plan.part_steps ? plan.steps - first : plan.part_steps;
+      const int64_t rows = task.rows - row, strips = rows < plan.strips * ROWS ? whole(rows, ROWS) / ROWS : plan.strips;
       if (!task.x_tiles)
-        for (int64_t s = 0; s < count; ++s) copy_strip_tiles(round, task.x_stride, s * ROWS, strips + s * steps * STEP);
-      const int64_t lines = (STEP / 64 + count - 1) / count;       // of the next panel, to be fetched during a step
-      for (int64_t p = 0; p < panels; ++p) {
-        const char* panel = static_cast<const char*>(task.panels) + (p * all_steps + part * parts.steps) * STEP;
-        const char* next = panel + all_steps * STEP;
-        for (int64_t s = 0; s < count; ++s) {
-          const int64_t tile = p * count + s, share = (ROWS + steps - 1) / steps;
-          float* to = sums + (parts.count > 1 ? tile : 0) * SUMS;
-          auto meanwhile = [&](int64_t step) __attribute__((always_inline)) {
+        for (int64_t s = 0; s < strips; ++s)
+          copy_strip(task.x + (row + s * ROWS) * task.x_stride + first * 64, task.x_stride, rows - s * ROWS, task.inner - first * INNER, steps,
+                     memory + s * steps * STEP);
+      written();
+      const bool last = part + 1 == plan.parts;
+      const int64_t lines = (STEP / 64 + strips - 1) / strips;  // of the next panel, to be fetched during a step
+      const int64_t share = (ROWS + steps - 1) / steps;         // rows to be finished
+      for (int64_t p = 0; p < plan.panels; ++p) {
+        const char* panel = static_cast<const char*>(task.panels) + (p * plan.steps + first) * STEP;
+        const char* next = panel + plan.steps * STEP;
+        for (int64_t s = 0; s < strips; ++s) {
+          const char* strip = task.x_tiles ? task.x + (row + s * ROWS) * task.x_stride + first * STEP : memory + s * steps * STEP;
+          float* to = sums + (plan.parts > 1 ? p * strips + s : 0) * SUMS;
+          const auto meanwhile = [&](int64_t step) __attribute__((always_inline)) {
             for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
             const int64_t begin = step * share, end = begin + share < ROWS ? begin + share : ROWS;
             if (part)
               for (const float* sum = to + SUMS + begin * COLUMNS; sum < to + SUMS + end * COLUMNS; sum += 16) __builtin_prefetch(sum);
             if (finished.sums) finish(task, finished, begin, end);
           };
-          part ? load_sums(to, COLUMNS) : zero_sums();
-          const char* strip = task.x_tiles ? task.x + (row + s * ROWS) * task.x_stride + part * parts.steps * STEP : strips + s * steps * STEP;
+          part ? load_sums(to) : zero_sums();
           int64_t step = 0;
           for (; step < steps && step < HELD; ++step) {
-            add_products<true>(strip + step * STEP, panel + step * STEP);
+            multiply<true>(strip + step * STEP, panel + step * STEP);
             meanwhile(step);
           }
           for (; step < steps; ++step) {
-            add_products<false>(strip + step * STEP, panel + step * STEP);
+            multiply<false>(strip + step * STEP, panel + step * STEP);
             meanwhile(step);
           }
-          store_sums(to, COLUMNS);
+          store_sums(to);
           finished = last ? Finished{to, row + s * ROWS, p * COLUMNS} : Finished{};
         }
       }
@@ -253,8 +228,6 @@ inline void pack_values(const Head& head, int64_t d, int64_t tokens, bfloat16* o
       }
     }
 }
-
-inline __mmask32 first_columns(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
 // The largest of a row of logits, which are tiles of 32 x 32.
 inline float largest(const float* logits, int64_t tokens) {
@@ -291,8 +264,8 @@ inline float exponentials(const float* logits, int64_t tokens, float scale, floa
   return 1.0f / _mm512_reduce_add_ps(total + total2);
 }
 
-// In a pipeline of blocks of 32 tokens: while the tiles multiply queries with keys for one block, and weights with values for the block before the
-// last, the vector units make weights of the last block's logits.
+// In a pipeline of blocks of 32 queries: while the tiles multiply one block's queries with the keys, and the weights of the block before the last
+// with the values, the vector units make the last block's weights from its logits. Of what passes from one to the next there are two.
 void attention(const Head& head, char* memory) {
   const Setup setup;
   const Layout at(head);
@@ -301,48 +274,49 @@ void attention(const Head& head, char* memory) {
   for (int64_t token = 0; token < at.tokens; token += COLUMNS)
     pack(head.k + token * head.stride, head.stride / 2, head.tokens - token, head.dim, keys + token * at.dim * 2);
   for (int64_t d = 0; d < at.dim; d += COLUMNS) pack_values(head, d, at.tokens, reinterpret_cast<bfloat16*>(values + d * at.tokens * 2));
-  const int64_t blocks = at.tokens / ROWS, share = (ROWS * ROWS * ROWS + 2 * at.tokens * at.dim - 1) / (2 * at.tokens * at.dim);
-  float reciprocals[2][ROWS];
+  const int64_t blocks = at.tokens / ROWS, steps = 2 * blocks * at.dim / INNER, share = (ROWS + steps - 1) / steps;  // rows during a step
+  const float scale = head.scale * 1.44269504088896341f;
+  float offsets[ROWS], reciprocals[2][ROWS];
+  const auto rows_of = [&](int64_t block) { return head.tokens - block * ROWS < ROWS ? head.tokens - block * ROWS : ROWS; };
+  const auto logits_of = [&](int64_t block) { return reinterpret_cast<float*>(memory + at.logits) + block % 2 * ROWS * at.tokens; };
+  const auto weights_of = [&](int64_t block) { return memory + at.weights + block % 2 * ROWS * at.tokens * 2; };
   for (int64_t block = 0; block < blocks + 2; ++block) {
-    const bool odd = block % 2;
-    float* logits = reinterpret_cast<float*>(memory + at.logits);
-    float *to_logits = logits + odd * ROWS * at.tokens, *from_logits = logits + !odd * ROWS * at.tokens;
-    char *weights = memory + at.weights, *to_weights = weights + !odd * ROWS * at.tokens * 2, *from_weights = weights + odd * ROWS * at.tokens * 2;
-    const int64_t waiting = block == 0 || block > blocks ? 0 : head.tokens - (block - 1) * ROWS < ROWS ? head.tokens - (block - 1) * ROWS : ROWS;
-    float offsets[ROWS];
-    const float scale = head.scale * 1.44269504088896341f;
-    for (int64_t i = 0; i < waiting; ++i) offsets[i] = -scale * largest(from_logits + i * COLUMNS, head.tokens);
+    const bool weighs = block > 0 && block <= blocks;
+    const float* logits = logits_of(block + 1);  // the last block's
+    char* weights = weights_of(block + 1);
+    float* reciprocal = reciprocals[(block + 1) % 2];
+    const int64_t waiting = weighs ? rows_of(block - 1) : 0;
+    for (int64_t i = 0; i < waiting; ++i) offsets[i] = -scale * largest(logits + i * COLUMNS, head.tokens);
     int64_t done = 0;
     const auto meanwhile = [&](int64_t count) {
       for (const int64_t end = done + count < waiting ? done + count : waiting; done < end; ++done)
-        reciprocals[!odd][done] = exponentials(from_logits + done * COLUMNS, head.tokens, scale, offsets[done], to_weights + done * 64);
+        reciprocal[done] = exponentials(logits + done * COLUMNS, head.tokens, scale, offsets[done], weights + done * 64);
     };
     if (block < blocks) {
-      const int64_t row = block * ROWS;
-      copy_strip_tiles(Round(head.q + row * head.stride, head.tokens - row, head.dim), head.stride, 0, queries);
+      copy_strip(head.q + block * ROWS * head.stride, head.stride, rows_of(block), head.dim, at.dim / INNER, queries);
+      written();
       for (int64_t token = 0; token < at.tokens; token += COLUMNS) {
         zero_sums();
         for (int64_t step = 0; step < at.dim / INNER; ++step) {
-          multiply(queries + step * STEP, keys + token * at.dim * 2 + step * STEP);
+          multiply<true>(queries + step * STEP, keys + token * at.dim * 2 + step * STEP);
           meanwhile(share);
         }
-        store_sums(to_logits + token * ROWS, COLUMNS);
+        store_sums(logits_of(block) + token * ROWS);
       }
     }
     if (block >= 2)
       for (int64_t d = 0; d < at.dim; d += COLUMNS) {
-        const int64_t row = (block - 2) * ROWS, rows = head.tokens - row < ROWS ? head.tokens - row : ROWS;
         zero_sums();
         for (int64_t step = 0; step < at.tokens / INNER; ++step) {
-          multiply(from_weights + step * STEP, values + d * at.tokens * 2 + step * STEP);
+          multiply<true>(weights_of(block) + step * STEP, values + d * at.tokens * 2 + step * STEP);
           meanwhile(share);
         }
-        store_sums(sums, COLUMNS);
-        char* out = head.out + row * head.out_stride + d * 2;
-        const __mmask32 mask = first_columns(head.dim - d);
-        for (int64_t i = 0; i < rows; ++i, out += head.out_stride) {
-          const Float low = load(sums + i * COLUMNS) * reciprocals[odd][i], high = load(sums + i * COLUMNS + 16) * reciprocals[odd][i];
-          _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        store_sums(sums);
+        char* out = head.out + (block - 2) * ROWS * head.out_stride + d * 2;
+        for (int64_t i = 0; i < rows_of(block - 2); ++i, out += head.out_stride) {
+          const float factor = reciprocals[block % 2][i];
+          const Float low = load(sums + i * COLUMNS) * factor, high = load(sums + i * COLUMNS + WIDTH) * factor;
+          _mm512_mask_storeu_epi16(out, first_columns(head.dim - d), (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
       }
     meanwhile(ROWS);
