@@ -72,14 +72,14 @@ def operators(dtype: torch.dtype, cell: Cell, evaluations: int = 20) -> list[tup
                 network(noise, 0.0, 0, y, cell.depth)
     events = sorted(profile.key_averages(group_by_input_shape=True), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
+    per_ms = evaluations * 1e3  # the profiler's microseconds of all evaluations
+    shown = [event for event in events if event.self_cpu_time_total >= total / 200]
     rows = []
-    for event in events:
-        if event.self_cpu_time_total >= total / 200:
-            shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
-            calls, time_ms = event.count / evaluations, event.self_cpu_time_total / evaluations / 1e3
-            rows.append((f"{event.key} {shapes[:80]}", f"{calls:.4g}", f"{time_ms:.2f}"))
-    shown = sum(float(row[2]) for row in rows)
-    return [*rows, ("all else", "", f"{total / evaluations / 1e3 - shown:.2f}")]
+    for event in shown:
+        shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
+        rows.append((f"{event.key} {shapes[:80]}", f"{event.count / evaluations:.4g}", f"{event.self_cpu_time_total / per_ms:.2f}"))
+    rest = total - sum(event.self_cpu_time_total for event in shown)
+    return [*rows, ("all else", "", f"{rest / per_ms:.2f}")]
 
 
 def main(arguments: list[str] | None = None) -> int:

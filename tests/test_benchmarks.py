@@ -376,6 +376,14 @@ def test_cpu_rate_compares_the_evaluation_with_the_product() -> None:
     assert set(found["variants"]) == {"product", "model", "eager", "auto"}
 
 
+def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) -> None:
+    rows = cpu_rate.operators(torch.float32, Cell("tiny", 4, 1, 2, torch.float32, ("auto",)), evaluations=2)
+    times = [float(row[2]) for row in rows]
+    assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
+    assert rows[-1][0] == "all else"
+    assert times[:-1] == sorted(times[:-1], reverse=True)
+
+
 def test_the_suite_runs_without_tyro() -> None:
     """Machines on which the suite runs have torch, numpy and safetensors, not the command line's packages."""
     program = (

@@ -26,7 +26,7 @@ inline Float widen(Half h) {
 #endif
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// To the nearest, ties to even; NaN stays NaN. The instruction makes 0 of denormal numbers.
 inline Half narrow(Float f) {
 #ifdef ROUNDS_BFLOAT16
   return reinterpret_cast<Half>(_mm512_cvtneps_pbh(f));
