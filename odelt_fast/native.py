@@ -31,7 +31,7 @@ ARCHITECTURES = ("-gencode=arch=compute_80,code=compute_80", "-gencode=arch=comp
 NVCC_FLAGS = (*CXX_FLAGS, "-std=c++20", "-shared", "-Xcompiler=-fPIC", *ARCHITECTURES)
 EPS = 1e-6  # of the network's LayerNorm
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
-PANEL, MAX_TOKENS, MAX_HEAD_DIM = 32, 1024, 192  # of csrc/cpu/products.h
+PANEL, TILE, MAX_TOKENS, MAX_HEAD_DIM = 32, 32, 1024, 192  # of csrc/cpu/products.h
 WHILE_NODES = 12040  # CUDA 12.4, the first with while nodes
 
 
@@ -187,6 +187,7 @@ def norm_modulate(x: Tensor, modulation: Tensor, shift_column: int, scale_column
     """out = LN(x)*(1 + scale) + shift. What is said here holds for all: x (B, N, D), float32 or bfloat16, D up to 8192, any strides;
     every other (B, N, D) tensor of its dtype; shift, scale and gate are D columns, from the column named on, of packed rows (B or 1, K),
     float32 or bfloat16. Arithmetic is float32. Results overwrite contiguous tensors, which may be inputs of the same place in memory.
+    y and out, which matrix products write and read, may be in tiles (`tiled`), contiguous.
     Raises RuntimeError for shapes and dtypes that do not fit.
     """
     torch.ops.odelt_native.norm_modulate(x, modulation, shift_column, scale_column, eps, out)
@@ -229,6 +230,18 @@ def has_products(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.bfloat16) and bool(torch.ops.odelt_native.has_products(torch.empty(0, dtype=dtype)))
 
 
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether `linear`, `mlp` and `attention` take tensors in tiles (`tiled`) of this dtype, which they read and write fastest."""
+    return dtype == torch.bfloat16 and has_products(dtype)
+
+
+def tiled(batch: int, tokens: int, size: int) -> tuple[int, int, int, int, int]:
+    """Shape of (B, N, D) in tiles of 32 tokens and 32 values: (B, N/32, D/32, 32, 32)."""
+    if tokens % TILE or size % TILE:
+        raise ValueError(f"{tokens} tokens of {size} values are not whole tiles: both must be multiples of {TILE}")
+    return batch, tokens // TILE, size // TILE, TILE, TILE
+
+
 def pack_weight(weight: Tensor) -> Tensor:
     """The copy of a weight (N, K) that `linear` reads, N and K filled up to multiples of 32; K even in bfloat16."""
     columns, inner = (-(-size // PANEL) * PANEL for size in weight.shape)
@@ -240,7 +253,8 @@ def pack_weight(weight: Tensor) -> Tensor:
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None, *, out: Tensor) -> None:
     """out = x W^T + bias; x (M, K), packed from W (N, K), bias (N,), out (M, N). Sums are float32.
 
-    x, packed and out have one dtype, for which `has_products` holds; rows are contiguous.
+    x, packed and out have one dtype, for which `has_products` holds; rows are contiguous. Where `has_tiles` holds, x and out may be in
+    tiles, (M/32, K/32, 32, 32), contiguous.
     """
     torch.ops.odelt_native.linear(x, packed, bias, out)
 
@@ -255,6 +269,7 @@ def mlp(x: Tensor, packed_in: Tensor, bias_in: Tensor, packed_out: Tensor, *, ou
 
 def attention(qkv: Tensor, heads: int, scale: float, *, out: Tensor) -> None:
     """out = softmax(scale q k^T) v; qkv (B, N, 3*D), packed as (q, k, v), out (B, N, D); scale > 0. dtypes as for `linear`.
+    Where `has_tiles` holds and D/heads is a multiple of 32, qkv and out may be in tiles (`tiled`).
 
     N up to MAX_TOKENS, D/heads up to MAX_HEAD_DIM and even in bfloat16.
     """

@@ -54,14 +54,18 @@ def test_it_is_the_model(name: str) -> None:
                 torch.testing.assert_close(ours(*arguments, depth=depth), model(*arguments, depth=depth), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_is_nearer_to_the_truth_than_the_model() -> None:
-    exact, model = network(SMALL).double(), network(SMALL, torch.bfloat16)
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bfloat16_is_nearer_to_the_truth_than_the_model(name: str, tiled: bool) -> None:
+    config = replace(CONFIGS[name], image_size=16, hidden_size=64, num_heads=2) if tiled else CONFIGS[name]
+    exact, model = network(config).double(), network(config, torch.bfloat16)
     exact.load_state_dict(model.state_dict())
     errors = []
+    arguments = inputs(16, config.image_size)
     with torch.no_grad():
-        truth = exact(*inputs(16), depth=6)
+        truth = exact(*arguments, depth=None)
         for function in (CpuNetwork(model), model):
-            errors.append((function(*inputs(16), depth=6).double() - truth).square().mean().sqrt())
+            errors.append((function(*arguments, depth=None).double() - truth).square().mean().sqrt())
     assert errors[0] <= 1.05 * errors[1]
 
 

@@ -182,6 +182,25 @@ def test_one_modulation_row_serves_all_samples_in_any_dtype(cache: Path, name: s
         assert torch.equal(results[0], results[2])
 
 
+def tiles(x: Tensor) -> Tensor:
+    """(B, N, D) as (B, N/32, D/32, 32, 32)."""
+    return x.unflatten(1, (-1, 32)).unflatten(3, (-1, 32)).transpose(2, 3).contiguous()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_tiles_are_rows_in_another_order(cache: Path, name: str, dtype: torch.dtype) -> None:
+    """y and the last result, which matrix products write and read, may be in tiles."""
+    rows, tiled = Case(dtype, 96, tokens=64), Case(dtype, 96, tokens=64)
+    tiled.y = tiles(tiled.y)
+    memory = iter([torch.empty_like(tiled.y)] if name == "norm_modulate" else [torch.empty_like(rows.x), torch.empty_like(tiled.y)])
+    *states, last = ours(name, rows)
+    *tiled_states, tiled_last = ours(name, tiled, lambda: next(memory, torch.full_like(rows.x, torch.nan)))
+    assert tiled_last.shape == native.tiled(3, 64, 96)
+    assert torch.equal(tiled_last, tiles(last))
+    assert all(map(torch.equal, states, tiled_states))
+
+
 def test_absent_parts_are_zero_and_one(cache: Path) -> None:
     case, zero = Case(torch.float32, 24), torch.zeros(3, 5, 24)
     columns = case.table, 72, case.table, 24, 96
@@ -267,7 +286,10 @@ def refusals() -> list[tuple[str, Callable[[Case], Any]]]:
         ("B, N, D", norm_with(x=torch.zeros(5, 8))),
         ("8192", norm_with(x=torch.zeros(1, 1, 8200), modulation=torch.zeros(1, 8200), scale_column=0, out=torch.zeros(1, 1, 8200))),
         ("contiguous", norm_with(out=torch.empty(3, 8, 5).transpose(1, 2))),
-        ("contiguous", norm_with(out=torch.empty(3, 5, 8, dtype=torch.bfloat16))),
+        ("contiguous", norm_with(out=torch.empty(3, 5, 16)[..., ::2])),
+        ("dtype", norm_with(out=torch.empty(3, 5, 8, dtype=torch.bfloat16))),
+        ("in tiles", norm_with(out=torch.empty(3, 1, 1, 32, 32))),
+        ("B, N, D", norm_with(x=torch.empty(3, 1, 1, 32, 32))),
         ("contiguous", lambda case: native.bias_gelu_(torch.zeros(8, 4).t(), None)),
         ("shape", lambda case: ours("gated_residual", _with(case, y=torch.zeros(3, 4, 8)))),
         ("dtype", lambda case: ours("gated_residual", _with(case, y=torch.zeros(3, 5, 8, dtype=torch.bfloat16)))),

@@ -97,6 +97,68 @@ def test_linear_without_a_bias_of_a_slice_of_rows_and_of_none(dtype: torch.dtype
     native.linear(x[:0], packed, out=out[:0])
 
 
+def tiles(x: Tensor) -> Tensor:
+    """(M, K) as (M/32, K/32, 32, 32); (B, N, D) likewise."""
+    return x.unflatten(-2, (-1, 32)).unflatten(-1, (-1, 32)).transpose(-3, -2).contiguous()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(32, 32, 32), (96, 768, 320), (64, 1568, 96), (1120, 3072, 64)])
+def test_tiles_are_rows_in_another_order(rows: int, inner: int, columns: int, threads: int) -> None:
+    dtype, before = torch.bfloat16, torch.get_num_threads()
+    if not native.has_tiles(dtype):
+        pytest.skip("this processor has no instructions for tiles")
+    x, weight, back = draw(rows, inner, dtype=dtype), draw(columns, inner, dtype=dtype), draw(inner, columns, dtype=dtype)
+    packed, packed_back, bias = native.pack_weight(weight / inner**0.5), native.pack_weight(back), draw(columns, dtype=dtype)
+    plain, pair = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, inner, dtype=dtype)
+    native.linear(x, packed, bias, out=plain)
+    native.mlp(x, packed, bias, packed_back, out=pair)
+    try:
+        torch.set_num_threads(threads)
+        for given in (x, tiles(x)):
+            for result in (torch.full_like(plain, torch.nan), tiles(torch.full_like(plain, torch.nan))):
+                native.linear(given, packed, bias, out=result)
+                assert torch.equal(result, tiles(plain) if result.dim() == 4 else plain)
+            for result in (torch.full_like(pair, torch.nan), tiles(torch.full_like(pair, torch.nan))):
+                native.mlp(given, packed, bias, packed_back, out=result)
+                assert torch.equal(result, tiles(pair) if result.dim() == 4 else pair)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(32, 1, 32), (64, 3, 64), (256, 2, 96), (1024, 1, 192)])
+def test_attention_in_tiles_is_that_of_rows(tokens: int, heads: int, dim: int) -> None:
+    dtype = torch.bfloat16
+    if not native.has_tiles(dtype):
+        pytest.skip("this processor has no instructions for tiles")
+    qkv = draw(2, tokens, 3 * heads * dim, dtype=dtype)
+    plain = torch.empty(2, tokens, heads * dim, dtype=dtype)
+    native.attention(qkv, heads, dim**-0.5, out=plain)
+    for given in (qkv, tiles(qkv)):
+        for result in (torch.full_like(plain, torch.nan), tiles(torch.full_like(plain, torch.nan))):
+            native.attention(given, heads, dim**-0.5, out=result)
+            assert torch.equal(result, tiles(plain) if result.dim() == 5 else plain)
+
+
+def test_what_is_no_whole_tile_is_refused() -> None:
+    for shape in ((1, 33, 32), (1, 32, 48)):
+        with pytest.raises(ValueError, match="multiples of 32"):
+            native.tiled(*shape)
+    x = torch.zeros(1, 1, 32, 32)
+    if native.has_products(x.dtype):
+        with pytest.raises(RuntimeError, match="no tiles"):
+            native.linear(x, native.pack_weight(torch.zeros(32, 32)), out=torch.zeros_like(x))
+    if not native.has_tiles(torch.bfloat16):
+        return
+    x = x.bfloat16()
+    packed = native.pack_weight(x[0, 0])
+    for wrong in (x[:, :, :16], torch.zeros(1, 32, 32, 2, dtype=x.dtype)[..., 0][None], x.expand(2, 1, 32, 32)):
+        with pytest.raises(RuntimeError, match="in tiles must be"):
+            native.linear(wrong, packed, out=torch.zeros_like(x))
+    with pytest.raises(RuntimeError, match="multiple of 32 values"):
+        native.attention(torch.zeros(native.tiled(1, 32, 144 * 2), dtype=x.dtype), 2, 1.0, out=torch.zeros(1, 32, 96, dtype=x.dtype))
+
+
 def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
     x, threads = draw(300, 1154, dtype=dtype), torch.get_num_threads()
     packed, back = (native.pack_weight(draw(*shape, dtype=dtype)) for shape in ((70, 1154), (90, 70)))
@@ -210,15 +272,17 @@ def error_of(run: Callable[..., Tensor], exact: DiT, batch: int, side: int = 8) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str, indirect=False)
-@pytest.mark.parametrize(("heads", "dim"), [(2, 64), (2, 72), (3, 20)])
-def test_the_network_is_the_model_at_every_batch(dtype: torch.dtype, heads: int, dim: int) -> None:
-    model = network(heads, dim).to(dtype)
-    exact, ours = network(heads, dim).double(), CpuNetwork(model)
+@pytest.mark.parametrize(("heads", "dim", "side"), [(2, 64, 8), (2, 72, 8), (3, 20, 8), (2, 64, 16), (2, 80, 16), (3, 24, 16)])
+def test_the_network_is_the_model_at_every_batch(dtype: torch.dtype, heads: int, dim: int, side: int) -> None:
+    """With 64 tokens in tiles: all of it, all but the heads, and nothing."""
+    model = network(heads, dim, side).to(dtype)
+    exact, ours = network(heads, dim, side).double(), CpuNetwork(model)
     exact.load_state_dict(model.state_dict())
     assert ours.products == native.has_products(dtype)
     for batch in range(1, 10):
-        assert error_of(ours, exact, batch) <= 1.25 * error_of(model, exact, batch) + 1e-7
-    assert error_of(ours, exact, 2, side=12) <= 1.25 * error_of(model, exact, 2, side=12) + 1e-7
+        assert error_of(ours, exact, batch, side) <= 1.25 * error_of(model, exact, batch, side) + 1e-7
+    for other in (12, 16):
+        assert error_of(ours, exact, 2, other) <= 1.25 * error_of(model, exact, 2, other) + 1e-7
 
 
 def test_a_few_samples_at_a_time_are_the_whole_batch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,16 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 
 #include "processor.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -34,20 +38,28 @@ const Products& required(const Tensor& x) {
 
 bool has_products(const Tensor& like) { return products(like) != nullptr; }
 
-// Memory of one thread, aligned to a cache line.
+constexpr int64_t LARGE_PAGE = 2 << 20;
+
+// Memory of one thread: as pages of 2 MiB where there is much of it and the system has them.
 class Memory {
  public:
   char* of(int64_t size) {
     if (size > size_) {
-      data_.reset(static_cast<char*>(::operator new(size, std::align_val_t(64))));
-      size_ = size;
+      const int64_t alignment = size < LARGE_PAGE / 2 ? 64 : LARGE_PAGE;
+      size_ = 0;
+      data_.reset(static_cast<char*>(std::aligned_alloc(alignment, whole(size, alignment))));
+      STD_TORCH_CHECK(data_, "no memory for ", size, " bytes");
+      size_ = whole(size, alignment);
+#ifdef MADV_HUGEPAGE
+      if (alignment == LARGE_PAGE) madvise(data_.get(), size_, MADV_HUGEPAGE);
+#endif
     }
     return data_.get();
   }
 
  private:
   struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
+    void operator()(char* p) const { std::free(p); }
   };
   std::unique_ptr<char, Free> data_;
   int64_t size_ = 0;
@@ -76,7 +88,26 @@ void pack_weight(const Tensor& weight, Tensor out) {
   });
 }
 
-// x, packed, bias and out in the form that the work takes; what x and out are is checked elsewhere.
+// A matrix in rows, or in tiles: (rows/32, columns/32, 32, 32), where the instruction set takes them.
+struct Matrix {
+  int64_t rows, columns, stride;  // bytes from row to row; in tiles, a strip's bytes over its rows
+  bool tiles;
+
+  Matrix(const Tensor& x, const Tensor& like, const Products& products, const char* name) : tiles(x.dim() == 4) {
+    const int64_t bytes = static_cast<int64_t>(x.element_size());
+    if (!tiles) {
+      check_matrix(x, like, name);
+      rows = x.size(0), columns = x.size(1), stride = x.stride(0) * bytes;
+      return;
+    }
+    STD_TORCH_CHECK(products.tiles, "this dtype has no tiles here");
+    const bool fits = x.size(2) == COLUMNS && x.size(3) == COLUMNS && x.is_contiguous() && x.is_cpu() && x.scalar_type() == like.scalar_type();
+    STD_TORCH_CHECK(fits, name, " in tiles must be (rows/32, columns/32, 32, 32), contiguous, of the dtype of x");
+    rows = x.size(0) * COLUMNS, columns = x.size(1) * COLUMNS, stride = columns * bytes;
+  }
+};
+
+// x, packed, bias and out in the form that the work takes.
 class Layer {
  public:
   Layer(const Tensor& packed, const std::optional<Tensor>& bias, int64_t columns, int64_t inner, const Tensor& like) {
@@ -95,6 +126,19 @@ class Layer {
     bytes_ = static_cast<int64_t>(packed.element_size());
   }
 
+  void read(const Tensor& x, const Matrix& matrix) {
+    all.x = static_cast<const char*>(x.const_data_ptr());
+    all.x_stride = matrix.stride;
+    all.rows = matrix.rows;
+    all.x_tiles = matrix.tiles;
+  }
+
+  void write(Tensor& out, const Matrix& matrix) {
+    all.out = static_cast<char*>(out.mutable_data_ptr());
+    all.out_stride = matrix.stride;
+    all.out_tiles = matrix.tiles;
+  }
+
   // Whole strips and panels, shared out evenly, so that no thread is without work.
   void run(const Products& products) const {
     const int64_t strips = (all.rows + products.rows - 1) / products.rows, panels = whole(all.columns, COLUMNS) / COLUMNS;
@@ -103,10 +147,10 @@ class Layer {
     torch::stable::parallel_for(0, across * down, 1, [&](int64_t begin, int64_t end) {
       static thread_local Memory memory;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % down * strips / down * products.rows;
-        const int64_t row_end = std::min((i % down + 1) * strips / down * products.rows, all.rows);
         const int64_t column = i / down * panels / across * COLUMNS;
         const int64_t column_end = std::min((i / down + 1) * panels / across * COLUMNS, all.columns);
+        const int64_t row = i % down * strips / down * products.rows;
+        const int64_t row_end = std::min((i % down + 1) * strips / down * products.rows, all.rows);
         Linear task = all;
         task.x += row * all.x_stride;
         task.panels = static_cast<const char*>(all.panels) + column * whole(all.inner, INNER) * bytes_;
@@ -126,76 +170,87 @@ class Layer {
   int64_t bytes_;
 };
 
-void check_rows(const Tensor& x, const Tensor& out) {
-  check_matrix(x, x, "x");
-  check_matrix(out, x, "out");
-  STD_TORCH_CHECK(out.size(0) == x.size(0), "out must have as many rows as x");
-}
-
-void read_from(Linear& all, const Tensor& x) {
-  all.x = static_cast<const char*>(x.const_data_ptr());
-  all.x_stride = x.stride(0) * static_cast<int64_t>(x.element_size());
-  all.rows = x.size(0);
-}
-
-void write_to(Linear& all, Tensor& out) {
-  all.out = static_cast<char*>(out.mutable_data_ptr());
-  all.out_stride = out.stride(0) * static_cast<int64_t>(out.element_size());
-}
-
 void linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, Tensor out) {
   const Products& products = required(x);
-  check_rows(x, out);
-  Layer layer(packed, bias, out.size(1), x.size(1), x);
-  read_from(layer.all, x);
-  write_to(layer.all, out);
+  const Matrix from(x, x, products, "x"), to(out, x, products, "out");
+  STD_TORCH_CHECK(from.rows == to.rows, "out must have as many rows as x");
+  Layer layer(packed, bias, to.columns, from.columns, x);
+  layer.read(x, from);
+  layer.write(out, to);
   layer.run(products);
 }
 
 void mlp(const Tensor& x, const Tensor& packed_in, const Tensor& bias_in, const Tensor& packed_out, Tensor out) {
   const Products& products = required(x);
-  check_rows(x, out);
+  const Matrix from(x, x, products, "x"), to(out, x, products, "out");
+  STD_TORCH_CHECK(from.rows == to.rows, "out must have as many rows as x");
   const int64_t hidden = bias_in.numel();
-  Layer in(packed_in, bias_in, hidden, x.size(1), x), back(packed_out, std::nullopt, out.size(1), hidden, x);
+  Layer in(packed_in, bias_in, hidden, from.columns, x), back(packed_out, std::nullopt, to.columns, hidden, x);
+  in.read(x, from);
+  in.all.gelu = true;
+  back.write(out, to);
   static thread_local Memory memory;
   const int64_t row = whole(hidden, INNER) * static_cast<int64_t>(x.element_size());
-  read_from(in.all, x);
-  in.all.out = memory.of(whole(x.size(0), products.rows) * row);
+  in.all.out = memory.of(whole(from.rows, products.rows) * row);
   in.all.out_stride = row;
-  in.all.gelu = true;
   in.all.out_tiles = back.all.x_tiles = products.tiles;
   in.run(products);
   back.all.x = in.all.out;
   back.all.x_stride = row;
-  back.all.rows = x.size(0);
-  write_to(back.all, out);
+  back.all.rows = from.rows;
   back.run(products);
 }
 
+// (B, N, D) with rows that are contiguous, or in tiles, (B, N/32, D/32, 32, 32).
+struct Samples {
+  int64_t batch, tokens, size, sample;  // bytes from sample to sample
+  Layout at;
+  bool tiles;
+
+  explicit Samples(const Tensor& x, const char* name) : tiles(x.dim() == 5) {
+    const int64_t bytes = static_cast<int64_t>(x.element_size());
+    const bool fits = tiles ? x.size(3) == COLUMNS && x.size(4) == COLUMNS && x.is_contiguous() : x.dim() == 3 && x.stride(2) == 1;
+    STD_TORCH_CHECK(fits, name, " must be (B, N, D) with contiguous rows, or in tiles (B, N/32, D/32, 32, 32) and contiguous");
+    batch = x.size(0);
+    tokens = x.size(1) * (tiles ? COLUMNS : 1);
+    size = x.size(2) * (tiles ? COLUMNS : 1);
+    sample = x.stride(0) * bytes;
+    at.row = tiles ? COLUMNS * bytes : x.stride(1) * bytes;
+    at.strip = COLUMNS * (tiles ? size * bytes : at.row);
+    at.step = COLUMNS * (tiles ? at.row : bytes);
+  }
+};
+
 void attention(const Tensor& qkv, int64_t heads, double scale, Tensor out) {
   const Products& run = required(qkv);
-  const bool fits = qkv.dim() == 3 && out.dim() == 3 && qkv.stride(2) == 1 && out.is_contiguous() && heads > 0 && qkv.size(2) % (3 * heads) == 0 &&
-                    out.size(0) == qkv.size(0) && out.size(1) == qkv.size(1) && 3 * out.size(2) == qkv.size(2);
+  const Samples from(qkv, "qkv"), to(out, "out");
+  const bool fits = out.is_contiguous() && heads > 0 && from.size % (3 * heads) == 0 && to.batch == from.batch && to.tokens == from.tokens &&
+                    3 * to.size == from.size;
   STD_TORCH_CHECK(fits, "qkv must be (B, N, 3*D) with D a multiple of the number of heads, out (B, N, D) and contiguous");
   STD_TORCH_CHECK(out.scalar_type() == qkv.scalar_type() && out.is_cpu(), "out must have the dtype of qkv");
   STD_TORCH_CHECK(scale > 0, "scale must be positive");
-  const int64_t bytes = static_cast<int64_t>(qkv.element_size()), size = out.size(2), dim = size / heads;
-  STD_TORCH_CHECK(qkv.size(1) <= MAX_TOKENS && dim <= MAX_DIM, "at most ", MAX_TOKENS, " tokens, and heads of ", MAX_DIM, " values");
-  STD_TORCH_CHECK(bytes == 4 || (dim % 2 == 0 && qkv.stride(1) % 2 == 0), "a head of bfloat16 must have an even number of values");
-  const char* from = static_cast<const char*>(qkv.const_data_ptr());
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, qkv.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
+  const int64_t bytes = static_cast<int64_t>(qkv.element_size()), dim = to.size / heads;
+  STD_TORCH_CHECK(from.tokens <= MAX_TOKENS && dim <= MAX_DIM, "at most ", MAX_TOKENS, " tokens, and heads of ", MAX_DIM, " values");
+  STD_TORCH_CHECK(bytes == 4 || (dim % 2 == 0 && from.at.row % 4 == 0), "a head of bfloat16 must have an even number of values");
+  STD_TORCH_CHECK(!(from.tiles || to.tiles) || (run.tiles && dim % COLUMNS == 0), "tiles are for bfloat16 and heads of a multiple of 32 values");
+  const char* data = static_cast<const char*>(qkv.const_data_ptr());
+  char* results = static_cast<char*>(out.mutable_data_ptr());
+  // Columns before the first of a head are whole steps in tiles.
+  const auto column = [&](const Samples& x, int64_t index) { return x.tiles ? index / COLUMNS * x.at.step : index * bytes; };
+  torch::stable::parallel_for(0, from.batch * heads, 1, [&](int64_t begin, int64_t end) {
     static thread_local Memory memory;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t sample = i / heads, first = i % heads * dim * bytes;
+      const int64_t first = i % heads * dim;
+      const char* sample = data + i / heads * from.sample;
       Head head = {};
-      head.q = from + sample * qkv.stride(0) * bytes + first;
-      head.k = head.q + size * bytes;
-      head.v = head.k + size * bytes;
-      head.out = to + sample * out.stride(0) * bytes + first;
-      head.stride = qkv.stride(1) * bytes;
-      head.out_stride = size * bytes;
-      head.tokens = qkv.size(1);
+      head.q = sample + column(from, first);
+      head.k = sample + column(from, to.size + first);
+      head.v = sample + column(from, 2 * to.size + first);
+      head.out = results + i / heads * to.sample + column(to, first);
+      head.at = from.at;
+      head.out_at = to.at;
+      head.tiles = from.tiles;
+      head.tokens = from.tokens;
       head.dim = dim;
       head.scale = static_cast<float>(scale);
       run.attention(head, memory.of(run.attention_memory(head)));

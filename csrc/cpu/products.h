@@ -18,21 +18,28 @@ struct Linear {
   char* out;           // the first row and column
   int64_t x_stride, out_stride;  // bytes from row to row
   int64_t rows, columns, inner;
-  bool gelu, x_tiles, out_tiles;  // tiles: what one layer hands to the next, laid out as the instruction set likes it, filled up to whole strips
+  // tiles of 32 rows and 32 values, those of a strip of 32 rows beside each other, filled up to whole strips
+  bool gelu, x_tiles, out_tiles;
+};
+
+// Bytes from 32 rows to the next, from row to row, and from 32 values of a row to the next.
+struct Layout {
+  int64_t strip, row, step;
 };
 
 // One head of one sample: out = softmax(scale q k^T) v.
 struct Head {
   const char *q, *k, *v;  // the first token
   char* out;
-  int64_t stride, out_stride;  // bytes from token to token
+  Layout at, out_at;
+  bool tiles;  // whether q, k and v are in tiles
   int64_t tokens, dim;
   float scale;
 };
 
 struct Products {
   int64_t rows;  // of a tile
-  bool tiles;    // whether layers hand on tiles
+  bool tiles;    // whether the functions take tiles
   void (*pack)(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel);  // one panel; stride in values
   int64_t (*linear_memory)(const Linear&);  // bytes that `linear` needs, aligned to 64
   void (*linear)(const Linear&, char* memory);

@@ -14,11 +14,12 @@ namespace {
 using Value = bfloat16;
 constexpr int64_t ROWS = 32;
 constexpr int64_t STEP = 2048;  // bytes of 32 of K of a panel or a strip: two tiles
-constexpr int64_t PART = 48;    // steps of K that are summed up in the tiles
+constexpr int64_t WHOLE = 48;   // steps of K that are summed up in the tiles; of more than that,
+constexpr int64_t PART = 16;    // these: as many as the first-level cache holds
 // Steps of a panel that stay in the first-level cache of 48 KiB while the strips pass; all else is read past that cache, which would only lose
 // what it holds.
 constexpr int64_t HELD = 16;
-constexpr int64_t CACHE_BYTES = 1024 * 1024;  // of strips: they stay in a second-level cache of 2 MiB
+constexpr int64_t CACHE_BYTES = 1600 * 1024;  // of strips: they stay in a second-level cache of 2 MiB
 
 // What has been written so far is in memory: GCC does not know that the instructions which load tiles read it.
 inline void written() { __asm__ volatile("" ::: "memory"); }
@@ -41,77 +42,96 @@ struct Setup {
   }
 };
 
-// One step of K of a strip and a panel, added to the sums in the tiles 0 .. 3. The strip is read past the first-level cache, as the panel may be.
-template <bool HELD_PANEL> inline void multiply(const char* strip, const char* panel) {
-  if (HELD_PANEL) {
-    _tile_loadd(6, panel, 64);
-    _tile_loadd(7, panel + 1024, 64);
-  } else {
-    _tile_stream_loadd(6, panel, 64);
-    _tile_stream_loadd(7, panel + 1024, 64);
-  }
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE INLINE_LAMBDA inline
+
+// Products of two strips of 16 rows (tiles 4 and 5) and two panels of 16 columns (6 and 7) are added to the sums in the tiles 0 .. 3. The operands of a
+// step of K are loaded while the tiles multiply those of the step before, and the sums of one tile of the output are stored while the next one
+// begins, so that the multiplier hardly waits. Strips are read past the first-level cache, and what of a panel is not held there.
+INLINE void load_operands(const char* strip, const char* panel) {
   _tile_stream_loadd(4, strip, 64);
+  _tile_loadd(6, panel, 64);
+  _tile_stream_loadd(5, strip + 1024, 64);
+  _tile_loadd(7, panel + 1024, 64);
+}
+
+// Multiplies what is loaded, and loads the next operands.
+template <bool HELD_PANEL> INLINE void multiply(const char* next_strip, const char* next_panel) {
   _tile_dpbf16ps(0, 4, 6);
   _tile_dpbf16ps(1, 4, 7);
-  _tile_stream_loadd(5, strip + 1024, 64);
+  _tile_stream_loadd(4, next_strip, 64);
   _tile_dpbf16ps(2, 5, 6);
+  if (HELD_PANEL) _tile_loadd(6, next_panel, 64);
+  else _tile_stream_loadd(6, next_panel, 64);
   _tile_dpbf16ps(3, 5, 7);
+  _tile_stream_loadd(5, next_strip + 1024, 64);
+  if (HELD_PANEL) _tile_loadd(7, next_panel + 1024, 64);
+  else _tile_stream_loadd(7, next_panel + 1024, 64);
 }
 
-inline void zero_sums() {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+// The same where a tile of the output begins, with the sums `from` or with zeros; those of the tile before, if there was one, go to `to`.
+template <bool ZEROS> INLINE void multiply_first(float* to, const float* from, const char* next_strip, const char* next_panel) {
+#define NEXT_SUMS(TILE, OFFSET)                           \
+  if (to) _tile_stored(TILE, to + (OFFSET), COLUMNS * 4); \
+  if (ZEROS) _tile_zero(TILE);                            \
+  else _tile_loadd(TILE, from + (OFFSET), COLUMNS * 4)
+  written();
+  NEXT_SUMS(0, 0);
+  _tile_dpbf16ps(0, 4, 6);
+  NEXT_SUMS(1, 16);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_stream_loadd(4, next_strip, 64);
+  NEXT_SUMS(2, 16 * COLUMNS);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_loadd(6, next_panel, 64);
+  NEXT_SUMS(3, 16 * COLUMNS + 16);
+  _tile_dpbf16ps(3, 5, 7);
+  _tile_stream_loadd(5, next_strip + 1024, 64);
+  _tile_loadd(7, next_panel + 1024, 64);
+  written();
+#undef NEXT_SUMS
 }
 
-inline void load_sums(const float* sums) {
-  _tile_loadd(0, sums, COLUMNS * 4);
-  _tile_loadd(1, sums + 16, COLUMNS * 4);
-  _tile_loadd(2, sums + 16 * COLUMNS, COLUMNS * 4);
-  _tile_loadd(3, sums + 16 * COLUMNS + 16, COLUMNS * 4);
-}
-
-inline void store_sums(float* sums) {
+INLINE void store_sums(float* sums) {
   _tile_stored(0, sums, COLUMNS * 4);
   _tile_stored(1, sums + 16, COLUMNS * 4);
   _tile_stored(2, sums + 16 * COLUMNS, COLUMNS * 4);
   _tile_stored(3, sums + 16 * COLUMNS + 16, COLUMNS * 4);
+  written();
 }
 
 inline __mmask32 first_columns(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-void pack(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel) {
-  const bfloat16* w = static_cast<const bfloat16*>(weight);
+// strides in bytes: from row to row, and from 32 values of a row to the next.
+inline void pack_panel(const char* weight, int64_t row, int64_t step, int64_t columns, int64_t inner, void* panel) {
   int32_t* out = static_cast<int32_t*>(panel);
-  for (int64_t k = 0; k < inner; k += INNER)
+  for (int64_t k = 0; k < inner; k += INNER, weight += step)
     for (int64_t half = 0; half < COLUMNS; half += 16, out += 256) {
       const int64_t pairs = inner - k < INNER ? (inner - k) / 2 : 16;
-      transpose(w + half * stride + k, stride / 2, columns - half, pairs, out, 16);
+      transpose(weight + half * row, row / 4, columns - half, pairs, out, 16);
       __builtin_memset(out + pairs * 16, 0, (16 - pairs) * 64);
     }
 }
 
+void pack(const void* weight, int64_t stride, int64_t columns, int64_t inner, void* panel) {
+  pack_panel(static_cast<const char*>(weight), stride * 2, 64, columns, inner, panel);
+}
+
 constexpr int64_t SUMS = ROWS * COLUMNS;  // of a tile of the output, in floats
 
-// How a linear layer is divided: K in equal parts of up to PART steps, so that sums do not depend on how the work is shared out; and the strips
-// that are at work together, as many as the cache takes, in equal groups.
+// How a linear layer is divided: K in one part as long as that gains, or else in parts of PART steps, so that sums do not depend on how the work
+// is shared out; and the strips that are at work together, as many as the cache takes, in equal groups.
 struct Plan {
   int64_t steps, parts, part_steps, panels, strips;
   explicit Plan(const Linear& task)
-      : steps(whole(task.inner, INNER) / INNER), parts((steps + PART - 1) / PART), part_steps((steps + parts - 1) / parts),
+      : steps(whole(task.inner, INNER) / INNER), parts(steps <= WHOLE ? 1 : (steps + PART - 1) / PART), part_steps(parts > 1 ? PART : steps),
         panels(whole(task.columns, COLUMNS) / COLUMNS) {
     const int64_t strip = part_steps * STEP, most = strip < CACHE_BYTES ? CACHE_BYTES / strip : 1;
     const int64_t all = whole(task.rows, ROWS) / ROWS, groups = (all + most - 1) / most;
     strips = groups ? (all + groups - 1) / groups : 0;
   }
+  int64_t steps_of(int64_t part) const { return steps - part * part_steps < part_steps ? steps - part * part_steps : part_steps; }
 };
-
-// Strips, and the sums of all their tiles where K is in parts, or else those of one tile.
-int64_t linear_memory(const Linear& task) {
-  const Plan plan(task);
-  return plan.strips * plan.part_steps * STEP + (plan.parts > 1 ? plan.strips * plan.panels : 1) * SUMS * 4;
-}
 
 // Up to 32 rows of x, and of each up to 32 values of a step, in tiles with zeros around them.
 inline void copy_strip(const char* x, int64_t stride, int64_t rows, int64_t values, int64_t steps, char* strip) {
@@ -123,20 +143,27 @@ inline void copy_strip(const char* x, int64_t stride, int64_t rows, int64_t valu
   }
 }
 
-// A tile's sums on their way through bias and GELU to the output at (row, column).
+// A tile's sums on their way to the output at (row, column): through bias and GELU, or times a factor for each row of the tile.
 struct Finished {
-  const float* sums = nullptr;
+  const Linear* task = nullptr;
+  float* sums = nullptr;
   int64_t row = 0, column = 0;
+  const float* factors = nullptr;
 };
 
 // The rows begin .. end of ROWS.
-inline void finish(const Linear& task, const Finished& tile, int64_t begin, int64_t end) {
+inline void finish(const Finished& tile, int64_t begin, int64_t end) {
+  const Linear& task = *tile.task;
   end = end < task.rows - tile.row ? end : task.rows - tile.row;
   const __mmask32 mask = first_columns(task.columns - tile.column);
   const int64_t stride = task.out_tiles ? 64 : task.out_stride;
   char* out = task.out + tile.row * task.out_stride + (task.out_tiles ? tile.column / INNER * STEP : tile.column * 2) + begin * stride;
-  for (const float* sums = tile.sums + begin * COLUMNS; sums < tile.sums + end * COLUMNS; sums += COLUMNS, out += stride) {
-    Float low = load(sums), high = load(sums + WIDTH);
+  for (; begin < end; ++begin, out += stride) {
+    Float low = load(tile.sums + begin * COLUMNS), high = load(tile.sums + begin * COLUMNS + WIDTH);
+    if (tile.factors) {
+      low *= tile.factors[begin];
+      high *= tile.factors[begin];
+    }
     if (task.bias) {
       low += _mm512_maskz_loadu_ps(mask, task.bias + tile.column);
       high += _mm512_maskz_loadu_ps(mask >> WIDTH, task.bias + tile.column + WIDTH);
@@ -150,79 +177,142 @@ inline void finish(const Linear& task, const Finished& tile, int64_t begin, int6
   }
 }
 
-// A group of strips at a time, a part of K at a time: the rows of x are copied into tiles, unless they are tiles already, and stay in the
-// second-level cache while the panels of the weight pass. While the tiles multiply, the vector units finish the tile before, and the next panel
-// is fetched.
+// Products of a group of strips and some panels, over a part of K.
+struct Pass {
+  const Linear* task;  // what becomes of the sums after the last part of K
+  int64_t row;         // of the task, where the group begins
+  const char* strips;
+  int64_t strip_bytes, count;  // from strip to strip
+  const char* panels;
+  int64_t panel_bytes, panel_count, steps;
+  float* sums;        // of one tile; of all where K is in parts
+  bool first, last;   // of the parts of K
+  const char* after;  // the panel that is wanted next; null: nothing is to be fetched
+  const float* factors = nullptr;
+};
+
+// The strips stay in the second-level cache while the panels of the weight pass. While the tiles multiply, the vector units finish the tile of the
+// output before, and the next panel is fetched.
+class Pipeline {
+ public:
+  // also(): other work for the vector units, a little in each step.
+  template <typename Also> void run(const Pass& pass, const Also& also) {
+    const int64_t lines = pass.after ? (STEP / 64 + pass.count - 1) / pass.count : 0;  // of the next panel, to be fetched during a step
+    const int64_t share = pass.steps > 1 ? (ROWS + pass.steps - 2) / (pass.steps - 1) : 0;  // rows to be finished in every step but the first
+    const bool whole_k = pass.first && pass.last;
+    written();
+    load_operands(pass.strips, pass.panels);
+    for (int64_t p = 0; p < pass.panel_count; ++p) {
+      const char* panel = pass.panels + p * pass.panel_bytes;
+      const char* next_panel = p + 1 < pass.panel_count ? panel + pass.panel_bytes : pass.after ? pass.after : panel;
+      const char* fetched = next_panel;
+      for (int64_t s = 0; s < pass.count; ++s) {
+        const bool more = s + 1 < pass.count;
+        const char *strip = pass.strips + s * pass.strip_bytes, *then_strip = more ? strip + pass.strip_bytes : pass.strips;
+        const char* then_panel = more ? panel : next_panel;
+        float* to = pass.sums + (whole_k ? 0 : p * pass.count + s) * SUMS;
+        const auto fetch = [&]() INLINE_LAMBDA {
+          for (int64_t i = 0; i < lines; ++i, fetched += 64) __builtin_prefetch(fetched, 0, 2);
+        };
+        const auto meanwhile = [&](int64_t step) INLINE_LAMBDA {
+          fetch();
+          const int64_t begin = (step - 1) * share, end = begin + share < ROWS ? begin + share : ROWS;
+          if (!pass.first)
+            for (const float* sum = to + SUMS + begin * COLUMNS; sum < to + SUMS + end * COLUMNS; sum += 16) __builtin_prefetch(sum);
+          if (finished_.task) finish(finished_, begin, end);
+          also();
+        };
+        const bool single = pass.steps == 1;
+        const char *second_strip = single ? then_strip : strip + STEP, *second_panel = single ? then_panel : panel + STEP;
+        pass.first ? multiply_first<true>(begun_.sums, to, second_strip, second_panel)
+                   : multiply_first<false>(begun_.sums, to, second_strip, second_panel);
+        finished_ = begun_;
+        begun_ = {pass.last ? pass.task : nullptr, to, pass.row + s * ROWS, p * COLUMNS, pass.factors};
+        if (single && finished_.task) finish(finished_, 0, ROWS);
+        fetch();
+        also();
+        int64_t step = 1;
+        for (; step + 1 < pass.steps && step + 1 < HELD; ++step) {
+          multiply<true>(strip + (step + 1) * STEP, panel + (step + 1) * STEP);
+          meanwhile(step);
+        }
+        for (; step + 1 < pass.steps; ++step) {
+          multiply<false>(strip + (step + 1) * STEP, panel + (step + 1) * STEP);
+          meanwhile(step);
+        }
+        if (step < pass.steps) {
+          multiply<true>(then_strip, then_panel);
+          meanwhile(step);
+        }
+      }
+    }
+  }
+
+  void run(const Pass& pass) { run(pass, [] {}); }
+
+  // The end of the last tile. What has been written may be read after it.
+  void flush() {
+    if (begun_.sums) store_sums(begun_.sums);
+    if (begun_.task) finish(begun_, 0, ROWS);
+    begun_ = {};
+    written();
+  }
+
+ private:
+  Finished begun_, finished_;  // the tile of the output in the registers, and the one before
+};
+
+// Strips, unless x has them, and the sums of all their tiles where K is in parts, or else those of one tile.
+int64_t linear_memory(const Linear& task) {
+  const Plan plan(task);
+  return (task.x_tiles ? 0 : plan.strips * plan.part_steps * STEP) + (plan.parts > 1 ? plan.strips * plan.panels : 1) * SUMS * 4;
+}
+
+// A group of strips at a time, a part of K at a time.
 void linear(const Linear& task, char* memory) {
   const Setup setup;
   const Plan plan(task);
-  float* sums = reinterpret_cast<float*>(memory + plan.strips * plan.part_steps * STEP);
-  Finished finished;
+  float* sums = reinterpret_cast<float*>(memory + (task.x_tiles ? 0 : plan.strips * plan.part_steps * STEP));
+  Pipeline pipeline;
   for (int64_t row = 0; row < task.rows; row += plan.strips * ROWS)
     for (int64_t part = 0; part < plan.parts; ++part) {
-      const int64_t first = part * plan.part_steps, steps = plan.steps - first < plan.part_steps ? plan.steps - first : plan.part_steps;
+      const int64_t first = part * plan.part_steps, steps = plan.steps_of(part);
       const int64_t rows = task.rows - row, strips = rows < plan.strips * ROWS ? whole(rows, ROWS) / ROWS : plan.strips;
       if (!task.x_tiles)
         for (int64_t s = 0; s < strips; ++s)
           copy_strip(task.x + (row + s * ROWS) * task.x_stride + first * 64, task.x_stride, rows - s * ROWS, task.inner - first * INNER, steps,
                      memory + s * steps * STEP);
-      written();
-      const bool last = part + 1 == plan.parts;
-      const int64_t lines = (STEP / 64 + strips - 1) / strips;  // of the next panel, to be fetched during a step
-      const int64_t share = (ROWS + steps - 1) / steps;         // rows to be finished
-      for (int64_t p = 0; p < plan.panels; ++p) {
-        const char* panel = static_cast<const char*>(task.panels) + (p * plan.steps + first) * STEP;
-        const char* next = panel + plan.steps * STEP;
-        for (int64_t s = 0; s < strips; ++s) {
-          const char* strip = task.x_tiles ? task.x + (row + s * ROWS) * task.x_stride + first * STEP : memory + s * steps * STEP;
-          float* to = sums + (plan.parts > 1 ? p * strips + s : 0) * SUMS;
-          const auto meanwhile = [&](int64_t step) __attribute__((always_inline)) {
-            for (int64_t i = 0; i < lines; ++i, next += 64) __builtin_prefetch(next, 0, 2);
-            const int64_t begin = step * share, end = begin + share < ROWS ? begin + share : ROWS;
-            if (part)
-              for (const float* sum = to + SUMS + begin * COLUMNS; sum < to + SUMS + end * COLUMNS; sum += 16) __builtin_prefetch(sum);
-            if (finished.sums) finish(task, finished, begin, end);
-          };
-          part ? load_sums(to) : zero_sums();
-          int64_t step = 0;
-          for (; step < steps && step < HELD; ++step) {
-            multiply<true>(strip + step * STEP, panel + step * STEP);
-            meanwhile(step);
-          }
-          for (; step < steps; ++step) {
-            multiply<false>(strip + step * STEP, panel + step * STEP);
-            meanwhile(step);
-          }
-          store_sums(to);
-          finished = last ? Finished{to, row + s * ROWS, p * COLUMNS} : Finished{};
-        }
-      }
+      const char* panels = static_cast<const char*>(task.panels) + first * STEP;
+      pipeline.run({&task, row, task.x_tiles ? task.x + row * task.x_stride + first * STEP : memory,
+                    task.x_tiles ? ROWS * task.x_stride : steps * STEP, strips, panels, plan.steps * STEP, plan.panels, steps, sums, part == 0,
+                    part + 1 == plan.parts, part + 1 < plan.parts ? panels + plan.part_steps * STEP : static_cast<const char*>(task.panels)});
     }
-  if (finished.sums) finish(task, finished, 0, ROWS);
+  pipeline.flush();
 }
 
-struct Layout {  // of an attention's memory, in bytes; two blocks of logits and weights
+struct Places {  // of an attention's memory, in bytes; two blocks of logits and weights
   int64_t tokens, dim, keys, values, queries, logits, weights, sums, size;
-  explicit Layout(const Head& head)
+  explicit Places(const Head& head)
       : tokens(whole(head.tokens, COLUMNS)), dim(whole(head.dim, COLUMNS)), keys(0), values(keys + tokens * dim * 2),
         queries(values + tokens * dim * 2), logits(queries + ROWS * dim * 2), weights(logits + 2 * ROWS * tokens * 4),
         sums(weights + 2 * ROWS * tokens * 2), size(sums + SUMS * 4) {}
 };
 
-int64_t attention_memory(const Head& head) { return Layout(head).size; }
+int64_t attention_memory(const Head& head) { return Places(head).size; }
 
 // A panel of 32 values of v: for every 32 tokens two tiles of 16 values, pairs of tokens beside each other; zeros fill up.
 inline void pack_values(const Head& head, int64_t d, int64_t tokens, bfloat16* out) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
                                          17, 1, 16, 0);
-  for (int64_t token = 0; token < tokens; token += 32)
+  const char* strip = head.v;
+  for (int64_t token = 0; token < tokens; token += 32, strip += head.at.strip)
     for (int64_t half = d; half < d + COLUMNS; half += 16) {
       const int64_t left = head.dim - half;
       const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
       for (int64_t pair = token; pair < token + 32; pair += 2, out += 32) {
-        const char* from = head.v + pair * head.stride + half * 2;
+        const char* from = strip + (pair - token) * head.at.row + half / 32 * head.at.step + half % 32 * 2;
         const __m256i first = _mm256_maskz_loadu_epi16(pair < head.tokens ? mask : 0, from);
-        const __m256i second = _mm256_maskz_loadu_epi16(pair + 1 < head.tokens ? mask : 0, from + head.stride);
+        const __m256i second = _mm256_maskz_loadu_epi16(pair + 1 < head.tokens ? mask : 0, from + head.at.row);
         const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
       }
@@ -265,62 +355,58 @@ inline float exponentials(const float* logits, int64_t tokens, float scale, floa
 }
 
 // In a pipeline of blocks of 32 queries: while the tiles multiply one block's queries with the keys, and the weights of the block before the last
-// with the values, the vector units make the last block's weights from its logits. Of what passes from one to the next there are two.
+// with the values, the vector units make the last block's weights from its logits. Of what passes from one to the next there are two, and three of
+// the reciprocals, as the results are written during the products of the block that follows.
 void attention(const Head& head, char* memory) {
   const Setup setup;
-  const Layout at(head);
+  const Places at(head);
   char *keys = memory + at.keys, *values = memory + at.values, *queries = memory + at.queries;
   float* sums = reinterpret_cast<float*>(memory + at.sums);
   for (int64_t token = 0; token < at.tokens; token += COLUMNS)
-    pack(head.k + token * head.stride, head.stride / 2, head.tokens - token, head.dim, keys + token * at.dim * 2);
+    pack_panel(head.k + token / COLUMNS * head.at.strip, head.at.row, head.at.step, head.tokens - token, head.dim, keys + token * at.dim * 2);
   for (int64_t d = 0; d < at.dim; d += COLUMNS) pack_values(head, d, at.tokens, reinterpret_cast<bfloat16*>(values + d * at.tokens * 2));
-  const int64_t blocks = at.tokens / ROWS, steps = 2 * blocks * at.dim / INNER, share = (ROWS + steps - 1) / steps;  // rows during a step
+  Linear result = {};
+  result.out = head.out;
+  result.out_stride = head.out_at.strip / ROWS;
+  result.out_tiles = head.out_at.step == STEP;
+  result.rows = head.tokens;
+  result.columns = head.dim;
+  Pipeline pipeline;
+  const int64_t blocks = at.tokens / ROWS, dim_steps = at.dim / INNER, token_steps = at.tokens / INNER;
+  const int64_t share = (ROWS + 2 * blocks * dim_steps - 1) / (2 * blocks * dim_steps);  // rows during a step
   const float scale = head.scale * 1.44269504088896341f;
-  float offsets[ROWS], reciprocals[2][ROWS];
+  float offsets[ROWS], reciprocals[3][ROWS];
   const auto rows_of = [&](int64_t block) { return head.tokens - block * ROWS < ROWS ? head.tokens - block * ROWS : ROWS; };
   const auto logits_of = [&](int64_t block) { return reinterpret_cast<float*>(memory + at.logits) + block % 2 * ROWS * at.tokens; };
   const auto weights_of = [&](int64_t block) { return memory + at.weights + block % 2 * ROWS * at.tokens * 2; };
   for (int64_t block = 0; block < blocks + 2; ++block) {
-    const bool weighs = block > 0 && block <= blocks;
-    const float* logits = logits_of(block + 1);  // the last block's
+    const int64_t last = block - 1, waiting = block > 0 && block <= blocks ? rows_of(last) : 0;
+    const float* logits = logits_of(block + 1);
     char* weights = weights_of(block + 1);
-    float* reciprocal = reciprocals[(block + 1) % 2];
-    const int64_t waiting = weighs ? rows_of(block - 1) : 0;
+    float* reciprocal = reciprocals[(block + 2) % 3];
     for (int64_t i = 0; i < waiting; ++i) offsets[i] = -scale * largest(logits + i * COLUMNS, head.tokens);
     int64_t done = 0;
-    const auto meanwhile = [&](int64_t count) {
+    const auto weigh = [&](int64_t count) {
       for (const int64_t end = done + count < waiting ? done + count : waiting; done < end; ++done)
         reciprocal[done] = exponentials(logits + done * COLUMNS, head.tokens, scale, offsets[done], weights + done * 64);
     };
+    const auto also = [&] { weigh(share); };
     if (block < blocks) {
-      copy_strip(head.q + block * ROWS * head.stride, head.stride, rows_of(block), head.dim, at.dim / INNER, queries);
-      written();
-      for (int64_t token = 0; token < at.tokens; token += COLUMNS) {
-        zero_sums();
-        for (int64_t step = 0; step < at.dim / INNER; ++step) {
-          multiply<true>(queries + step * STEP, keys + token * at.dim * 2 + step * STEP);
-          meanwhile(share);
-        }
-        store_sums(logits_of(block) + token * ROWS);
+      const char* strip = head.q + block * head.at.strip;
+      if (!head.tiles) {
+        copy_strip(strip, head.at.row, rows_of(block), head.dim, dim_steps, queries);
+        strip = queries;
       }
+      pipeline.run({nullptr, 0, strip, 0, 1, keys, at.dim * COLUMNS * 2, blocks, dim_steps, logits_of(block), true, false, nullptr}, also);
     }
     if (block >= 2)
-      for (int64_t d = 0; d < at.dim; d += COLUMNS) {
-        zero_sums();
-        for (int64_t step = 0; step < at.tokens / INNER; ++step) {
-          multiply<true>(weights_of(block) + step * STEP, values + d * at.tokens * 2 + step * STEP);
-          meanwhile(share);
-        }
-        store_sums(sums);
-        char* out = head.out + (block - 2) * ROWS * head.out_stride + d * 2;
-        for (int64_t i = 0; i < rows_of(block - 2); ++i, out += head.out_stride) {
-          const float factor = reciprocals[block % 2][i];
-          const Float low = load(sums + i * COLUMNS) * factor, high = load(sums + i * COLUMNS + WIDTH) * factor;
-          _mm512_mask_storeu_epi16(out, first_columns(head.dim - d), (__m512i)_mm512_cvtne2ps_pbh(high, low));
-        }
-      }
-    meanwhile(ROWS);
+      pipeline.run({&result, (block - 2) * ROWS, weights_of(block), 0, 1, values, at.tokens * COLUMNS * 2, dim_steps, token_steps, sums, true, true,
+                    nullptr, reciprocals[(block + 1) % 3]}, also);
+    else
+      pipeline.flush();
+    weigh(ROWS);
   }
+  pipeline.flush();
 }
 
 constexpr Products PRODUCTS = {ROWS, true, pack, linear_memory, linear, attention_memory, attention};

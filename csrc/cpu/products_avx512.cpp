@@ -158,14 +158,14 @@ void linear(const Linear& task, char* memory) {
 
 // Attention works on COLUMNS queries at a time, which stand beside each other in all it does: logits are [token][query] and results
 // [value][query], so both products have panels of queries, and a softmax of whole vectors of queries needs no sum within a vector.
-struct Layout {  // of its memory, in floats
+struct Places {  // of its memory, in floats
   int64_t keys, values, queries, logits, results, size;
-  explicit Layout(const Head& head)
+  explicit Places(const Head& head)
       : keys(0), values(whole(whole(head.tokens, ROWS) * head.dim, 16)), queries(values + whole(whole(head.dim, ROWS) * head.tokens, 16)),
         logits(queries + whole(head.dim, INNER) * COLUMNS), results(logits + head.tokens * COLUMNS), size(results + head.dim * COLUMNS) {}
 };
 
-int64_t attention_memory(const Head& head) { return 4 * Layout(head).size; }
+int64_t attention_memory(const Head& head) { return 4 * Places(head).size; }
 
 // exp(scale (x - max x)) of the columns, not yet divided by their sums, whose reciprocals are returned.
 inline void exponentials(float* logits, int64_t tokens, float scale, Float (&reciprocals)[2]) {
@@ -199,26 +199,26 @@ inline void store_results(const Head& head, const float* results, int64_t first,
       const int64_t left = head.dim - d, count = queries - query < 16 ? queries - query : 16;
       transpose(results + d * COLUMNS + query, COLUMNS, left, count, square, 16);
       for (int64_t i = 0; i < count; ++i) {
-        float* out = reinterpret_cast<float*>(head.out + (first + query + i) * head.out_stride) + d;
+        float* out = reinterpret_cast<float*>(head.out + (first + query + i) * head.out_at.row) + d;
         left < 16 ? store(out, load(square[i]), left) : store(out, load(square[i]));
       }
     }
 }
 
 void attention(const Head& head, char* memory) {
-  const Layout at(head);
+  const Places at(head);
   float *base = reinterpret_cast<float*>(memory), *keys = base + at.keys, *values = base + at.values, *queries = base + at.queries,
         *logits = base + at.logits, *results = base + at.results;
   for (int64_t token = 0; token < head.tokens; token += ROWS)
-    pack_strip(head.k + token * head.stride, head.stride, head.tokens - token, head.dim, keys + token * head.dim);
+    pack_strip(head.k + token * head.at.row, head.at.row, head.tokens - token, head.dim, keys + token * head.dim);
   for (int64_t d = 0; d < head.dim; d += ROWS) {  // strips of 14 values: [token][14]
     const __mmask16 mask = static_cast<__mmask16>((1 << (head.dim - d < ROWS ? head.dim - d : ROWS)) - 1);
     for (int64_t token = 0; token < head.tokens; ++token)
-      _mm512_storeu_ps(values + d * head.tokens + token * ROWS, _mm512_maskz_loadu_ps(mask, head.v + token * head.stride + d * 4));
+      _mm512_storeu_ps(values + d * head.tokens + token * ROWS, _mm512_maskz_loadu_ps(mask, head.v + token * head.at.row + d * 4));
   }
   for (int64_t first = 0; first < head.tokens; first += COLUMNS) {
     const int64_t count = head.tokens - first < COLUMNS ? head.tokens - first : COLUMNS;
-    pack(head.q + first * head.stride, head.stride / 4, count, head.dim, queries);
+    pack(head.q + first * head.at.row, head.at.row / 4, count, head.dim, queries);
     for (int64_t token = 0; token < head.tokens; token += ROWS) {
       const int64_t rows = head.tokens - token;
       const auto done = [&](int i, int half, Float value) __attribute__((always_inline)) {
@@ -230,8 +230,8 @@ void attention(const Head& head, char* memory) {
     exponentials(logits, head.tokens, head.scale, reciprocals);
     int64_t row = first, byte = 0;
     const auto ahead = [&]() __attribute__((always_inline)) {  // the output, and the next head, which lies beside this one
-      const int64_t next = row * head.stride + head.dim * 4 + byte;
-      __builtin_prefetch(head.out + row * head.out_stride + byte, 1);
+      const int64_t next = row * head.at.row + head.dim * 4 + byte;
+      __builtin_prefetch(head.out + row * head.out_at.row + byte, 1);
       __builtin_prefetch(head.q + next, 0, 2);
       __builtin_prefetch(head.k + next, 0, 2);
       __builtin_prefetch(head.v + next, 0, 2);

@@ -2,14 +2,18 @@
 namespace {
 #include "vec.h"
 
+// Where the value i of a row lies.
+inline int64_t at(int64_t i, int64_t step) { return (i >> 5) * step + (i & 31); }
+
 // Base of the norm, kept in float32: x; or x + gate*(y + bias); or at a group's end xr + v, vr + v with v = step*(x + gate*(y + bias)).
 template <typename T, bool GATED> __attribute__((always_inline)) inline Float base(const Row& row, int64_t i, int64_t left) {
   const bool whole = left >= WIDTH;
-  auto read = [&](const auto* p) { return whole ? load(p + i) : load(p + i, left); };
+  auto read_at = [&](const auto* p) { return whole ? load(p) : load(p, left); };
+  auto read = [&](const auto* p) { return read_at(p + i); };
   auto write = [&](void* p, Float f) { whole ? store(static_cast<T*>(p) + i, f) : store(static_cast<T*>(p) + i, f, left); };
   Float value = read(static_cast<const T*>(row.x));
   if constexpr (GATED) {
-    Float y = read(static_cast<const T*>(row.y));
+    Float y = read_at(static_cast<const T*>(row.y) + at(i, row.y_step));
     if (row.bias) y += read(row.bias);
     value += read(row.gate) * y;
     if (row.out_vr) {
@@ -55,12 +59,12 @@ template <typename T, bool GATED> void norm_row(const Row& row) {
   const float rstd = 1.0f / __builtin_sqrtf((sum(squares + squares2) + rest) / size + row.eps);
   T* out = static_cast<T*>(row.out);
   for (i = 0; i < whole; i += WIDTH) {
-    store(out + i, (load(values + i) - mean) * rstd * (1.0f + load(row.scale + i)) + load(row.shift + i));
+    store(out + at(i, row.out_step), (load(values + i) - mean) * rstd * (1.0f + load(row.scale + i)) + load(row.shift + i));
   }
   if (i < size) {
     const int64_t left = size - i;
     Float normalized = (load(values + i, left) - mean) * rstd;
-    store(out + i, normalized * (1.0f + load(row.scale + i, left)) + load(row.shift + i, left), left);
+    store(out + at(i, row.out_step), normalized * (1.0f + load(row.scale + i, left)) + load(row.shift + i, left), left);
   }
 }
 

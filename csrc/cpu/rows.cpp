@@ -35,27 +35,44 @@ int index_of(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::BFloat16;
 }
 
-// (B, N, D) with the last dimension contiguous; strides before it as they are.
+constexpr int64_t TILE = 32;  // rows and values
+
+// Whether x is in tiles, (B, N/32, D/32, 32, 32), what matrix products read and write fastest; of the shape and the dtype of `like` (B, N, D).
+bool in_tiles(const Tensor& x, const Tensor& like) {
+  return x.dim() == 5 && x.is_contiguous() && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(3) == TILE &&
+         x.size(4) == TILE && x.size(1) * TILE == like.size(1) && x.size(2) * TILE == like.size(2);
+}
+
+// (B, N, D): in tiles, or with the last dimension contiguous and strides before it as they are.
 struct Tokens {
   std::optional<Tensor> tensor;
   const char* data = nullptr;
-  int64_t batch = 0, token = 0;
+  int64_t batch = 0, strip = 0, token = 0, step = TILE;  // bytes; of a row, values from 32 to the next
 
-  Tokens(const Tensors& given, const Tensor& like, const char* name) {
+  Tokens(const Tensors& given, const Tensor& like, const char* name, bool tiles = false) {
     if (!given) return;
-    tensor = given->dim() == 3 && given->stride(2) != 1 ? torch::stable::contiguous(*given) : *given;
-    const Tensor& x = *tensor;
-    index_of(x, name);
-    const bool fits = x.dim() == 3 && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
-                      x.size(2) == like.size(2);
-    STD_TORCH_CHECK(fits, name, " must have the shape (B, N, D) and the dtype of x");
-    const int64_t bytes = static_cast<int64_t>(x.element_size());
-    data = static_cast<const char*>(x.const_data_ptr());
-    batch = x.stride(0) * bytes;
-    token = x.stride(1) * bytes;
+    index_of(*given, name);
+    tensor = given;
+    const int64_t bytes = static_cast<int64_t>(given->element_size());
+    if (tiles && in_tiles(*given, like)) {
+      token = TILE * bytes;
+      strip = TILE * like.size(2) * bytes;
+      batch = like.size(1) * like.size(2) * bytes;
+      step = TILE * TILE;
+    } else {
+      if (given->dim() == 3 && given->stride(2) != 1) tensor = torch::stable::contiguous(*given);
+      const Tensor& x = *tensor;
+      const bool fits = x.dim() == 3 && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
+                        x.size(2) == like.size(2);
+      STD_TORCH_CHECK(fits, name, " must have the shape (B, N, D)", tiles ? ", or that in tiles," : "", " and the dtype of x");
+      token = x.stride(1) * bytes;
+      strip = TILE * token;
+      batch = x.stride(0) * bytes;
+    }
+    data = static_cast<const char*>(tensor->const_data_ptr());
   }
 
-  const void* row(int64_t b, int64_t n) const { return data ? data + b * batch + n * token : nullptr; }
+  const void* row(int64_t b, int64_t n) const { return data ? data + b * batch + n / TILE * strip + n % TILE * token : nullptr; }
 };
 
 // A packed table (B or 1, K) as float32: small, so that it is cheaper to convert once than in every row.
@@ -108,12 +125,14 @@ void norm_rows(const Tensor& x, const std::optional<Gated>& gated, const Tensor&
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0 && x.size(2) <= MAX_SIZE, "x must be (B, N, D) with D from 1 to ", MAX_SIZE);
   const int64_t batch = x.size(0), tokens = x.size(1), size = x.size(2);
   const Gated given = gated.value_or(Gated{x});
-  const Tokens in_x(x, x, "x"), in_y(given.y, x, "y"), in_xr(given.xr, x, "xr"), in_vr(given.vr, x, "vr");
+  const Tokens in_x(x, x, "x"), in_y(given.y, x, "y", gated.has_value()), in_xr(given.xr, x, "xr"), in_vr(given.vr, x, "vr");
   const Table table(modulation, batch, size, "modulation", {shift_column, scale_column});
   const Table gate(gated ? Tensors(given.gates) : Tensors(), batch, size, "gates", {given.gate_column});
   const Table offset(as_row(given.bias), 1, size, "bias", {0});
   const Table step(given.steps ? Tensors(torch::stable::unsqueeze(*given.steps, 1)) : Tensors(), batch, 1, "steps", {0});
-  char *to_x = result(out_x, x, "out_x"), *to_vr = result(out_vr, x, "out_vr"), *to_h = result(out, x, "out");
+  char *to_x = result(out_x, x, "out_x"), *to_vr = result(out_vr, x, "out_vr");
+  const Tokens to_h(out, x, "out", true);
+  STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   const int64_t row_bytes = size * static_cast<int64_t>(x.element_size());
   const auto run = (gated ? functions().gated : functions().norm)[kind];
   torch::stable::parallel_for(0, batch * tokens, std::max<int64_t>(1, GRAIN / size), [&](int64_t begin, int64_t end) {
@@ -121,7 +140,7 @@ void norm_rows(const Tensor& x, const std::optional<Gated>& gated, const Tensor&
       const int64_t b = i / tokens, n = i % tokens, o = i * row_bytes;
       run(Row{in_x.row(b, n), in_y.row(b, n), in_xr.row(b, n), in_vr.row(b, n), offset.data, gate.row(b, given.gate_column),
               table.row(b, shift_column), table.row(b, scale_column), step.data ? *step.row(b) : 1.0f, static_cast<float>(eps),
-              to_x ? to_x + o : nullptr, to_vr ? to_vr + o : nullptr, to_h + o, size});
+              to_x ? to_x + o : nullptr, to_vr ? to_vr + o : nullptr, const_cast<void*>(to_h.row(b, n)), size, in_y.step, to_h.step});
     }
   });
 }

@@ -8,6 +8,7 @@ struct Row {
   float step, eps;
   void *out_x, *out_vr, *out;
   int64_t size;
+  int64_t y_step, out_step;  // values from 32 of y and out to the next: 32, and more in tiles
 };
 
 struct RowFunctions {
