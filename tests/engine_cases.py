@@ -6,24 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+import small_model
 
 from odelt_fast import backends, fused
-from odelt_fast.config import DiTConfig
 from odelt_fast.engine import Engine
 from odelt_fast.graphs import GraphCache
 from odelt_fast.model import DiT
 
-SMALL = {"image_size": 8, "channels": 2, "hidden_size": 32, "depth": 6, "depth_min": 2, "depth_group": 2, "num_heads": 2, "num_classes": 10}
-
 
 def random_model(**changes: object) -> DiT:
-    """A model in which every weight matters: none is zero."""
-    model = DiT(DiTConfig(**{**SMALL, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model.eval()
+    """The small model with two channels and three groups of blocks."""
+    return small_model.random_model(**{"channels": 2, "depth": 6, **changes})
 
 
 def run_fused_on_the_cpu(monkeypatch: pytest.MonkeyPatch, graphs: Callable[[], GraphCache | None] = lambda: None) -> None:

@@ -10,29 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_model
 import torch
 from scipy.stats import kstest
 from torch import Tensor
 
 from odelt_fast import Sampler, load_model
 from odelt_fast.cli import main
-from odelt_fast.config import DiTConfig
 from odelt_fast.images import open_source
 from odelt_fast.likelihood import Likelihood, dequantise, log_likelihood, quantisation_step, with_divergence
 from odelt_fast.model import DiT
 from odelt_fast.probability_flow import BETA_MAX, BETA_MIN, LAST_TIME
 from odelt_fast.solvers import solve
 
-SMALL = {"image_size": 4, "channels": 1, "hidden_size": 32, "depth": 4, "depth_min": 2, "depth_group": 2, "num_heads": 2, "num_classes": 10}
 TIGHT = {"solver": "dop853", "rtol": 1e-8, "atol": 1e-8}
 
 
 def random_model(std: float = 0.1, **changes: object) -> DiT:
-    model = DiT(DiTConfig(**{**SMALL, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return model.eval()
+    return small_model.random_model(std, **{"image_size": 4, **changes})
 
 
 def gaussian(size: int = 6) -> tuple[Any, torch.distributions.MultivariateNormal]:

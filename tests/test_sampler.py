@@ -9,26 +9,15 @@ import re
 import numpy as np
 import pytest
 import torch
+from small_model import random_model
 from torch import Tensor
 
-from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.plots import image_grid, labelled_grid, to_uint8
 from odelt_fast.probability_flow import vp_schedule
 from odelt_fast.sampler import STREAMS, Sampler, drawn_labels, image_noise
 from odelt_fast.solvers import integrate, predict_and_renoise
 from odelt_fast.velocity import VelocityField, compiled, step_index
-
-SMALL = {"image_size": 8, "channels": 1, "hidden_size": 32, "depth": 4, "depth_min": 2, "depth_group": 2, "num_heads": 2, "num_classes": 10}
-
-
-def random_model(**changes: object) -> DiT:
-    """A model in which every weight matters: none is zero."""
-    model = DiT(DiTConfig(**{**SMALL, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_model import random_model
 from torch import Tensor
 
 from odelt_fast import Sampler, load_model
 from odelt_fast.cli import main
-from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.solvers import (
     DONE,
@@ -374,18 +374,6 @@ def test_states_at_the_ends_of_fixed_steps_cost_nothing() -> None:
 def test_torchdiffeq_gives_up_in_one_line(field: Any, max_steps: int) -> None:
     with pytest.raises(ValueError, match=r"torchdiffeq:dopri5 gave up at rtol 0.01, atol 0.01 \(.*: raise rtol"):
         integrate_torchdiffeq(field, starts() * 3, [0.0, 1.0], 7, "dopri5", max_steps=max_steps)
-
-
-SMALL = {"image_size": 8, "channels": 1, "hidden_size": 32, "depth": 4, "depth_min": 2, "depth_group": 2, "num_heads": 2, "num_classes": 10}
-
-
-def random_model(**changes: object) -> DiT:
-    """A model in which every weight matters: none is zero."""
-    model = DiT(DiTConfig(**{**SMALL, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
