@@ -199,6 +199,25 @@ def test_attention_is_as_accurate_as_pytorch(dtype: torch.dtype, tokens: int, he
     assert_as_accurate(out, plain(qkv), plain(qkv.double()))
 
 
+@pytest.mark.parametrize("largest", [20, 60, 100, 300, 3000])
+def test_attention_takes_logits_of_any_size(dtype: torch.dtype, largest: float) -> None:
+    """Beside each other: queries whose logits are all small, all large, all far below 0, and both."""
+    tokens, dim = 80, 32
+    q, k, v = (draw(1, tokens, dim + extra, dtype=torch.float64)[..., :dim] for extra in range(3))
+    k[..., 0] = 1 + 0.01 * k[..., 0]
+    q *= torch.linspace(0.01, 1, tokens, dtype=torch.float64)[:, None]
+    q[0, ::3, 0] += largest  # one common logit shifts all of a query
+    q[0, 1::3, 0] -= largest
+    qkv = torch.cat([q, k, v], dim=2).to(dtype)
+    out = torch.full((1, tokens, dim), torch.nan, dtype=dtype)
+    native.attention(qkv, 1, 1.0, out=out)
+
+    def plain(qkv: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*qkv.chunk(3, dim=2), scale=1.0)
+
+    assert_as_accurate(out, plain(qkv), plain(qkv.double()))
+
+
 def test_attention_takes_large_logits_and_keeps_a_nan_to_its_sample(dtype: torch.dtype) -> None:
     qkv = draw(2, 40, 48, dtype=dtype) * 30
     qkv[0, 3, 5] = torch.nan

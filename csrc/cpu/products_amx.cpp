@@ -143,13 +143,68 @@ inline void copy_strip(const char* x, int64_t stride, int64_t rows, int64_t valu
   }
 }
 
-// A tile's sums on their way to the output at (row, column): through bias and GELU, or times a factor for each row of the tile.
+// What a strip of queries makes of its logits, tile by tile: weights 2^(scale*logit + offset) in tiles, and the reciprocals of their sums; or, where
+// the offsets are to be found, those that make the largest weight of each query 1. That takes a pass of its own, so it is tried without offsets first:
+// sums between these two leave float32 and bfloat16 room for all weights that matter, and for the products with the values.
+constexpr float LEAST_SUM = 0x1p-100f, MOST_SUM = 0x1p64f;
+
+struct Softmax {
+  float scale;
+  int64_t tokens;
+  bool finds_offsets, fits;
+  char* weights;
+  float offsets[ROWS], reciprocals[ROWS];
+  alignas(64) float so_far[ROWS][WIDTH];  // sums of weights, or largest logits
+
+  void begin(const Head& head, char* to) {
+    scale = head.scale * 1.44269504088896341f;
+    tokens = head.tokens;
+    finds_offsets = false;
+    fits = true;
+    weights = to;
+    for (float& offset : offsets) offset = 0;
+  }
+};
+
+// A tile's sums on their way to the output at (row, column), through bias and GELU or times a factor for each row of the tile; or to a softmax.
 struct Finished {
   const Linear* task = nullptr;
-  float* sums = nullptr;
-  int64_t row = 0, column = 0;
+  Softmax* softmax = nullptr;
   const float* factors = nullptr;
+  int64_t row = 0, column = 0;
+  float* sums = nullptr;
 };
+
+// The rows begin .. end of ROWS.
+inline void weigh(Softmax& softmax, const float* sums, int64_t column, int64_t begin, int64_t end) {
+  const __mmask32 mask = first_columns(softmax.tokens - column);
+  const bool full = mask == ~0u, last = column + COLUMNS >= softmax.tokens;
+  char* weights = softmax.weights + column / INNER * STEP;
+  for (int64_t i = begin; i < end; ++i) {
+    Float low = load(sums + i * COLUMNS), high = load(sums + i * COLUMNS + WIDTH);
+    if (softmax.finds_offsets) {
+      const Float least = splat(-__builtin_inff());
+      low = _mm512_mask_mov_ps(least, mask, low);
+      high = _mm512_max_ps(_mm512_mask_mov_ps(least, mask >> WIDTH, high), low);
+      if (column) high = _mm512_max_ps(high, load(softmax.so_far[i]));
+      store(softmax.so_far[i], high);
+      if (last) softmax.offsets[i] = -softmax.scale * _mm512_reduce_max_ps(high);
+      continue;
+    }
+    low = power_of_2(low * softmax.scale + softmax.offsets[i]);
+    high = power_of_2(high * softmax.scale + softmax.offsets[i]);
+    if (!full) low = _mm512_maskz_mov_ps(mask, low), high = _mm512_maskz_mov_ps(mask >> WIDTH, high);
+    _mm512_store_si512(weights + i * 64, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    Float total = low + high;
+    if (column) total += load(softmax.so_far[i]);
+    store(softmax.so_far[i], total);
+    if (last) {
+      const float sum = _mm512_reduce_add_ps(total);
+      softmax.reciprocals[i] = 1.0f / sum;
+      softmax.fits &= sum > LEAST_SUM && sum < MOST_SUM;
+    }
+  }
+}
 
 // The rows begin .. end of ROWS.
 inline void finish(const Finished& tile, int64_t begin, int64_t end) {
@@ -179,24 +234,24 @@ inline void finish(const Finished& tile, int64_t begin, int64_t end) {
 
 // Products of a group of strips and some panels, over a part of K.
 struct Pass {
-  const Linear* task;  // what becomes of the sums after the last part of K
-  int64_t row;         // of the task, where the group begins
+  const Linear* task = nullptr;  // what becomes of the sums after the last part of K
+  Softmax* softmax = nullptr;    // or this
+  const float* factors = nullptr;
+  int64_t row = 0;  // of the task, where the group begins
   const char* strips;
-  int64_t strip_bytes, count;  // from strip to strip
+  int64_t strip_bytes = 0, count = 1;  // from strip to strip
   const char* panels;
   int64_t panel_bytes, panel_count, steps;
-  float* sums;        // of one tile; of all where K is in parts
-  bool first, last;   // of the parts of K
-  const char* after;  // the panel that is wanted next; null: nothing is to be fetched
-  const float* factors = nullptr;
+  float* sums;                     // of one tile; of all where K is in parts
+  bool first = true, last = true;  // of the parts of K
+  const char* after = nullptr;     // the panel that is wanted next; null: nothing is to be fetched
 };
 
 // The strips stay in the second-level cache while the panels of the weight pass. While the tiles multiply, the vector units finish the tile of the
 // output before, and the next panel is fetched.
-class Pipeline {
+template <bool HAS_SOFTMAX> class Pipeline {
  public:
-  // also(): other work for the vector units, a little in each step.
-  template <typename Also> void run(const Pass& pass, const Also& also) {
+  void run(const Pass& pass) {
     const int64_t lines = pass.after ? (STEP / 64 + pass.count - 1) / pass.count : 0;  // of the next panel, to be fetched during a step
     const int64_t share = pass.steps > 1 ? (ROWS + pass.steps - 2) / (pass.steps - 1) : 0;  // rows to be finished in every step but the first
     const bool whole_k = pass.first && pass.last;
@@ -219,18 +274,16 @@ class Pipeline {
           const int64_t begin = (step - 1) * share, end = begin + share < ROWS ? begin + share : ROWS;
           if (!pass.first)
             for (const float* sum = to + SUMS + begin * COLUMNS; sum < to + SUMS + end * COLUMNS; sum += 16) __builtin_prefetch(sum);
-          if (finished_.task) finish(finished_, begin, end);
-          also();
+          advance(finished_, begin, end);
         };
         const bool single = pass.steps == 1;
         const char *second_strip = single ? then_strip : strip + STEP, *second_panel = single ? then_panel : panel + STEP;
         pass.first ? multiply_first<true>(begun_.sums, to, second_strip, second_panel)
                    : multiply_first<false>(begun_.sums, to, second_strip, second_panel);
         finished_ = begun_;
-        begun_ = {pass.last ? pass.task : nullptr, to, pass.row + s * ROWS, p * COLUMNS, pass.factors};
-        if (single && finished_.task) finish(finished_, 0, ROWS);
+        begun_ = {pass.last ? pass.task : nullptr, pass.softmax, pass.factors, pass.row + s * ROWS, p * COLUMNS, to};
+        if (single) advance(finished_, 0, ROWS);
         fetch();
-        also();
         int64_t step = 1;
         for (; step + 1 < pass.steps && step + 1 < HELD; ++step) {
           multiply<true>(strip + (step + 1) * STEP, panel + (step + 1) * STEP);
@@ -248,17 +301,20 @@ class Pipeline {
     }
   }
 
-  void run(const Pass& pass) { run(pass, [] {}); }
-
   // The end of the last tile. What has been written may be read after it.
   void flush() {
     if (begun_.sums) store_sums(begun_.sums);
-    if (begun_.task) finish(begun_, 0, ROWS);
+    advance(begun_, 0, ROWS);
     begun_ = {};
     written();
   }
 
  private:
+  static INLINE void advance(const Finished& tile, int64_t begin, int64_t end) {
+    if (HAS_SOFTMAX && tile.softmax) weigh(*tile.softmax, tile.sums, tile.column, begin, end < ROWS ? end : ROWS);
+    else if (tile.task) finish(tile, begin, end);
+  }
+
   Finished begun_, finished_;  // the tile of the output in the registers, and the one before
 };
 
@@ -273,7 +329,7 @@ void linear(const Linear& task, char* memory) {
   const Setup setup;
   const Plan plan(task);
   float* sums = reinterpret_cast<float*>(memory + (task.x_tiles ? 0 : plan.strips * plan.part_steps * STEP));
-  Pipeline pipeline;
+  Pipeline<false> pipeline;
   for (int64_t row = 0; row < task.rows; row += plan.strips * ROWS)
     for (int64_t part = 0; part < plan.parts; ++part) {
       const int64_t first = part * plan.part_steps, steps = plan.steps_of(part);
@@ -283,19 +339,30 @@ void linear(const Linear& task, char* memory) {
           copy_strip(task.x + (row + s * ROWS) * task.x_stride + first * 64, task.x_stride, rows - s * ROWS, task.inner - first * INNER, steps,
                      memory + s * steps * STEP);
       const char* panels = static_cast<const char*>(task.panels) + first * STEP;
-      pipeline.run({&task, row, task.x_tiles ? task.x + row * task.x_stride + first * STEP : memory,
-                    task.x_tiles ? ROWS * task.x_stride : steps * STEP, strips, panels, plan.steps * STEP, plan.panels, steps, sums, part == 0,
-                    part + 1 == plan.parts, part + 1 < plan.parts ? panels + plan.part_steps * STEP : static_cast<const char*>(task.panels)});
+      pipeline.run({
+          .task = &task,
+          .row = row,
+          .strips = task.x_tiles ? task.x + row * task.x_stride + first * STEP : memory,
+          .strip_bytes = task.x_tiles ? ROWS * task.x_stride : steps * STEP,
+          .count = strips,
+          .panels = panels,
+          .panel_bytes = plan.steps * STEP,
+          .panel_count = plan.panels,
+          .steps = steps,
+          .sums = sums,
+          .first = part == 0,
+          .last = part + 1 == plan.parts,
+          .after = part + 1 < plan.parts ? panels + plan.part_steps * STEP : static_cast<const char*>(task.panels),
+      });
     }
   pipeline.flush();
 }
 
-struct Places {  // of an attention's memory, in bytes; two blocks of logits and weights
-  int64_t tokens, dim, keys, values, queries, logits, weights, sums, size;
+struct Places {  // of an attention's memory, in bytes; two blocks of weights
+  int64_t tokens, dim, keys, values, queries, weights, sums, size;
   explicit Places(const Head& head)
       : tokens(whole(head.tokens, COLUMNS)), dim(whole(head.dim, COLUMNS)), keys(0), values(keys + tokens * dim * 2),
-        queries(values + tokens * dim * 2), logits(queries + ROWS * dim * 2), weights(logits + 2 * ROWS * tokens * 4),
-        sums(weights + 2 * ROWS * tokens * 2), size(sums + SUMS * 4) {}
+        queries(values + tokens * dim * 2), weights(queries + ROWS * dim * 2), sums(weights + 2 * ROWS * tokens * 2), size(sums + SUMS * 4) {}
 };
 
 int64_t attention_memory(const Head& head) { return Places(head).size; }
@@ -319,44 +386,7 @@ inline void pack_values(const Head& head, int64_t d, int64_t tokens, bfloat16* o
     }
 }
 
-// The largest of a row of logits, which are tiles of 32 x 32.
-inline float largest(const float* logits, int64_t tokens) {
-  Float low = splat(-__builtin_inff()), high = low;
-  for (; tokens >= 32; tokens -= 32, logits += SUMS) {
-    low = _mm512_max_ps(load(logits), low);
-    high = _mm512_max_ps(load(logits + 16), high);
-  }
-  if (tokens) {
-    const __mmask32 mask = first_columns(tokens);
-    low = _mm512_mask_max_ps(low, mask, load(logits), low);
-    high = _mm512_mask_max_ps(high, mask >> 16, load(logits + 16), high);
-  }
-  return _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-}
-
-// 2^(scale*logit + offset) for a row, into a row of tiles; returns the reciprocal of their sum.
-inline float exponentials(const float* logits, int64_t tokens, float scale, float offset, char* out) {
-  Float total = {}, total2 = {};
-  for (; tokens >= 32; tokens -= 32, logits += SUMS, out += STEP) {
-    const Float low = power_of_2(load(logits) * scale + offset), high = power_of_2(load(logits + 16) * scale + offset);
-    _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    total += low;
-    total2 += high;
-  }
-  if (tokens) {
-    const __mmask32 mask = first_columns(tokens);
-    const Float low = _mm512_maskz_mov_ps(mask, power_of_2(load(logits) * scale + offset));
-    const Float high = _mm512_maskz_mov_ps(mask >> 16, power_of_2(load(logits + 16) * scale + offset));
-    _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    total += low;
-    total2 += high;
-  }
-  return 1.0f / _mm512_reduce_add_ps(total + total2);
-}
-
-// In a pipeline of blocks of 32 queries: while the tiles multiply one block's queries with the keys, and the weights of the block before the last
-// with the values, the vector units make the last block's weights from its logits. Of what passes from one to the next there are two, and three of
-// the reciprocals, as the results are written during the products of the block that follows.
+// Blocks of 32 queries: the weights of one are multiplied with the values after the logits of the next.
 void attention(const Head& head, char* memory) {
   const Setup setup;
   const Places at(head);
@@ -371,40 +401,53 @@ void attention(const Head& head, char* memory) {
   result.out_tiles = head.out_at.step == STEP;
   result.rows = head.tokens;
   result.columns = head.dim;
-  Pipeline pipeline;
   const int64_t blocks = at.tokens / ROWS, dim_steps = at.dim / INNER, token_steps = at.tokens / INNER;
-  const int64_t share = (ROWS + 2 * blocks * dim_steps - 1) / (2 * blocks * dim_steps);  // rows during a step
-  const float scale = head.scale * 1.44269504088896341f;
-  float offsets[ROWS], reciprocals[3][ROWS];
-  const auto rows_of = [&](int64_t block) { return head.tokens - block * ROWS < ROWS ? head.tokens - block * ROWS : ROWS; };
-  const auto logits_of = [&](int64_t block) { return reinterpret_cast<float*>(memory + at.logits) + block % 2 * ROWS * at.tokens; };
-  const auto weights_of = [&](int64_t block) { return memory + at.weights + block % 2 * ROWS * at.tokens * 2; };
-  for (int64_t block = 0; block < blocks + 2; ++block) {
-    const int64_t last = block - 1, waiting = block > 0 && block <= blocks ? rows_of(last) : 0;
-    const float* logits = logits_of(block + 1);
-    char* weights = weights_of(block + 1);
-    float* reciprocal = reciprocals[(block + 2) % 3];
-    for (int64_t i = 0; i < waiting; ++i) offsets[i] = -scale * largest(logits + i * COLUMNS, head.tokens);
-    int64_t done = 0;
-    const auto weigh = [&](int64_t count) {
-      for (const int64_t end = done + count < waiting ? done + count : waiting; done < end; ++done)
-        reciprocal[done] = exponentials(logits + done * COLUMNS, head.tokens, scale, offsets[done], weights + done * 64);
-    };
-    const auto also = [&] { weigh(share); };
-    if (block < blocks) {
-      const char* strip = head.q + block * head.at.strip;
-      if (!head.tiles) {
-        copy_strip(strip, head.at.row, rows_of(block), head.dim, dim_steps, queries);
-        strip = queries;
-      }
-      pipeline.run({nullptr, 0, strip, 0, 1, keys, at.dim * COLUMNS * 2, blocks, dim_steps, logits_of(block), true, false, nullptr}, also);
+  Softmax softmaxes[3];  // the results of a block are written while the one after the next is at work
+  Pipeline<true> pipeline;
+  const auto weigh_keys = [&](int64_t block, Softmax& softmax) {
+    const char* strip = head.q + block * head.at.strip;
+    if (!head.tiles) {
+      copy_strip(strip, head.at.row, head.tokens - block * ROWS, head.dim, dim_steps, queries);
+      strip = queries;
     }
-    if (block >= 2)
-      pipeline.run({&result, (block - 2) * ROWS, weights_of(block), 0, 1, values, at.tokens * COLUMNS * 2, dim_steps, token_steps, sums, true, true,
-                    nullptr, reciprocals[(block + 1) % 3]}, also);
-    else
+    pipeline.run({
+        .softmax = &softmax,
+        .strips = strip,
+        .panels = keys,
+        .panel_bytes = at.dim * COLUMNS * 2,
+        .panel_count = blocks,
+        .steps = dim_steps,
+        .sums = sums,
+    });
+  };
+  for (int64_t block = 0; block <= blocks; ++block) {
+    if (block < blocks) {
+      Softmax& softmax = softmaxes[block % 3];
+      softmax.begin(head, memory + at.weights + block % 2 * ROWS * at.tokens * 2);
+      weigh_keys(block, softmax);
+    } else {
       pipeline.flush();
-    weigh(ROWS);
+    }
+    if (block == 0) continue;
+    Softmax& softmax = softmaxes[(block - 1) % 3];
+    if (!softmax.fits)
+      for (int pass = 0; pass < 2; ++pass) {
+        pipeline.flush();
+        softmax.finds_offsets = pass == 0;
+        weigh_keys(block - 1, softmax);
+        pipeline.flush();
+      }
+    pipeline.run({
+        .task = &result,
+        .factors = softmax.reciprocals,
+        .row = (block - 1) * ROWS,
+        .strips = softmax.weights,
+        .panels = values,
+        .panel_bytes = at.tokens * COLUMNS * 2,
+        .panel_count = dim_steps,
+        .steps = token_steps,
+        .sums = sums,
+    });
   }
   pipeline.flush();
 }
