@@ -140,6 +140,29 @@ def test_attention_in_tiles_is_that_of_rows(tokens: int, heads: int, dim: int) -
             assert torch.equal(result, tiles(plain) if result.dim() == 5 else plain)
 
 
+def test_tiles_may_lie_anywhere_in_memory() -> None:
+    dtype = torch.bfloat16
+    if not native.has_tiles(dtype):
+        pytest.skip("this processor has no instructions for tiles")
+
+    def shifted(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
+
+    x, weight = tiles(draw(64, 64, dtype=dtype)), draw(64, 64, dtype=dtype)
+    qkv, packed = tiles(draw(1, 64, 192, dtype=dtype)), native.pack_weight(weight)
+    for run, given in (
+        (lambda x, out: native.linear(x, packed, out=out), x),
+        (lambda x, out: native.mlp(x, packed, draw(64, dtype=dtype), packed, out=out), x),
+        (lambda x, out: native.attention(x, 2, 1.0, out=out), qkv),
+    ):
+        shape = (2, 2, 32, 32) if given is x else (1, 2, 2, 32, 32)
+        plain, other = torch.empty(shape, dtype=dtype), shifted(torch.empty(shape, dtype=dtype))
+        run(given, plain)
+        run(shifted(given), other)
+        assert other.data_ptr() % 64
+        assert torch.equal(plain, other)
+
+
 def test_what_is_no_whole_tile_is_refused() -> None:
     for shape in ((1, 33, 32), (1, 32, 48)):
         with pytest.raises(ValueError, match="multiples of 32"):

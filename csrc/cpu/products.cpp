@@ -7,16 +7,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
+#include <new>
 #include <optional>
 #include <tuple>
 
 #include "processor.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 namespace {
 
@@ -38,28 +34,20 @@ const Products& required(const Tensor& x) {
 
 bool has_products(const Tensor& like) { return products(like) != nullptr; }
 
-constexpr int64_t LARGE_PAGE = 2 << 20;
-
-// Memory of one thread: as pages of 2 MiB where there is much of it and the system has them.
+// Memory of one thread, aligned to a cache line.
 class Memory {
  public:
   char* of(int64_t size) {
     if (size > size_) {
-      const int64_t alignment = size < LARGE_PAGE / 2 ? 64 : LARGE_PAGE;
-      size_ = 0;
-      data_.reset(static_cast<char*>(std::aligned_alloc(alignment, whole(size, alignment))));
-      STD_TORCH_CHECK(data_, "no memory for ", size, " bytes");
-      size_ = whole(size, alignment);
-#ifdef MADV_HUGEPAGE
-      if (alignment == LARGE_PAGE) madvise(data_.get(), size_, MADV_HUGEPAGE);
-#endif
+      data_.reset(static_cast<char*>(::operator new(size, std::align_val_t(64))));
+      size_ = size;
     }
     return data_.get();
   }
 
  private:
   struct Free {
-    void operator()(char* p) const { std::free(p); }
+    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<char, Free> data_;
   int64_t size_ = 0;

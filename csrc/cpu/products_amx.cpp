@@ -228,7 +228,7 @@ inline void finish(const Finished& tile, int64_t begin, int64_t end) {
       high = gelu(high);
     }
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-    task.out_tiles ? _mm512_store_si512(out, both) : _mm512_mask_storeu_epi16(out, mask, both);  // beyond the mask GELU(0)
+    task.out_tiles ? _mm512_storeu_si512(out, both) : _mm512_mask_storeu_epi16(out, mask, both);  // beyond the mask GELU(0)
   }
 }
 
