@@ -69,6 +69,17 @@ def test_bfloat16_is_nearer_to_the_truth_than_the_model(name: str, tiled: bool) 
     assert errors[0] <= 1.05 * errors[1]
 
 
+@pytest.mark.parametrize("side", [8, 16])
+def test_positions_are_not_rounded_before_they_are_added(side: int) -> None:
+    """Nearly all embedded patches are the model's to the bit: with a rounded table a third would not be."""
+    model = network(replace(SMALL, image_size=16), torch.bfloat16)
+    ours, (x, *_) = CpuNetwork(model), inputs(8, side)
+    with torch.no_grad():
+        work = ours._memory(x)
+        ours._embed(x, work, torch.zeros(1, 2 * SMALL.hidden_size))
+        assert (work.x != model.embed_patches(x)).float().mean() < 0.01
+
+
 def test_results_are_not_overwritten_by_the_next_call() -> None:
     ours = CpuNetwork(network(SMALL))
     with torch.inference_mode():

@@ -386,7 +386,8 @@ inline void pack_values(const Head& head, int64_t d, int64_t tokens, bfloat16* o
     }
 }
 
-// Blocks of 32 queries: the weights of one are multiplied with the values after the logits of the next.
+// Blocks of 32 queries: the weights of one are multiplied with the values after the logits of the next. Its results are written during the first tile
+// of the block after that, which makes its reciprocals with the last.
 void attention(const Head& head, char* memory) {
   const Setup setup;
   const Places at(head);
@@ -402,7 +403,7 @@ void attention(const Head& head, char* memory) {
   result.rows = head.tokens;
   result.columns = head.dim;
   const int64_t blocks = at.tokens / ROWS, dim_steps = at.dim / INNER, token_steps = at.tokens / INNER;
-  Softmax softmaxes[3];  // the results of a block are written while the one after the next is at work
+  Softmax softmaxes[2];
   Pipeline<true> pipeline;
   const auto weigh_keys = [&](int64_t block, Softmax& softmax) {
     const char* strip = head.q + block * head.at.strip;
@@ -422,17 +423,16 @@ void attention(const Head& head, char* memory) {
   };
   for (int64_t block = 0; block <= blocks; ++block) {
     if (block < blocks) {
-      Softmax& softmax = softmaxes[block % 3];
+      Softmax& softmax = softmaxes[block % 2];
       softmax.begin(head, memory + at.weights + block % 2 * ROWS * at.tokens * 2);
       weigh_keys(block, softmax);
     } else {
       pipeline.flush();
     }
     if (block == 0) continue;
-    Softmax& softmax = softmaxes[(block - 1) % 3];
+    Softmax& softmax = softmaxes[(block - 1) % 2];
     if (!softmax.fits)
       for (int pass = 0; pass < 2; ++pass) {
-        pipeline.flush();
         softmax.finds_offsets = pass == 0;
         weigh_keys(block - 1, softmax);
         pipeline.flush();
