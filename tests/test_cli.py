@@ -16,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_model import random_model
 
 from odelt_fast import __version__
 from odelt_fast.checkpoint import load_model, save_model
 from odelt_fast.cli import main
 from odelt_fast.commands.options import choose_dtype
-from odelt_fast.config import DiTConfig
-from odelt_fast.model import DiT
 from odelt_fast.outputs import write_whole
 from odelt_fast.plots import image_grid, to_uint8
 from odelt_fast.sampler import Sampler, drawn_labels
@@ -31,12 +30,7 @@ REFERENCE = Path(__file__).parent / "data" / "reference"
 
 
 def save_random(folder: Path, **changes: object) -> str:
-    shape = {"image_size": 8, "channels": 1, "hidden_size": 32, "depth": 6, "depth_min": 2, "depth_group": 2, "num_heads": 2}
-    model = DiT(DiTConfig(**{**shape, "num_classes": 10, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    return str(save_model(model, folder))
+    return str(save_model(random_model(**{"depth": 6, **changes}), folder))
 
 
 @pytest.fixture(scope="module")

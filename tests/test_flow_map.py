@@ -13,24 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_model import random_model
 from torch import Tensor
 
 from odelt_fast import Sampler, save_model
 from odelt_fast.cli import main
-from odelt_fast.config import DiTConfig
 from odelt_fast.flow_map import flow, interpolate, invert, slerp, trajectory
 from odelt_fast.model import DiT
 from odelt_fast.sampler import image_noise
-
-SMALL = {"image_size": 8, "channels": 1, "hidden_size": 32, "depth": 4, "depth_min": 2, "depth_group": 2, "num_heads": 2, "num_classes": 10}
-
-
-def random_model(std: float = 0.1, **changes: object) -> DiT:
-    model = DiT(DiTConfig(**{**SMALL, **changes}))
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
