@@ -172,6 +172,12 @@ def test_any_strides_are_read(cache: Path, name: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_rows_of_a_single_value_may_have_any_stride(cache: Path) -> None:
+    wide, out = torch.randn(2, 5, 4), torch.empty(2, 5, 1)
+    native.norm_modulate(wide[..., ::4], torch.tensor([[3.0, 1.0]]), 0, 1, out=out)
+    assert bool((out == 3).all())
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_one_modulation_row_serves_all_samples_in_any_dtype(cache: Path, name: str) -> None:
     one, each, wide = Case(torch.bfloat16, 40, rows=1), Case(torch.bfloat16, 40, rows=1), Case(torch.bfloat16, 40, rows=1)

@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "processor.h"
+#include "samples.h"
 
 namespace {
 
@@ -188,26 +189,6 @@ void mlp(const Tensor& x, const Tensor& packed_in, const Tensor& bias_in, const 
   back.all.rows = from.rows;
   back.run(products);
 }
-
-// (B, N, D) with rows that are contiguous, or in tiles, (B, N/32, D/32, 32, 32).
-struct Samples {
-  int64_t batch, tokens, size, sample;  // bytes from sample to sample
-  Layout at;
-  bool tiles;
-
-  explicit Samples(const Tensor& x, const char* name) : tiles(x.dim() == 5) {
-    const int64_t bytes = static_cast<int64_t>(x.element_size());
-    const bool fits = tiles ? x.size(3) == COLUMNS && x.size(4) == COLUMNS && x.is_contiguous() : x.dim() == 3 && x.stride(2) == 1;
-    STD_TORCH_CHECK(fits, name, " must be (B, N, D) with contiguous rows, or in tiles (B, N/32, D/32, 32, 32) and contiguous");
-    batch = x.size(0);
-    tokens = x.size(1) * (tiles ? COLUMNS : 1);
-    size = x.size(2) * (tiles ? COLUMNS : 1);
-    sample = x.stride(0) * bytes;
-    at.row = tiles ? COLUMNS * bytes : x.stride(1) * bytes;
-    at.strip = COLUMNS * (tiles ? size * bytes : at.row);
-    at.step = COLUMNS * (tiles ? at.row : bytes);
-  }
-};
 
 void attention(const Tensor& qkv, int64_t heads, double scale, Tensor out) {
   const Products& run = required(qkv);

@@ -311,7 +311,7 @@ template <bool HAS_SOFTMAX> class Pipeline {
 
  private:
   static INLINE void advance(const Finished& tile, int64_t begin, int64_t end) {
-    if (HAS_SOFTMAX && tile.softmax) weigh(*tile.softmax, tile.sums, tile.column, begin, end < ROWS ? end : ROWS);
+    if (HAS_SOFTMAX && tile.softmax) weigh(*tile.softmax, tile.sums, tile.column, begin, end);
     else if (tile.task) finish(tile, begin, end);
   }
 

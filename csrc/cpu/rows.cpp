@@ -9,6 +9,7 @@
 
 #include "processor.h"
 #include "rows.h"
+#include "samples.h"
 
 namespace {
 
@@ -35,44 +36,28 @@ int index_of(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::BFloat16;
 }
 
-constexpr int64_t TILE = 32;  // rows and values
-
-// Whether x is in tiles, (B, N/32, D/32, 32, 32), what matrix products read and write fastest; of the shape and the dtype of `like` (B, N, D).
-bool in_tiles(const Tensor& x, const Tensor& like) {
-  return x.dim() == 5 && x.is_contiguous() && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(3) == TILE &&
-         x.size(4) == TILE && x.size(1) * TILE == like.size(1) && x.size(2) * TILE == like.size(2);
-}
-
-// (B, N, D): in tiles, or with the last dimension contiguous and strides before it as they are.
+// (B, N, D) of x's shape and dtype with any strides, or in tiles where they are allowed.
 struct Tokens {
   std::optional<Tensor> tensor;
   const char* data = nullptr;
-  int64_t batch = 0, strip = 0, token = 0, step = TILE;  // bytes; of a row, values from 32 to the next
+  int64_t sample = 0, step = INNER;  // bytes; of a row, values from 32 to the next
+  Layout at = {};
 
-  Tokens(const Tensors& given, const Tensor& like, const char* name, bool tiles = false) {
+  Tokens(const Tensors& given, const Tensor& like, const char* name, bool may_be_tiles = false) {
     if (!given) return;
     index_of(*given, name);
-    tensor = given;
-    const int64_t bytes = static_cast<int64_t>(given->element_size());
-    if (tiles && in_tiles(*given, like)) {
-      token = TILE * bytes;
-      strip = TILE * like.size(2) * bytes;
-      batch = like.size(1) * like.size(2) * bytes;
-      step = TILE * TILE;
-    } else {
-      if (given->dim() == 3 && given->stride(2) != 1) tensor = torch::stable::contiguous(*given);
-      const Tensor& x = *tensor;
-      const bool fits = x.dim() == 3 && x.scalar_type() == like.scalar_type() && x.size(0) == like.size(0) && x.size(1) == like.size(1) &&
-                        x.size(2) == like.size(2);
-      STD_TORCH_CHECK(fits, name, " must have the shape (B, N, D)", tiles ? ", or that in tiles," : "", " and the dtype of x");
-      token = x.stride(1) * bytes;
-      strip = TILE * token;
-      batch = x.stride(0) * bytes;
-    }
+    tensor = given->dim() == 3 && given->stride(2) != 1 ? torch::stable::contiguous(*given) : *given;
+    const Samples x(*tensor, name);
+    const bool fits = (may_be_tiles || !x.tiles) && given->scalar_type() == like.scalar_type() && x.batch == like.size(0) &&
+                      x.tokens == like.size(1) && x.size == like.size(2);
+    STD_TORCH_CHECK(fits, name, " must have the shape (B, N, D)", may_be_tiles ? ", or that in tiles," : "", " and the dtype of x");
     data = static_cast<const char*>(tensor->const_data_ptr());
+    sample = x.sample;
+    at = x.at;
+    step = at.step / static_cast<int64_t>(given->element_size());
   }
 
-  const void* row(int64_t b, int64_t n) const { return data ? data + b * batch + n / TILE * strip + n % TILE * token : nullptr; }
+  const void* row(int64_t b, int64_t n) const { return data ? data + b * sample + n / COLUMNS * at.strip + n % COLUMNS * at.row : nullptr; }
 };
 
 // A packed table (B or 1, K) as float32: small, so that it is cheaper to convert once than in every row.
