@@ -1,11 +1,15 @@
-"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, and fails on code that would be slow or could not be launched.
+"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, and fails on code that would be
+slow or could not be launched.
 
-    python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--sample N --seed S] [--update-baseline [--missing]]
+    python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--sample N
+    --seed S] [--update-baseline [--missing]]
 
-For each `CompileCase` of each module in kernels/: no spills, shared memory within the card's limit, global loads as wide as the case
-demands, and no more registers than the stored baseline (benchmarks/compile_baseline.json, one table for each Triton version; a case that
-it lacks is shown as new). Nothing is cached. Prints a table; exit code 1 when a case fails. All cases take minutes: --sample draws some.
-The baseline is saved after every case, so that an interrupted update goes on with --missing.
+For each `CompileCase` of each module in kernels/: no spills, shared memory within the card's limit,
+global loads as wide as the case demands, and no more registers than the stored baseline
+(benchmarks/compile_baseline.json, one table for each Triton version; a case that it lacks is shown
+as new). Nothing is cached. Prints a table; exit code 1 when a case fails. All cases take minutes:
+--sample draws some. The baseline is saved after every case, so that an interrupted update goes on
+with --missing.
 """
 
 from __future__ import annotations
@@ -32,13 +36,15 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = Path(__file__).with_name("compile_baseline.json")
 ARCHES = (80, 90, 100)
-# Shared memory that one block may use, in bytes: the CUDA programming guide's table of compute capabilities (163 and 227 KiB).
+# Shared memory that one block may use, in bytes: the CUDA programming guide's table of compute
+# capabilities (163 and 227 KiB).
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses: registers a thread, bytes of shared memory, bytes of spills a thread, widest global load in bytes."""
+    """What a compiled kernel uses: registers a thread, bytes of shared memory, bytes of spills a
+    thread, widest global load in bytes."""
 
     registers: int
     shared: int
@@ -47,7 +53,8 @@ class Resources:
 
 
 def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
-    """The cases of every module in kernels/ that match one of the patterns; with `one`, the first of each kernel function."""
+    """The cases of every module in kernels/ that match one of the patterns; with `one`, the first
+    of each kernel function."""
     sys.path.insert(0, str(ROOT))
     seen: set[str] = set()
     names: set[str] = set()
@@ -57,14 +64,17 @@ def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
             if case.name in names:
                 raise ValueError(f"two compile cases are called {case.name}")
             names.add(case.name)
-            if not any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns) or (one and case.fn.__name__ + path.stem in seen):
+            if not any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns) or (
+                one and case.fn.__name__ + path.stem in seen
+            ):
                 continue
             seen.add(case.fn.__name__ + path.stem)
             yield case
 
 
 def compile_case(case: CompileCase, arch: int) -> Resources:
-    """Compiles one case for one target and reads its resources from the machine code, and from the PTX."""
+    """Compiles one case for one target and reads its resources from the machine code, and from the
+    PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -84,26 +94,34 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
 
 
 def machine_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) a thread, from `cuobjdump -res-usage`; the stack is where ptxas puts spills."""
+    """(registers, bytes of stack and local memory) a thread, from `cuobjdump -res-usage`; the stack
+    is where ptxas puts spills."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        result = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        result = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
     usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", result.stdout)
     if not usage:
         raise RuntimeError(f"cuobjdump reported no resources: {result.stdout!r}")
-    return max(int(registers) for registers, _, _ in usage), max(int(stack) + int(local) for _, stack, local in usage)
+    return max(int(registers) for registers, _, _ in usage), max(
+        int(stack) + int(local) for _, stack, local in usage
+    )
 
 
 def widest_load(ptx: str) -> int:
-    """Bytes of the widest load from global memory in the PTX; a copy by the tensor memory accelerator counts as 128."""
+    """Bytes of the widest load from global memory in the PTX; a copy by the tensor memory
+    accelerator counts as 128."""
     widths = [0]
     if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared[\w.:]*\.global", ptx):
         widths.append(128)
-    copies = r"cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
+    copies = (
+        r"cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
+    )
     widths += [int(size, 0) for size in re.findall(copies, ptx)]
     for line in re.findall(r"ld\.global[\w.:]*", ptx):
         vector, bits = re.search(r"\.v(\d)", line), re.search(r"\.[bsuf](\d+)$", line)
@@ -112,7 +130,9 @@ def widest_load(ptx: str) -> int:
     return max(widths)
 
 
-def judge(case: CompileCase, arch: int, found: Resources, baseline: dict[str, int] | None) -> list[str]:
+def judge(
+    case: CompileCase, arch: int, found: Resources, baseline: dict[str, int] | None
+) -> list[str]:
     """The reasons why a compiled case fails; none when it passes."""
     faults = []
     if found.spills:
@@ -120,7 +140,9 @@ def judge(case: CompileCase, arch: int, found: Resources, baseline: dict[str, in
     if found.shared > SHARED_LIMIT[arch]:
         faults.append(f"shared memory {found.shared} is over the card's {SHARED_LIMIT[arch]} bytes")
     if found.load_bytes < case.vector_bytes:
-        faults.append(f"scalar loads: the widest is {found.load_bytes} bytes, {case.vector_bytes} are due")
+        faults.append(
+            f"scalar loads: the widest is {found.load_bytes} bytes, {case.vector_bytes} are due"
+        )
     if baseline is not None and found.registers > baseline["registers"]:
         faults.append(f"registers grew from {baseline['registers']} to {found.registers}")
     return faults
@@ -128,21 +150,46 @@ def judge(case: CompileCase, arch: int, found: Resources, baseline: dict[str, in
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compile_gate", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+        prog="python -m benchmarks.compile_gate",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHES, default=list(ARCHES), help="targets")
-    parser.add_argument("--case", nargs="+", default=["*"], metavar="PATTERN", help='only cases with such names, e.g. "linear/*/bf16/*"')
-    parser.add_argument("--one", action="store_true", help="only the first matching case of each kernel function")
-    parser.add_argument("--sample", type=int, metavar="N", help="only N of the matching cases and targets, drawn by --seed")
+    parser.add_argument(
+        "--arch", type=int, nargs="+", choices=ARCHES, default=list(ARCHES), help="targets"
+    )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help='only cases with such names, e.g. "linear/*/bf16/*"',
+    )
+    parser.add_argument(
+        "--one", action="store_true", help="only the first matching case of each kernel function"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="only N of the matching cases and targets, drawn by --seed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--missing", action="store_true", help="only what the baseline lacks")
-    parser.add_argument("--baseline", type=Path, default=BASELINE, help="file of the stored register counts")
     parser.add_argument(
-        "--update-baseline", action="store_true", help="store this run's registers and shared memory for this Triton version"
+        "--baseline", type=Path, default=BASELINE, help="file of the stored register counts"
+    )
+    parser.add_argument(
+        "--update-baseline",
+        action="store_true",
+        help="store this run's registers and shared memory for this Triton version",
     )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
-        print("compile_gate: TRITON_INTERPRET is set, and interpreted kernels cannot be compiled: unset it", file=sys.stderr)
+        print(
+            "compile_gate: TRITON_INTERPRET is set, and interpreted kernels cannot be compiled:"
+            " unset it",
+            file=sys.stderr,
+        )
         return 1
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -152,10 +199,17 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     import triton
 
-    stored: dict[str, dict[str, dict[str, int]]] = json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
+    stored: dict[str, dict[str, dict[str, int]]] = (
+        json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
+    )
     version = f"triton {triton.__version__}"
     baseline = stored.get(version, {})
-    pairs = [(case, arch) for case in collect(options.case, options.one) for arch in options.arch if arch in case.arches]
+    pairs = [
+        (case, arch)
+        for case in collect(options.case, options.one)
+        for arch in options.arch
+        if arch in case.arches
+    ]
     if not pairs:
         print("no case matches", file=sys.stderr)
         return 1
@@ -170,7 +224,9 @@ def run(options: argparse.Namespace) -> int:
         key, start = f"{case.name} sm_{arch}", time.perf_counter()
         try:
             found = compile_case(case, arch)
-        except Exception as error:  # a compiler's fault has any type; the other cases are still to be judged
+        except (
+            Exception
+        ) as error:  # a compiler's fault has any type; the other cases are still to be judged
             text = str(error).strip()
             reason = f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}"
             print(f"{case.name:44} sm_{arch:<4} does not compile: {reason}", flush=True)
@@ -182,9 +238,19 @@ def run(options: argparse.Namespace) -> int:
             baseline[key] = {"registers": found.registers, "shared": found.shared}
             stored[version] = baseline
             save(options.baseline, stored)
-        verdict = "; ".join(faults) if faults else "ok" if known or options.update_baseline else "ok (new)"
+        verdict = (
+            "; ".join(faults)
+            if faults
+            else "ok"
+            if known or options.update_baseline
+            else "ok (new)"
+        )
         resources = f"{found.registers:9} {found.shared:7} {found.load_bytes:4}"
-        print(f"{case.name:44} sm_{arch:<4} {resources} {time.perf_counter() - start:5.1f}  {verdict}", flush=True)
+        print(
+            f"{case.name:44} sm_{arch:<4} {resources} {time.perf_counter() - start:5.1f} "
+            f" {verdict}",
+            flush=True,
+        )
         failed += bool(faults)
     print(f"{len(pairs) - failed} of {len(pairs)} passed")
     return 1 if failed else 0
@@ -194,7 +260,9 @@ def save(path: Path, stored: dict[str, dict[str, dict[str, int]]]) -> None:
     """Writes the baseline in one move, a line a case."""
     tables = []
     for version, table in sorted(stored.items()):
-        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items()))
+        lines = ",\n".join(
+            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())
+        )
         tables.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
     part = path.with_name(path.name + ".part")
     part.write_text("{\n" + ",\n".join(tables) + "\n}\n")

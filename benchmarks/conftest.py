@@ -1,4 +1,5 @@
-"""What every benchmark under pytest shares: the device, its ceilings, and the record that goes into extra_info."""
+"""What every benchmark under pytest shares: the device, its ceilings, and the record that goes into
+extra_info."""
 
 from __future__ import annotations
 

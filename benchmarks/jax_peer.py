@@ -1,11 +1,14 @@
-"""The paper's reference implementation as a peer: its model.py, unchanged, jitted by JAX in a process of its own that answers requests.
+"""The paper's reference implementation as a peer: its model.py, unchanged, jitted by JAX in a
+process of its own that answers requests.
 
-    python benchmarks/jax_peer.py --reference-dir CHECKOUT        # a checkout of github.com/gudovskiy/odelt; needs jax, flax and einops
+    python benchmarks/jax_peer.py --reference-dir CHECKOUT        # a checkout of
+    github.com/gudovskiy/odelt; needs jax, flax and einops
 
-One JSON line a request: {"op": "build", "config": {...}, "depth", "steps", "batch", "dtype"} compiles Euler's method and answers
-{"setup_seconds"}; {"op": "time"} samples once and answers {"seconds"}; {"op": "forget"} drops it. As in the reference, parameters are
-float32, the arithmetic is in `dtype`, and each step is one call of a jitted function. The process outlives a configuration, so that its
-samples can take turns with the others'.
+One JSON line a request: {"op": "build", "config": {...}, "depth", "steps", "batch", "dtype"}
+compiles Euler's method and answers {"setup_seconds"}; {"op": "time"} samples once and answers
+{"seconds"}; {"op": "forget"} drops it. As in the reference, parameters are float32, the arithmetic
+is in `dtype`, and each step is one call of a jitted function. The process outlives a configuration,
+so that its samples can take turns with the others'.
 """
 
 from __future__ import annotations
@@ -29,13 +32,20 @@ if TYPE_CHECKING:
 
 
 class JaxPeer:
-    """The other process, seen from here. Raises ValueError with its reason when it cannot do what is asked."""
+    """The other process, seen from here. Raises ValueError with its reason when it cannot do what
+    is asked."""
 
     def __init__(self, reference: Path, python: str = sys.executable) -> None:
         if not (reference / "model.py").is_file():
-            raise ValueError(f"--reference-dir {reference}: there is no model.py; give a checkout of github.com/gudovskiy/odelt")
+            raise ValueError(
+                f"--reference-dir {reference}: there is no model.py; give a checkout of"
+                " github.com/gudovskiy/odelt"
+            )
         # Left to itself JAX takes three quarters of the card's memory at its start.
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+        environment = os.environ | {
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
         # Not a pipe: one that nobody reads fills up and stops the process.
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -56,16 +66,28 @@ class JaxPeer:
         if not line:
             code = self.process.wait()
             self.messages.seek(0)
-            raise ValueError(f"the JAX reference stopped: {(self.messages.read().strip() or f'exit code {code}').splitlines()[-1]}")
+            raise ValueError(
+                "the JAX reference stopped:"
+                f" {(self.messages.read().strip() or f'exit code {code}').splitlines()[-1]}"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ValueError(f"the JAX reference: {answer['error']}")
         return answer
 
-    def build(self, config: DiTConfig, depth: int, steps: int, batch: int, dtype: torch.dtype) -> float:
+    def build(
+        self, config: DiTConfig, depth: int, steps: int, batch: int, dtype: torch.dtype
+    ) -> float:
         """Seconds that compiling and the first run took."""
         name = str(dtype).removeprefix("torch.")
-        answer = self.ask(op="build", config=dataclasses.asdict(config), depth=depth, steps=steps, batch=batch, dtype=name)
+        answer = self.ask(
+            op="build",
+            config=dataclasses.asdict(config),
+            depth=depth,
+            steps=steps,
+            batch=batch,
+            dtype=name,
+        )
         return float(answer["setup_seconds"])
 
     def timed(self) -> float:
@@ -94,7 +116,12 @@ def build(request: dict[str, Any]) -> Any:
     import jax.numpy as jnp
     from model import DiT  # type: ignore[import-not-found]  # the reference's
 
-    config, depth, steps, batch = request["config"], request["depth"], request["steps"], request["batch"]
+    config, depth, steps, batch = (
+        request["config"],
+        request["depth"],
+        request["steps"],
+        request["batch"],
+    )
     network = DiT(
         patch_size=config["patch_size"], hidden_size=config["hidden_size"], depth=config["depth"], depth_min=config["depth_min"],
         depth_group=config["depth_group"], depth_wise=depth, num_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"],
@@ -104,11 +131,16 @@ def build(request: dict[str, Any]) -> Any:
     noise = jax.random.normal(jax.random.key(1), shape)
     labels = jnp.arange(batch) % config["num_classes"]
     index = jnp.full((batch,), min(steps.bit_length() - 1, 7), jnp.float32)
-    parameters = jax.jit(network.init)(jax.random.key(0), jnp.zeros((batch,)), noise, (index, labels))
+    parameters = jax.jit(network.init)(
+        jax.random.key(0), jnp.zeros((batch,)), noise, (index, labels)
+    )
     leaves, tree = jax.tree.flatten(parameters)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     # Zero-initialised tensors would give zeros, which multiply faster than other numbers do.
-    leaves = [leaf if leaf.any() else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves)]
+    leaves = [
+        leaf if leaf.any() else 0.02 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for key, leaf in zip(keys, leaves)
+    ]
     parameters = jax.tree.unflatten(tree, leaves)
 
     @jax.jit  # type: ignore[untyped-decorator]
@@ -154,11 +186,20 @@ def serve() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference-dir", type=Path, required=True)
     folder = parser.parse_args().reference_dir.resolve()
     # This file's folder must not lend its modules to the reference's imports.
-    sys.path[:] = [str(folder), *[path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]]
+    sys.path[:] = [
+        str(folder),
+        *[
+            path
+            for path in sys.path
+            if Path(path or ".").resolve() != Path(__file__).resolve().parent
+        ],
+    ]
     serve()
 
 

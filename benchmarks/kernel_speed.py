@@ -1,6 +1,8 @@
-"""Times of the kernels: Triton, plain PyTorch and Inductor in turn, each checked against float64 before it is timed.
+"""Times of the kernels: Triton, plain PyTorch and Inductor in turn, each checked against float64
+before it is timed.
 
-Inputs are so many that each set has left the cache before its next use, and all calls are one CUDA graph, so that the host does not count.
+Inputs are so many that each set has left the cache before its next use, and all calls are one CUDA
+graph, so that the host does not count.
 """
 
 from __future__ import annotations
@@ -19,20 +21,29 @@ from benchmarks.ceilings import floor_seconds
 from benchmarks.kernel_table import KernelCase, Operator
 from benchmarks.measure import Timer, graph_timer, summary, take_turns
 
-COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}  # several times the last cache: 60 MB on an H200
+COLD_BYTES = {
+    "cuda": 256 * 2**20,
+    "cpu": 32 * 2**20,
+}  # several times the last cache: 60 MB on an H200
 MOST_SETS = 256
 
 
 def relative_error(got: Any, exact: Any) -> float:
     """Largest relative L2 error over the outputs."""
-    pairs = zip(*(([value] if isinstance(value, Tensor) else list(value)) for value in (got, exact)))
-    errors = [torch.linalg.vector_norm(a.double().reshape(b.shape) - b) / torch.linalg.vector_norm(b) for a, b in pairs]
+    pairs = zip(
+        *(([value] if isinstance(value, Tensor) else list(value)) for value in (got, exact))
+    )
+    errors = [
+        torch.linalg.vector_norm(a.double().reshape(b.shape) - b) / torch.linalg.vector_norm(b)
+        for a, b in pairs
+    ]
     return max(float(error) if torch.isfinite(error) else math.inf for error in errors)
 
 
 @dataclass
 class Prepared:
-    """A case with its inputs drawn, and the float64 result of the first of them. pytorch_error: relative, once it is known."""
+    """A case with its inputs drawn, and the float64 result of the first of them. pytorch_error:
+    relative, once it is known."""
 
     case: KernelCase
     dtype: torch.dtype
@@ -51,19 +62,28 @@ class Prepared:
         return relative_error(operator(*(_copy(value) for value in self.arguments[0])), self.exact)
 
     def variant(self, name: str) -> tuple[float, Timer]:
-        """(relative error, timer of a variant); ValueError if the error is above twice plain PyTorch's, or what rounding may cost."""
+        """(relative error, timer of a variant); ValueError if the error is above twice plain
+        PyTorch's, or what rounding may cost."""
         if not self.pytorch_error:
-            with suppress(RuntimeError):  # a form that PyTorch lacks here sets no measure: rounding is the bound
+            with suppress(
+                RuntimeError
+            ):  # a form that PyTorch lacks here sets no measure: rounding is the bound
                 self.pytorch_error = self.error(self.case.plain)
         operator = self.variants[name]
         error = self.error(operator)
         bound = max(2 * self.pytorch_error, self.case.tolerance, torch.finfo(self.dtype).eps + 2e-6)
         if not error <= bound:
-            raise ValueError(f"its result is wrong: relative error {error:.2e}, at most {bound:.2e} is allowed")
-        return error, graph_timer(lambda index: operator(*self.arguments[index]), self.sets, self.device)
+            raise ValueError(
+                f"its result is wrong: relative error {error:.2e}, at most {bound:.2e} is allowed"
+            )
+        return error, graph_timer(
+            lambda index: operator(*self.arguments[index]), self.sets, self.device
+        )
 
 
-def prepare(case: KernelCase, dtype: torch.dtype, device: torch.device, inductor: bool = False) -> Prepared:
+def prepare(
+    case: KernelCase, dtype: torch.dtype, device: torch.device, inductor: bool = False
+) -> Prepared:
     """Draws the inputs. inductor: also the plain form, compiled, where the case allows it."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -80,9 +100,15 @@ def prepare(case: KernelCase, dtype: torch.dtype, device: torch.device, inductor
 
 
 def measure_kernel(
-    case: KernelCase, dtype: torch.dtype, device: torch.device, ceilings: dict[str, float], seconds: float, inductor: bool = True
+    case: KernelCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    ceilings: dict[str, float],
+    seconds: float,
+    inductor: bool = True,
 ) -> dict[str, Any]:
-    """Samples, GB/s or TFLOP/s, share of the floor, error of every variant of a case; or the reason it did not run."""
+    """Samples, GB/s or TFLOP/s, share of the floor, error of every variant of a case; or the reason
+    it did not run."""
     prepared = prepare(case, dtype, device, inductor)
     rows: dict[str, dict[str, Any]] = {name: {} for name in prepared.variants}
     timers: dict[str, Timer] = {}
@@ -91,14 +117,26 @@ def measure_kernel(
         try:
             row["relative_error"], timers[name] = prepared.variant(name)
             row["setup_s"] = time.perf_counter() - start
-        except Exception as error:  # a compiler's fault has any type; the other variants are still to be measured
+        except (
+            Exception
+        ) as error:  # a compiler's fault has any type; the other variants are still to be measured
             row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     floor = floor_seconds(case.flops, case.bytes, case.rate, ceilings)
     for name, taken in (take_turns(timers, seconds, most=100) if timers else {}).items():
         row = rows[name] | {"samples_s": taken} | summary(taken)
-        rates = {"gigabytes_per_s": case.bytes / row["median_s"] / 1e9, "tflops": case.flops / row["median_s"] / 1e12}
+        rates = {
+            "gigabytes_per_s": case.bytes / row["median_s"] / 1e9,
+            "tflops": case.flops / row["median_s"] / 1e12,
+        }
         rows[name] = row | rates | {"share_of_floor": floor / row["median_s"]}
-    return {"kernel": case.name, "bytes": case.bytes, "flops": case.flops, "floor_s": floor, "sets": prepared.sets, "variants": rows}
+    return {
+        "kernel": case.name,
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "floor_s": floor,
+        "sets": prepared.sets,
+        "variants": rows,
+    }
 
 
 def _copy(value: Any) -> Any:

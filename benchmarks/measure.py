@@ -1,4 +1,5 @@
-"""Measuring: variants take turns, warm and synchronised; every sample is kept, beside the device and the code that gave it."""
+"""Measuring: variants take turns, warm and synchronised; every sample is kept, beside the device
+and the code that gave it."""
 
 from __future__ import annotations
 
@@ -29,8 +30,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def host_timer(call: Callable[[], object], device: torch.device, clock: Timer = time.perf_counter) -> Timer:
-    """Seconds from the call to its finished result, as a user waits for it: host clock, device idle before and after."""
+def host_timer(
+    call: Callable[[], object], device: torch.device, clock: Timer = time.perf_counter
+) -> Timer:
+    """Seconds from the call to its finished result, as a user waits for it: host clock, device idle
+    before and after."""
 
     def timed() -> float:
         synchronize(device)
@@ -42,17 +46,23 @@ def host_timer(call: Callable[[], object], device: torch.device, clock: Timer = 
     return timed
 
 
-def graph_timer(call: Callable[[int], object], sets: int, device: torch.device, clock: Timer = time.perf_counter) -> Timer:
-    """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1): inputs that have left the cache between two uses.
+def graph_timer(
+    call: Callable[[int], object], sets: int, device: torch.device, clock: Timer = time.perf_counter
+) -> Timer:
+    """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1): inputs that
+    have left the cache between two uses.
 
-    On CUDA one graph holds all the calls and events stand around its replay, so that the host does not count; elsewhere its clock does.
+    On CUDA one graph holds all the calls and events stand around its replay, so that the host does
+    not count; elsewhere its clock does.
     """
     if device.type != "cuda":
         timed = host_timer(lambda: [call(index) for index in range(sets)], device, clock)
         return lambda: timed() / sets
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # whatever compiles or allocates on first use does it before the capture
+    with torch.cuda.stream(
+        stream
+    ):  # whatever compiles or allocates on first use does it before the capture
         for index in (0, sets - 1, 0):
             call(index)
     torch.cuda.current_stream().wait_stream(stream)
@@ -73,11 +83,17 @@ def graph_timer(call: Callable[[int], object], sets: int, device: torch.device, 
 
 
 def take_turns(
-    timers: Mapping[str, Timer], seconds: float, least: int = 5, most: int = 200, warm_seconds: float = 0.2
+    timers: Mapping[str, Timer],
+    seconds: float,
+    least: int = 5,
+    most: int = 200,
+    warm_seconds: float = 0.2,
 ) -> dict[str, list[float]]:
-    """Samples of every timer, in seconds: all of them once a round, in turning order, for about `seconds` and `least` to `most` rounds.
+    """Samples of every timer, in seconds: all of them once a round, in turning order, for about
+    `seconds` and `least` to `most` rounds.
 
-    Before that each runs twice and the whole for `warm_seconds`: an idle GPU's clock is a fifth of a busy one's.
+    Before that each runs twice and the whole for `warm_seconds`: an idle GPU's clock is a fifth of
+    a busy one's.
     """
     begin, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - begin < warm_seconds:
@@ -99,11 +115,16 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and the 10 % and 90 % quantiles, in seconds."""
     ordered = sorted(samples)
     last = len(ordered) - 1
-    return {"median_s": statistics.median(ordered), "low_s": ordered[round(0.1 * last)], "high_s": ordered[round(0.9 * last)]}
+    return {
+        "median_s": statistics.median(ordered),
+        "low_s": ordered[round(0.1 * last)],
+        "high_s": ordered[round(0.9 * last)],
+    }
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Calls once: bytes that CUDA's allocator held at the peak over what it held before; None elsewhere."""
+    """Calls once: bytes that CUDA's allocator held at the peak over what it held before; None
+    elsewhere."""
     if device.type != "cuda":
         call()
         return None
@@ -127,7 +148,8 @@ def release(device: torch.device) -> None:
 
 
 def device_record() -> dict[str, Any]:
-    """What results must be read with: device, driver, clocks, versions, commit, and a digest of the package's sources."""
+    """What results must be read with: device, driver, clocks, versions, commit, and a digest of the
+    package's sources."""
     import numpy
 
     record: dict[str, Any] = {
@@ -158,40 +180,76 @@ def device_record() -> dict[str, Any]:
 
 
 def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks (MHz), temperature (C) and power (W) at this moment; None where nvidia-smi is missing or silent."""
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw")
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "--id=0"]
+    """Driver, clocks (MHz), temperature (C) and power (W) at this moment; None where nvidia-smi is
+    missing or silent."""
+    fields = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "clocks.max.sm",
+        "temperature.gpu",
+        "power.draw",
+    )
+    command = [
+        "nvidia-smi",
+        f"--query-gpu={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+        "--id=0",
+    ]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(zip(fields, (value.strip() for value in answer.split(","))))
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" for changed files; $COMMIT where there is no repository; else "unknown"."""
+    """The checkout's commit, with "-dirty" for changed files; $COMMIT where there is no repository;
+    else "unknown"."""
     if (ROOT / ".git").exists():
-        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        command = [
+            "git",
+            "-C",
+            str(ROOT),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=30, check=True
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             pass
     return os.environ.get("COMMIT", "unknown")
 
 
 def source_digest(*patterns: str) -> str:
-    """A digest of the files that match (all of the package's sources if none is given): what was found correct is what is measured."""
+    """A digest of the files that match (all of the package's sources if none is given): what was
+    found correct is what is measured."""
     digest = hashlib.sha256()
-    files = {path for pattern in patterns or SOURCES for path in ROOT.glob(pattern) if path.is_file() and "__pycache__" not in path.parts}
+    files = {
+        path
+        for pattern in patterns or SOURCES
+        for path in ROOT.glob(pattern)
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     for path in sorted(files):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes beside the place first, then renames: a run that is killed leaves the old file whole."""
+    """Writes beside the place first, then renames: a run that is killed leaves the old file
+    whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.stem}-", suffix=".json", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.stem}-", suffix=".json", delete=False
+    ) as file:
         partial = Path(file.name)
         try:
             json.dump(value, file, indent=1)
@@ -206,23 +264,33 @@ def write_json(path: Path, value: object) -> None:
 
 
 class Results:
-    """One part's JSON file. A configuration is added whole, with its raw samples, and is never measured again.
+    """One part's JSON file. A configuration is added whole, with its raw samples, and is never
+    measured again.
 
-    {"part", "runs": [{"command", "ceilings", ...device_record()}], "configurations": {key: {"run": index in runs, ...}}}
-    Raises ValueError for a file that is not one of these, or that another device gave: its numbers would stand beside these.
+    {"part", "runs": [{"command", "ceilings", ...device_record()}], "configurations": {key: {"run":
+    index in runs, ...}}} Raises ValueError for a file that is not one of these, or that another
+    device gave: its numbers would stand beside these.
     """
 
     def __init__(self, path: Path, part: str) -> None:
-        self.path, self.run = path, device_record() | {"command": " ".join(["python -m benchmarks.suite", *sys.argv[1:]])}
+        self.path, self.run = (
+            path,
+            device_record() | {"command": " ".join(["python -m benchmarks.suite", *sys.argv[1:]])},
+        )
         self.content: dict[str, Any] = {"part": part, "runs": [], "configurations": {}}
         if path.exists():
             try:
                 self.content = json.loads(path.read_text())
                 devices = {run["device"] for run in self.content["runs"]}
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} does not hold the results of a run: {error}; name another folder") from None
+                raise ValueError(
+                    f"{path} does not hold the results of a run: {error}; name another folder"
+                ) from None
             if devices - {self.run["device"]}:
-                raise ValueError(f"{path} holds results of {', '.join(sorted(devices))}, this is {self.run['device']}: name another folder")
+                raise ValueError(
+                    f"{path} holds results of {', '.join(sorted(devices))}, this is"
+                    f" {self.run['device']}: name another folder"
+                )
 
     @property
     def configurations(self) -> dict[str, Any]:
@@ -251,4 +319,7 @@ def _cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

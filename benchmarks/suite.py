@@ -1,11 +1,14 @@
-"""Everything that is measured, correctness first: `python -m benchmarks.suite --out DIR [--part PART ...]`.
+"""Everything that is measured, correctness first: `python -m benchmarks.suite --out DIR [--part
+PART ...]`.
 
-Parts: correctness (the tests that the rest depends on; a red group refuses the parts that need it), kernels (each against plain PyTorch and
-Inductor), latency (batch 1), throughput (larger batches, memory, adaptive solvers), xl (DiT-XL/2), solvers (the paper's Table 3, a race
-against torchdiffeq, what a solve launches), peers (torch.compile's modes and, with --reference-dir, the paper's JAX reference), training.
-Each part is one JSON file in DIR with every sample, the device, versions and commit. A finished configuration is never measured again; a
-part that comes near --limit-s stops between two and goes on when it is run again.
-Where there is no git repository, set COMMIT to say what is measured. Without a GPU the grid is smaller.
+Parts: correctness (the tests that the rest depends on; a red group refuses the parts that need it),
+kernels (each against plain PyTorch and Inductor), latency (batch 1), throughput (larger batches,
+memory, adaptive solvers), xl (DiT-XL/2), solvers (the paper's Table 3, a race against torchdiffeq,
+what a solve launches), peers (torch.compile's modes and, with --reference-dir, the paper's JAX
+reference), training. Each part is one JSON file in DIR with every sample, the device, versions and
+commit. A finished configuration is never measured again; a part that comes near --limit-s stops
+between two and goes on when it is run again. Where there is no git repository, set COMMIT to say
+what is measured. Without a GPU the grid is smaller.
 
 Exit code: 0 finished, 1 refused or wrong usage, 3 stopped at the limit: run again.
 """
@@ -44,7 +47,8 @@ FINISHED, REFUSED, AGAIN = 0, 1, 3
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured on one kind of device. Tuples of (network, batch) or (network, batch, depth); seconds: of each variant."""
+    """What is measured on one kind of device. Tuples of (network, batch) or (network, batch,
+    depth); seconds: of each variant."""
 
     dtype: torch.dtype
     network: str
@@ -94,18 +98,29 @@ def kernel_items(grid: Grid, device: torch.device, ceilings: dict[str, float]) -
         for case in cases(config, batch, grid.dtype, triton):
             yield Item(
                 f"{network} batch {batch} {case.name}",
-                lambda case=case: measure_kernel(case, grid.dtype, device, ceilings, grid.seconds, grid.inductor),  # type: ignore[misc]
+                lambda case=case: measure_kernel(
+                    case, grid.dtype, device, ceilings, grid.seconds, grid.inductor
+                ),  # type: ignore[misc]
             )
 
 
 def sampling_cells(part: str, grid: Grid, reference: bool) -> Iterator[Cell]:
-    """The cells of latency, throughput, xl and peers; T ascends, because the longest are held to a shorter one's check."""
+    """The cells of latency, throughput, xl and peers; T ascends, because the longest are held to a
+    shorter one's check."""
     if part == "peers":
         for network, batch, depth in grid.peers:
-            variants = (*grid.variants, *(MODES if grid.inductor else ()), *(("jax",) if reference else ()))
+            variants = (
+                *grid.variants,
+                *(MODES if grid.inductor else ()),
+                *(("jax",) if reference else ()),
+            )
             yield Cell(network, depth, 4, batch, grid.dtype, variants)
         return
-    network, batches, depths = grid.network, {"latency": (1,), "throughput": grid.batches}.get(part, (grid.xl[1],)), grid.depths
+    network, batches, depths = (
+        grid.network,
+        {"latency": (1,), "throughput": grid.batches}.get(part, (grid.xl[1],)),
+        grid.depths,
+    )
     if part == "xl":
         network, _, depths = grid.xl
     for batch in batches:
@@ -115,13 +130,26 @@ def sampling_cells(part: str, grid: Grid, reference: bool) -> Iterator[Cell]:
     if part == "throughput":
         for depth in depths:
             for tolerance in grid.adaptive:
-                yield Cell(network, depth, 1, batches[-1], grid.dtype, grid.variants[:2], "dopri5", tolerance)
+                yield Cell(
+                    network,
+                    depth,
+                    1,
+                    batches[-1],
+                    grid.dtype,
+                    grid.variants[:2],
+                    "dopri5",
+                    tolerance,
+                )
 
 
-def sampling_items(part: str, grid: Grid, device: torch.device, ceilings: dict[str, float], peer: JaxPeer | None) -> Iterator[Item]:
+def sampling_items(
+    part: str, grid: Grid, device: torch.device, ceilings: dict[str, float], peer: JaxPeer | None
+) -> Iterator[Item]:
     found = list(sampling_cells(part, grid, peer is not None))
     for cell in found:
-        yield Item(cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, grid.seconds, peer))  # type: ignore[misc]
+        yield Item(
+            cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, grid.seconds, peer)
+        )  # type: ignore[misc]
     if part != "peers":
         for cell in found:
             if cell.steps == grid.steps[0] and cell.solver == "euler":
@@ -129,16 +157,31 @@ def sampling_items(part: str, grid: Grid, device: torch.device, ceilings: dict[s
 
 
 def solver_items(grid: Grid, device: torch.device, ceilings: dict[str, float]) -> Iterator[Item]:
-    """Table 3 without its one-step samples; races and proofs at batch 1 and the largest batch, of the longest network."""
-    variant, batch, depth = "fused" if device.type == "cuda" else "auto", grid.batches[-1], max(grid.depths)
+    """Table 3 without its one-step samples; races and proofs at batch 1 and the largest batch, of
+    the longest network."""
+    variant, batch, depth = (
+        "fused" if device.type == "cuda" else "auto",
+        grid.batches[-1],
+        max(grid.depths),
+    )
     network, dtype, seconds = grid.network, grid.dtype, grid.seconds
-    for cell in table3_cells(network, grid.depths, [count for count in grid.steps if count > 1], grid.adaptive, batch, dtype, variant):
+    for cell in table3_cells(
+        network,
+        grid.depths,
+        [count for count in grid.steps if count > 1],
+        grid.adaptive,
+        batch,
+        dtype,
+        variant,
+    ):
         yield Item(cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, seconds, None))  # type: ignore[misc]
         if cell.solver == "euler" and cell.steps == max(grid.steps):
             yield Item(f"memory {cell.key}", lambda cell=cell: measure_memory(cell, device))  # type: ignore[misc]
     for count in (1, batch):
         cell = Cell(network, depth, 1, count, dtype, (), "dopri5", scale=SCALE)
-        yield Item(f"race {cell.key}", lambda cell=cell: measure_race(cell, device, seconds, grid.inductor))  # type: ignore[misc]
+        yield Item(
+            f"race {cell.key}", lambda cell=cell: measure_race(cell, device, seconds, grid.inductor)
+        )  # type: ignore[misc]
         yield Item(f"proof {cell.key}", lambda cell=cell: measure_proof(cell, device))  # type: ignore[misc]
 
 
@@ -151,8 +194,11 @@ def training_items(device: torch.device, limit_s: float) -> Iterator[Item]:
     yield Item("training", run)
 
 
-def check_groups(results: Results, needed: set[str], cuda: bool, cases: int, deadline: float) -> int:
-    """Runs the groups that are not known to be green; prints a line for each. REFUSED if one is red, AGAIN if time ran out."""
+def check_groups(
+    results: Results, needed: set[str], cuda: bool, cases: int, deadline: float
+) -> int:
+    """Runs the groups that are not known to be green; prints a line for each. REFUSED if one is
+    red, AGAIN if time ran out."""
 
     def known(group: correctness.Group) -> bool:
         found = results.configurations.get(group.name, {})
@@ -160,12 +206,16 @@ def check_groups(results: Results, needed: set[str], cuda: bool, cases: int, dea
         return bool(found.get("green") and found.get("sources") == group.digest and enough)
 
     left, state = deadline - time.perf_counter(), FINISHED
-    waiting = [group for group in correctness.groups(cuda) if group.group in needed and not known(group)]
+    waiting = [
+        group for group in correctness.groups(cuda) if group.group in needed and not known(group)
+    ]
     if waiting and left < 5:
         return AGAIN
     # Most of a GPU's groups is compilation, which the processors share; nothing is timed yet.
     with ThreadPoolExecutor(min(6, (os.cpu_count() or 2) // 2) if cuda else 1) as pool:
-        runs = {pool.submit(correctness.run_group, group, cuda, cases, left): group for group in waiting}
+        runs = {
+            pool.submit(correctness.run_group, group, cuda, cases, left): group for group in waiting
+        }
         for done in as_completed(runs):
             group, found = runs[done], done.result()
             if "reason" in found:
@@ -173,21 +223,35 @@ def check_groups(results: Results, needed: set[str], cuda: bool, cases: int, dea
                 state = state or (AGAIN if "not finished" in found["reason"] else REFUSED)
                 continue
             results.add(group.name, {"group": group.group, "cases": cases, **found})
-            counts = f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped, {found['seconds']:.0f} s"
-            print(f"correctness: {group.name}: {'green' if found['green'] else 'RED'} ({counts})", flush=True)
+            counts = (
+                f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped,"
+                f" {found['seconds']:.0f} s"
+            )
+            print(
+                f"correctness: {group.name}: {'green' if found['green'] else 'RED'} ({counts})",
+                flush=True,
+            )
             if not found["green"]:
                 print("\n".join(found["tail"]), flush=True)
                 state = REFUSED
     return state
 
 
-def run_part(part: str, options: argparse.Namespace, device: torch.device, peer: JaxPeer | None) -> int:
+def run_part(
+    part: str, options: argparse.Namespace, device: torch.device, peer: JaxPeer | None
+) -> int:
     """Measures what is left of a part, within --limit-s."""
     begin, grid = time.perf_counter(), GRIDS[options.grid]
     deadline = begin + options.limit_s
-    needed = {group for groups in correctness.NEEDS.values() for group in groups} if part == "correctness" else correctness.NEEDS[part]
+    needed = (
+        {group for groups in correctness.NEEDS.values() for group in groups}
+        if part == "correctness"
+        else correctness.NEEDS[part]
+    )
     checks = Results(options.out / "correctness.json", "correctness")
-    state = check_groups(checks, set(needed), device.type == "cuda", options.cases or grid.cases, deadline)
+    state = check_groups(
+        checks, set(needed), device.type == "cuda", options.cases or grid.cases, deadline
+    )
     if state != FINISHED or part == "correctness":
         if state == REFUSED and part != "correctness":
             print(f"{part}: refused: it would measure what is not correct", flush=True)
@@ -197,13 +261,21 @@ def run_part(part: str, options: argparse.Namespace, device: torch.device, peer:
     items = list(
         kernel_items(grid, device, ceilings)
         if part == "kernels"
-        else training_items(device, deadline - time.perf_counter())
-        if part == "training"
-        else solver_items(grid, device, ceilings)
-        if part == "solvers"
-        else sampling_items(part, grid, device, ceilings, peer)
+        else (
+            training_items(device, deadline - time.perf_counter())
+            if part == "training"
+            else (
+                solver_items(grid, device, ceilings)
+                if part == "solvers"
+                else sampling_items(part, grid, device, ceilings, peer)
+            )
+        )
     )
-    items = [item for item in items if any(fnmatch.fnmatch(item.key, pattern) for pattern in options.only)]
+    items = [
+        item
+        for item in items
+        if any(fnmatch.fnmatch(item.key, pattern) for pattern in options.only)
+    ]
     longest = 0.0
     for item in items:
         if item.key in results.configurations:
@@ -211,7 +283,11 @@ def run_part(part: str, options: argparse.Namespace, device: torch.device, peer:
         start = time.perf_counter()
         if start + longest > deadline:
             done = sum(item.key in results.configurations for item in items)
-            print(f"{part}: {done} of {len(items)} configurations finished; run the same command again for the rest", flush=True)
+            print(
+                f"{part}: {done} of {len(items)} configurations finished; run the same command"
+                " again for the rest",
+                flush=True,
+            )
             return AGAIN
         try:
             if not ceilings:  # once, and only if there is something left to measure
@@ -220,8 +296,13 @@ def run_part(part: str, options: argparse.Namespace, device: torch.device, peer:
                 if device.type == "cuda":
                     results.run["nvidia_smi"] = nvidia_smi()  # the clocks of a busy card
             found = item.run()
-        except Exception as error:  # one configuration's fault, of any type, must not keep the others from being measured
-            hint = ": carry the wheels in a folder and pass --wheels FOLDER" if isinstance(error, ImportError) else ""
+        # one configuration's fault, of any type, must not keep the others from being measured
+        except Exception as error:
+            hint = (
+                ": carry the wheels in a folder and pass --wheels FOLDER"
+                if isinstance(error, ImportError)
+                else ""
+            )
             print(f"{part}: {item.key}: {type(error).__name__}: {error}{hint}", flush=True)
             state = REFUSED
             continue
@@ -240,25 +321,72 @@ def install_wheels(folder: Path, target: Path) -> None:
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         raise ValueError(f"--wheels {folder}: there are no wheels in it")
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(target), *wheels]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--target",
+        str(target),
+        *wheels,
+    ]
     subprocess.run(command, check=True)
     sys.path.insert(0, str(target))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(target), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(target), os.environ.get("PYTHONPATH")])
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.suite", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.suite",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files; existing ones are gone on with")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="parts, in this order (default: all)")
-    parser.add_argument("--grid", choices=tuple(GRIDS), help="default: full on a CUDA GPU, reduced elsewhere")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help='only such configurations, e.g. "DiT-B/2 * l=12 *"')
-    parser.add_argument("--cases", type=int, help="random cases of each kernel (default: 40 on a GPU)")
-    parser.add_argument("--limit-s", type=float, default=540, help="seconds after which a part stops")
-    parser.add_argument("--reference-dir", type=Path, help="checkout of github.com/gudovskiy/odelt: adds the JAX reference to the peers")
-    parser.add_argument("--reference-python", default=sys.executable, help="a Python that has jax, flax and einops")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels for packages that are missing here")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the JSON files; existing ones are gone on with",
+    )
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        choices=PARTS,
+        default=PARTS,
+        help="parts, in this order (default: all)",
+    )
+    parser.add_argument(
+        "--grid", choices=tuple(GRIDS), help="default: full on a CUDA GPU, reduced elsewhere"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["*"],
+        metavar="PATTERN",
+        help='only such configurations, e.g. "DiT-B/2 * l=12 *"',
+    )
+    parser.add_argument(
+        "--cases", type=int, help="random cases of each kernel (default: 40 on a GPU)"
+    )
+    parser.add_argument(
+        "--limit-s", type=float, default=540, help="seconds after which a part stops"
+    )
+    parser.add_argument(
+        "--reference-dir",
+        type=Path,
+        help="checkout of github.com/gudovskiy/odelt: adds the JAX reference to the peers",
+    )
+    parser.add_argument(
+        "--reference-python", default=sys.executable, help="a Python that has jax, flax and einops"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, help="folder of wheels for packages that are missing here"
+    )
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.grid = options.grid or ("full" if device.type == "cuda" else "reduced")
@@ -266,7 +394,9 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             if options.wheels:
-                install_wheels(options.wheels, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+                install_wheels(
+                    options.wheels, Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                )
             peer = None
             if options.reference_dir and "peers" in options.part:
                 peer = JaxPeer(options.reference_dir, options.reference_python)

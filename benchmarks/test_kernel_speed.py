@@ -1,7 +1,9 @@
-"""The kernels under pytest-benchmark: Triton and plain PyTorch on a GPU, the plain forms elsewhere; `pytest benchmarks/`.
+"""The kernels under pytest-benchmark: Triton and plain PyTorch on a GPU, the plain forms elsewhere;
+`pytest benchmarks/`.
 
-A round is all calls of one variant over inputs that have left the cache between two uses (extra_info: calls), and only after its result was
-found right. Inductor's forms: `python -m benchmarks.suite --part kernels`.
+A round is all calls of one variant over inputs that have left the cache between two uses
+(extra_info: calls), and only after its result was found right. Inductor's forms: `python -m
+benchmarks.suite --part kernels`.
 """
 
 from __future__ import annotations
@@ -20,14 +22,28 @@ from benchmarks.sampling import CONFIGS
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SHAPES = (("DiT-B/2", 1), ("DiT-B/2", 128)) if CUDA else (("DiT-S/2", 1),)
-TRITON = {network: operators(CONFIGS[network].num_heads, CONFIGS[network].patch_size) if CUDA else {} for network, _ in SHAPES}
-CASES = [case for network, batch in SHAPES for case in cases(CONFIGS[network], batch, DTYPE, TRITON[network])]
+TRITON = {
+    network: operators(CONFIGS[network].num_heads, CONFIGS[network].patch_size) if CUDA else {}
+    for network, _ in SHAPES
+}
+CASES = [
+    case
+    for network, batch in SHAPES
+    for case in cases(CONFIGS[network], batch, DTYPE, TRITON[network])
+]
 VARIANTS = [(case, variant) for case in CASES for variant in ("pytorch", *case.others)]
 
 
-@pytest.mark.parametrize(("case", "variant"), VARIANTS, ids=[f"{case.name}-{variant}" for case, variant in VARIANTS])
+@pytest.mark.parametrize(
+    ("case", "variant"), VARIANTS, ids=[f"{case.name}-{variant}" for case, variant in VARIANTS]
+)
 def test_kernel(
-    benchmark: Any, device: torch.device, ceilings: dict[str, float], record: dict[str, Any], case: KernelCase, variant: str
+    benchmark: Any,
+    device: torch.device,
+    ceilings: dict[str, float],
+    record: dict[str, Any],
+    case: KernelCase,
+    variant: str,
 ) -> None:
     prepared = prepare(case, DTYPE, device)
     relative_error, timer = prepared.variant(variant)

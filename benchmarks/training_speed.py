@@ -1,11 +1,13 @@
-"""Training throughput with dead blocks never computed, against the masked computation: `python -m benchmarks.training_speed`.
+"""Training throughput with dead blocks never computed, against the masked computation: `python -m
+benchmarks.training_speed`.
 
-One trainer takes every step twice with the same draws: as it is, rows of a batch sorted by depth and run as shrinking prefixes, and
-with every block computed for every row and the additions masked by (i < l), as the reference does it. Both must give the same gradients
-before anything is measured. Depths are stratified, so that every step does the arithmetic of the mean.
+One trainer takes every step twice with the same draws: as it is, rows of a batch sorted by depth
+and run as shrinking prefixes, and with every block computed for every row and the additions masked
+by (i < l), as the reference does it. Both must give the same gradients before anything is measured.
+Depths are stratified, so that every step does the arithmetic of the mean.
 
-The bound is the ratio of the matrix products' arithmetic (a backward pass counts as two forward ones). Memory is the peak of a step's
-allocations over what lies between steps.
+The bound is the ratio of the matrix products' arithmetic (a backward pass counts as two forward
+ones). Memory is the peak of a step's allocations over what lies between steps.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class MaskedDiT(DiT):
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
         """As `DiT.inner_ode`, at full depth for every row."""
         group = self.config.depth_group
-        live = torch.tensor([self.config.live_blocks(length) for length in lengths], device=tokens.device)[:, None, None]
+        live = torch.tensor(
+            [self.config.live_blocks(length) for length in lengths], device=tokens.device
+        )[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         for start in range(0, self.config.live_blocks(), group):
             *inner, last = self.blocks[start : start + group]
@@ -60,14 +64,22 @@ class MaskedDiT(DiT):
 
 
 def forward_flops(config: DiTConfig, blocks: float) -> float:
-    """Arithmetic of the matrix products of one evaluation of one image through `blocks` blocks (multiplication and addition are two)."""
-    size, tokens, pixels = config.hidden_size, (config.image_size // config.patch_size) ** 2, config.patch_size**2 * config.channels
-    block = tokens * (2 * size * (4 * size + 2 * config.mlp_size) + 4 * tokens * size) + 12 * size**2
+    """Arithmetic of the matrix products of one evaluation of one image through `blocks` blocks
+    (multiplication and addition are two)."""
+    size, tokens, pixels = (
+        config.hidden_size,
+        (config.image_size // config.patch_size) ** 2,
+        config.patch_size**2 * config.channels,
+    )
+    block = (
+        tokens * (2 * size * (4 * size + 2 * config.mlp_size) + 4 * tokens * size) + 12 * size**2
+    )
     return blocks * block + 4 * tokens * pixels * size
 
 
 def step_flops(config: TrainConfig, masked: bool) -> float:
-    """The same for a training step of one process: forward and backward of all rows, forward passes of the teachers."""
+    """The same for a training step of one process: forward and backward of all rows, forward passes
+    of the teachers."""
     rows, model = config.row_sizes(), config.model
     mean = statistics.mean(model.live_blocks(depth) for depth in model.depths)
     full = model.live_blocks()
@@ -76,17 +88,28 @@ def step_flops(config: TrainConfig, masked: bool) -> float:
     return 3 * config.train_batch_size * student + teachers
 
 
-def make_trainer(method: str, batch: int, precision: str, folder: Path, model: DiTConfig) -> Trainer:
+def make_trainer(
+    method: str, batch: int, precision: str, folder: Path, model: DiTConfig
+) -> Trainer:
     """A trainer on random latents: speed does not depend on what they show."""
     latents = folder / "latents"
     if not latents.exists():
-        writer = LatentWriter(latents, model.channels, model.image_size, [str(i) for i in range(model.num_classes)])
+        writer = LatentWriter(
+            latents, model.channels, model.image_size, [str(i) for i in range(model.num_classes)]
+        )
         rng = np.random.default_rng(0)
-        moments = rng.standard_normal((256, 2, 2, model.channels, model.image_size, model.image_size), dtype=np.float32)
+        moments = rng.standard_normal(
+            (256, 2, 2, model.channels, model.image_size, model.image_size), dtype=np.float32
+        )
         writer.append(moments, rng.integers(model.num_classes, size=256))
         writer.finish()
     config = replace(
-        DEFAULT, model=model, data=str(latents), train_batch_size=batch, depth_sampling="stratified", mixed_precision=precision
+        DEFAULT,
+        model=model,
+        data=str(latents),
+        train_batch_size=batch,
+        depth_sampling="stratified",
+        mixed_precision=precision,
     )
     return Trainer(replace(config, output_dir=folder / "run", log_with=(), **METHODS[method]))  # type: ignore[arg-type]
 
@@ -105,14 +128,22 @@ def gradient_difference(trainer: Trainer) -> float:
         for parameter in trainer.model.final_layer.parameters():
             parameter.normal_(0, 0.02, generator=torch.Generator(parameter.device).manual_seed(0))
     rows = global_rows(list(trainer.config.row_sizes().values()), 0, 1)
-    images, labels = (tensor.to(trainer.accelerator.device) for tensor in trainer.loader.batch(0, rows))
+    images, labels = (
+        tensor.to(trainer.accelerator.device) for tensor in trainer.loader.batch(0, rows)
+    )
     found = []
     for kind in (DiT, MaskedDiT):
         use(trainer, kind)
         networks = Networks(live=trainer.model, ema=trainer.ema, teacher=None)
         targets = trainer.objective(networks, images, labels, StepDraws(0, 0, rows), 0)
-        gradients = torch.autograd.grad(row_losses(trainer.model, targets).mean(), list(trainer.model.parameters()), allow_unused=True)
-        found.append([torch.zeros(()) if gradient is None else gradient.double() for gradient in gradients])
+        gradients = torch.autograd.grad(
+            row_losses(trainer.model, targets).mean(),
+            list(trainer.model.parameters()),
+            allow_unused=True,
+        )
+        found.append(
+            [torch.zeros(()) if gradient is None else gradient.double() for gradient in gradients]
+        )
     apart = sum((a - b).square().sum().item() for a, b in zip(*found))
     return (apart / sum(b.square().sum().item() for b in found[1])) ** 0.5
 
@@ -131,17 +162,27 @@ def peak_of(trainer: Trainer, kind: type[DiT], step: int) -> int:
     found = peak_memory(trainer.step, trainer.accelerator.device)
     if found is not None:
         return found
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         trainer.step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
-    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]  # type: ignore[union-attr]
+    return max(
+        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    )
 
 
-def measure(device: str, limit_s: float, *, batch: int | None = None, rounds: int = 5, precision: str = "no") -> list[dict[str, Any]]:
-    """One row a method: images per second both ways, their ratio, its share of the bound, peak memory, arithmetic per second.
+def measure(
+    device: str, limit_s: float, *, batch: int | None = None, rounds: int = 5, precision: str = "no"
+) -> list[dict[str, Any]]:
+    """One row a method: images per second both ways, their ratio, its share of the bound, peak
+    memory, arithmetic per second.
 
-    device: "cpu" or "cuda" (accelerate takes the GPU where there is one). limit_s: no further round starts after it. batch: a multiple of
-    24, which the depths and the consistency rows divide evenly. Raises RuntimeError if the gradients differ.
+    device: "cpu" or "cuda" (accelerate takes the GPU where there is one). limit_s: no further round
+    starts after it. batch: a multiple of 24, which the depths and the consistency rows divide
+    evenly. Raises RuntimeError if the gradients differ.
     """
     model, results, begin = PRESETS["DiT-B/2"], [], time.perf_counter()
     batch = batch or (240 if device == "cuda" else 24)
@@ -149,7 +190,10 @@ def measure(device: str, limit_s: float, *, batch: int | None = None, rounds: in
         with tempfile.TemporaryDirectory() as folder:
             difference = gradient_difference(make_trainer(method, 24, "no", Path(folder), model))
             if not difference < GRADIENT_BOUND:
-                raise RuntimeError(f"{method}: gradients differ by {difference:.1e} from the masked computation's: not measured")
+                raise RuntimeError(
+                    f"{method}: gradients differ by {difference:.1e} from the masked computation's:"
+                    " not measured"
+                )
             trainer = make_trainer(method, batch, precision, Path(folder), model)
             seconds: dict[type[DiT], list[float]] = {DiT: [], MaskedDiT: []}
             memory = {kind: peak_of(trainer, kind, 0) for kind in seconds}  # also the warm-up
@@ -158,7 +202,9 @@ def measure(device: str, limit_s: float, *, batch: int | None = None, rounds: in
                     seconds[kind].append(seconds_of(trainer, kind, step))
                 if step >= 2 and time.perf_counter() - begin > limit_s * number / len(METHODS):
                     break
-        ratio = statistics.median(slow / fast for fast, slow in zip(seconds[DiT], seconds[MaskedDiT]))
+        ratio = statistics.median(
+            slow / fast for fast, slow in zip(seconds[DiT], seconds[MaskedDiT])
+        )
         flops = {masked: step_flops(trainer.config, masked) for masked in (False, True)}
         results.append(
             {
@@ -182,21 +228,32 @@ def measure(device: str, limit_s: float, *, batch: int | None = None, rounds: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, help="images of a step, a multiple of 24 (default: 24 on a CPU, 240 on a GPU)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="images of a step, a multiple of 24 (default: 24 on a CPU, 240 on a GPU)",
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each kind")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="accelerate's mixed_precision")
+    parser.add_argument(
+        "--precision", choices=("no", "bf16"), default="no", help="accelerate's mixed_precision"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = measure(device, 3600, batch=options.batch, rounds=options.rounds, precision=options.precision)
+    results = measure(
+        device, 3600, batch=options.batch, rounds=options.rounds, precision=options.precision
+    )
     for row in results:
         print(
-            f"{row['method']}: {row['images_per_second']:.2f} images/s, masked {row['masked_images_per_second']:.2f}; "
-            f"ratio {row['ratio']:.3f} "
-            f"(target {row['target']}, bound {row['bound']:.3f}: {row['ratio'] / row['bound']:.1%} of it); {row['tflops_per_second']:.3g} "
-            f"TFLOP/s; peak {row['peak_bytes'] / 2**30:.2f} GiB, masked {row['masked_peak_bytes'] / 2**30:.2f} GiB; gradients within "
-            f"{row['gradient_difference']:.1e}"
+            f"{row['method']}: {row['images_per_second']:.2f} images/s, masked"
+            f" {row['masked_images_per_second']:.2f}; ratio {row['ratio']:.3f} (target"
+            f" {row['target']}, bound {row['bound']:.3f}: {row['ratio'] / row['bound']:.1%} of it);"
+            f" {row['tflops_per_second']:.3g} TFLOP/s; peak {row['peak_bytes'] / 2**30:.2f} GiB,"
+            f" masked {row['masked_peak_bytes'] / 2**30:.2f} GiB; gradients within"
+            f" {row['gradient_difference']:.1e}"
         )
     if options.out:
         write_json(options.out, {"device": device_record(), "results": results})

@@ -1,9 +1,11 @@
-"""Self-attention of short sequences on packed qkv: y = softmax(q k^T / head_dim) v for every head, in one pass over the keys.
+"""Self-attention of short sequences on packed qkv: y = softmax(q k^T / head_dim) v for every head,
+in one pass over the keys.
 
-qkv (B, N, 3*D) with q, k, v each (heads, head_dim) and D = heads * head_dim -> y (B, N, D). The logits' scale is 1/head_dim, as the
-reference network has it. Scores, softmax statistics and the output accumulator are float32; probabilities are rounded to the type of v
-for the second product. Bytes moved: qkv once (keys and values of a head are read again by each tile of queries, from the L2), y once.
-Forward only: training differentiates PyTorch's own attention.
+qkv (B, N, 3*D) with q, k, v each (heads, head_dim) and D = heads * head_dim -> y (B, N, D). The
+logits' scale is 1/head_dim, as the reference network has it. Scores, softmax statistics and the
+output accumulator are float32; probabilities are rounded to the type of v for the second product.
+Bytes moved: qkv once (keys and values of a head are read again by each tile of queries, from the
+L2), y once. Forward only: training differentiates PyTorch's own attention.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Launch:
     num_stages: int
 
 
-# By hand, from register and shared-memory counts of the compile gate; not yet chosen by timing. Keyed by the widest head dim they serve.
+# By hand, from register and shared-memory counts of the compile gate; not yet chosen by timing.
+# Keyed by the widest head dim they serve.
 LAUNCHES = MappingProxyType(
     {
         64: Launch(64, 64, num_warps=4, num_stages=3),
@@ -44,19 +47,25 @@ LAUNCHES = MappingProxyType(
         256: Launch(64, 32, num_warps=8, num_stages=2),
     }
 )
-# Exact float32 products run on the ordinary units and hold whole operands in registers: small tiles.
-FLOAT32_LAUNCHES = MappingProxyType({64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 2), 256: Launch(16, 16, 4, 2)})
+# Exact float32 products run on the ordinary units and hold whole operands in registers: small
+# tiles.
+FLOAT32_LAUNCHES = MappingProxyType(
+    {64: Launch(32, 32, 4, 2), 128: Launch(32, 16, 4, 2), 256: Launch(16, 16, 4, 2)}
+)
 
 
 def attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
     """The same in plain PyTorch, in the dtype of qkv."""
-    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(
+        2, 0, 3, 1, 4
+    )  # each (B, heads, N, head_dim)
     y = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
     return y.transpose(1, 2).flatten(2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
-    """(main, tail): powers of two of at least 16 that cover head_dim, tail 0 where one is enough. 72 -> (64, 16), not 128."""
+    """(main, tail): powers of two of at least 16 that cover head_dim, tail 0 where one is enough.
+    72 -> (64, 16), not 128."""
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - main
     return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
@@ -67,7 +76,8 @@ def attention_kernel(
     qkv_ptr, out_ptr, tokens, batch_stride, token_stride, scale_log2, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B * heads). HEAD_DIM columns are computed as MAIN + TAIL, masked beyond HEAD_DIM."""
+    """Grid (query tiles, B * heads). HEAD_DIM columns are computed as MAIN + TAIL, masked beyond
+    HEAD_DIM."""
     wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     i_head = tl.program_id(1) % HEADS
@@ -81,11 +91,15 @@ def attention_kernel(
     p_q = p_head + offs_m.to(tl.int64)[:, None] * token_stride
     p_k = p_head + width + offs_n.to(tl.int64)[:, None] * token_stride
     p_v = p_k + width
-    q = tl.load(p_q + offs_d[None, :], mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
+    q = tl.load(
+        p_q + offs_d[None, :], mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0
+    )
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     if TAIL > 0:
         offs_t = MAIN + tl.arange(0, TAIL)
-        q_tail = tl.load(p_q + offs_t[None, :], mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :], other=0.0)
+        q_tail = tl.load(
+            p_q + offs_t[None, :], mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :], other=0.0
+        )
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -99,7 +113,8 @@ def attention_kernel(
             k_tail = tl.load(p_k + offs_t[None, :], mask=mask_tail, other=0.0)
             scores = tl.dot(q_tail, k_tail.T, scores, input_precision="ieee")
         scores = tl.where(mask_n[None, :], scores * scale_log2, float("-inf"))
-        # Every tile of keys holds at least one real key, so the new peak is finite and no difference of infinities arises.
+        # Every tile of keys holds at least one real key, so the new peak is finite and no
+        # difference of infinities arises.
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
@@ -108,16 +123,26 @@ def attention_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         if TAIL > 0:
             v_tail = tl.load(p_v + offs_t[None, :], mask=mask_tail, other=0.0)
-            acc_tail = tl.dot(weights.to(v.dtype), v_tail, acc_tail * shrink[:, None], input_precision="ieee")
+            acc_tail = tl.dot(
+                weights.to(v.dtype), v_tail, acc_tail * shrink[:, None], input_precision="ieee"
+            )
         peak = new_peak
         p_k += BLOCK_N * token_stride
         p_v += BLOCK_N * token_stride
     p_out = out_ptr + ((i_batch * tokens + offs_m) * width + i_head * HEAD_DIM)[:, None]
     out = acc / total[:, None]
-    tl.store(p_out + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :])
+    tl.store(
+        p_out + offs_d[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
+    )
     if TAIL > 0:
         out_tail = acc_tail / total[:, None]
-        tl.store(p_out + offs_t[None, :], out_tail.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :])
+        tl.store(
+            p_out + offs_t[None, :],
+            out_tail.to(out_ptr.dtype.element_ty),
+            mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :],
+        )
 
 
 def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:
@@ -126,8 +151,11 @@ def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:
     return table[min(width for width in table if head_dim <= width)]
 
 
-def launch_attention(qkv: Tensor, out: Tensor, num_heads: int, launch: Launch, pdl: bool = False) -> None:
-    """Writes out (B, N, D, contiguous). qkv (B, N, 3*D) with last stride 1; pdl: overlap with the kernel before (Hopper)."""
+def launch_attention(
+    qkv: Tensor, out: Tensor, num_heads: int, launch: Launch, pdl: bool = False
+) -> None:
+    """Writes out (B, N, D, contiguous). qkv (B, N, 3*D) with last stride 1; pdl: overlap with the
+    kernel before (Hopper)."""
     batch, tokens, width = out.shape
     head_dim = width // num_heads
     main, tail = head_parts(head_dim)
@@ -144,22 +172,34 @@ def launch_attention(qkv: Tensor, out: Tensor, num_heads: int, launch: Launch, p
 
 @torch.library.custom_op("odelt_fast::attention", mutates_args=())
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """y (B, N, D) of the module's equation, contiguous, in the dtype of qkv (B, N, 3*D): float32, bfloat16 or float16, any strides.
+    """y (B, N, D) of the module's equation, contiguous, in the dtype of qkv (B, N, 3*D): float32,
+    bfloat16 or float16, any strides.
 
-    qkv is copied where its last stride is not 1. Raises ValueError for shapes, dtypes and devices that do not fit, and for head
-    dimensions above 256.
+    qkv is copied where its last stride is not 1. Raises ValueError for shapes, dtypes and devices
+    that do not fit, and for head dimensions above 256.
     """
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[2]:
-        raise ValueError(f"attention: qkv {tuple(qkv.shape)} does not fit {num_heads} heads: (B, N, 3 * heads * head_dim)")
+        raise ValueError(
+            f"attention: qkv {tuple(qkv.shape)} does not fit {num_heads} heads: (B, N, 3 * heads *"
+            " head_dim)"
+        )
     if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"attention: qkv must be float32, bfloat16 or float16, not {qkv.dtype}")
     head_dim = qkv.shape[2] // (3 * num_heads)
     if head_dim > MAX_HEAD_DIM or num_heads > 65535:
-        raise ValueError(f"attention: head dimensions up to {MAX_HEAD_DIM} and 65535 heads, not {head_dim} and {num_heads}")
+        raise ValueError(
+            f"attention: head dimensions up to {MAX_HEAD_DIM} and 65535 heads, not {head_dim} and"
+            f" {num_heads}"
+        )
     require_device("attention", qkv)
     out = torch.empty((*qkv.shape[:2], qkv.shape[2] // 3), dtype=qkv.dtype, device=qkv.device)
     if out.numel():
-        launch_attention(qkv if qkv.stride(2) == 1 else qkv.contiguous(), out, num_heads, choose_launch(head_dim, qkv.dtype))
+        launch_attention(
+            qkv if qkv.stride(2) == 1 else qkv.contiguous(),
+            out,
+            num_heads,
+            choose_launch(head_dim, qkv.dtype),
+        )
     return out
 
 
@@ -169,9 +209,12 @@ def _(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """The presets' head dimensions (24 digits, 32, 64, 72) and the widest of each launch, in each type."""
+    """The presets' head dimensions (24 digits, 32, 64, 72) and the widest of each launch, in each
+    type."""
     kinds = (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
-    for head_dim, (kind, dtype), pdl in itertools.product((24, 32, 64, 72, 128, 256), kinds, (False, True)):
+    for head_dim, (kind, dtype), pdl in itertools.product(
+        (24, 32, 64, 72, 128, 256), kinds, (False, True)
+    ):
         if (kind == "fp16" or pdl) and (head_dim not in (64, 72) or (pdl and kind != "bf16")):
             continue
         launch = choose_launch(head_dim, dtype)
@@ -179,8 +222,13 @@ def compile_cases() -> Iterator[CompileCase]:
         blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "PDL": pdl}
         constexprs = {"HEADS": 12, "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail} | blocks
         types = {"qkv_ptr": f"*{kind}", "out_ptr": f"*{kind}", "scale_log2": "fp32"}
-        signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in attention_kernel.arg_names}
-        divisible = tuple(index for index, name in enumerate(signature) if name.endswith(("_ptr", "_stride")))
+        signature = {
+            name: "constexpr" if name in constexprs else types.get(name, "i32")
+            for name in attention_kernel.arg_names
+        }
+        divisible = tuple(
+            index for index, name in enumerate(signature) if name.endswith(("_ptr", "_stride"))
+        )
         yield CompileCase(
             f"attention/{head_dim}/{kind}{'/pdl' * pdl}", attention_kernel, signature, constexprs, divisible, launch.num_warps,
             launch.num_stages, {"launch_pdl": pdl}, (90, 100) if pdl else (80, 90, 100),

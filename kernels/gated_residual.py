@@ -1,8 +1,10 @@
-"""Gated residual, then LayerNorm + modulate of the sum, in one pass: x' = x + gate*y; h = LN(x')*(1 + scale) + shift.
+"""Gated residual, then LayerNorm + modulate of the sum, in one pass: x' = x + gate*y; h = LN(x')*(1
++ scale) + shift.
 
-x, y, x', h (B, N, D) in one dtype; gate comes from the packed row `gates` (B or 1, K), shift and scale from `modulation` (B or 1, K'),
-which is the same tensor inside a block and the next block's across a border. Arithmetic is float32; h is made from x' before it is rounded.
-Bytes: two reads and two writes of (B, N, D); backward four reads and two writes. Kernels: residual_rows.py.
+x, y, x', h (B, N, D) in one dtype; gate comes from the packed row `gates` (B or 1, K), shift and
+scale from `modulation` (B or 1, K'), which is the same tensor inside a block and the next block's
+across a border. Arithmetic is float32; h is made from x' before it is rounded. Bytes: two reads and
+two writes of (B, N, D); backward four reads and two writes. Kernels: residual_rows.py.
 """
 
 from __future__ import annotations
@@ -35,12 +37,21 @@ from odelt_fast.kernels.rows import (
 
 
 def gated_residual_reference(
-    x: Tensor, y: Tensor, gates: Tensor, gate_column: int, modulation: Tensor, shift_column: int, scale_column: int, eps: float = EPS
+    x: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    gate_column: int,
+    modulation: Tensor,
+    shift_column: int,
+    scale_column: int,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch, in the dtype of its inputs."""
     size = x.shape[2]
     total = torch.addcmul(x, gates[:, None, gate_column : gate_column + size], y)
-    shift, scale = (modulation[:, None, column : column + size] for column in (shift_column, scale_column))
+    shift, scale = (
+        modulation[:, None, column : column + size] for column in (shift_column, scale_column)
+    )
     return total, torch.addcmul(shift, F.layer_norm(total, (size,), eps=eps), 1 + scale)
 
 
@@ -48,7 +59,8 @@ def launch_forward(
     x: Tensor, y: Tensor, xr: Tensor | None, vr: Tensor | None, gates: Tensor, gate_column: int, modulation: Tensor,
     shift_column: int, scale_column: int, steps: Tensor | None, eps: float, group_end: bool, float8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(x', vr', h, scales of a float8 h), new and contiguous; what is not made (vr' without group_end, x' without xr then) is empty."""
+    """(x', vr', h, scales of a float8 h), new and contiguous; what is not made (vr' without
+    group_end, x' without xr then) is empty."""
     for name, tensor in (("x", x), ("y", y), ("xr", xr), ("vr", vr)):
         if tensor is not None:
             check_tokens(name, tensor, like=x)
@@ -79,12 +91,20 @@ def launch_backward(
     grad_base: Tensor, grad_vr: Tensor | None, grad_h: Tensor, base: Tensor, y: Tensor, gates: Tensor, gate_column: int, modulation: Tensor,
     shift_column: int, scale_column: int, steps: Tensor | None, eps: float, group_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of what `base` was added to, of x (empty without group_end: the same), of y, of gates and of modulation."""
-    for name, tensor in (("grad_base", grad_base), ("grad_h", grad_h), ("grad_vr", grad_vr), ("y", y)):
+    """Gradients of what `base` was added to, of x (empty without group_end: the same), of y, of
+    gates and of modulation."""
+    for name, tensor in (
+        ("grad_base", grad_base),
+        ("grad_h", grad_h),
+        ("grad_vr", grad_vr),
+        ("y", y),
+    ):
         if tensor is not None:
             check_tokens(name, tensor, like=base)
     require_device("gated_residual", grad_base, grad_vr, grad_h, base, y, gates, modulation, steps)
-    grad_base, grad_h, base, y, gates, modulation = (rows(tensor) for tensor in (grad_base, grad_h, base, y, gates, modulation))
+    grad_base, grad_h, base, y, gates, modulation = (
+        rows(tensor) for tensor in (grad_base, grad_h, base, y, gates, modulation)
+    )
     grad_vr = None if grad_vr is None else rows(grad_vr)
     batch, tokens, size = base.shape
     launch = row_launch(size)
@@ -109,22 +129,49 @@ def launch_backward(
 
 @torch.library.custom_op("odelt_fast::gated_residual", mutates_args=())
 def gated_residual(
-    x: Tensor, y: Tensor, gates: Tensor, gate_column: int, modulation: Tensor, shift_column: int, scale_column: int, eps: float = EPS
+    x: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    gate_column: int,
+    modulation: Tensor,
+    shift_column: int,
+    scale_column: int,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate*y, LN of that * (1 + scale) + shift), both (B, N, D) in x's dtype, contiguous; differentiable.
+    """(x + gate*y, LN of that * (1 + scale) + shift), both (B, N, D) in x's dtype, contiguous;
+    differentiable.
 
-    x, y (B, N, D) float16, bfloat16 or float32, of one dtype and any strides. gates (B or 1, K): gate is D columns from gate_column on;
-    modulation (B or 1, K'): shift and scale likewise. Raises ValueError for shapes, dtypes and devices that do not fit, D above 8192 too.
+    x, y (B, N, D) float16, bfloat16 or float32, of one dtype and any strides. gates (B or 1, K):
+    gate is D columns from gate_column on; modulation (B or 1, K'): shift and scale likewise. Raises
+    ValueError for shapes, dtypes and devices that do not fit, D above 8192 too.
     """
     total, _, h, _ = launch_forward(
-        x, y, None, None, gates, gate_column, modulation, shift_column, scale_column, None, eps, group_end=False
+        x,
+        y,
+        None,
+        None,
+        gates,
+        gate_column,
+        modulation,
+        shift_column,
+        scale_column,
+        None,
+        eps,
+        group_end=False,
     )
     return total, h
 
 
 @gated_residual.register_fake
 def _(
-    x: Tensor, y: Tensor, gates: Tensor, gate_column: int, modulation: Tensor, shift_column: int, scale_column: int, eps: float = EPS
+    x: Tensor,
+    y: Tensor,
+    gates: Tensor,
+    gate_column: int,
+    modulation: Tensor,
+    shift_column: int,
+    scale_column: int,
+    eps: float = EPS,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -136,7 +183,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, y, gates and modulation."""
     grad_x, _, *others = launch_backward(
-        grad_total, None, grad_h, total, y, gates, gate_column, modulation, shift_column, scale_column, None, eps, group_end=False
+        grad_total,
+        None,
+        grad_h,
+        total,
+        y,
+        gates,
+        gate_column,
+        modulation,
+        shift_column,
+        scale_column,
+        None,
+        eps,
+        group_end=False,
     )
     return grad_x, others[0], others[1], others[2]
 
@@ -146,7 +205,12 @@ def _(
     grad_total: Tensor, grad_h: Tensor, total: Tensor, y: Tensor, gates: Tensor, gate_column: int, modulation: Tensor,
     shift_column: int, scale_column: int, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return y.new_empty(y.shape), y.new_empty(y.shape), gates.new_empty(gates.shape), modulation.new_empty(modulation.shape)
+    return (
+        y.new_empty(y.shape),
+        y.new_empty(y.shape),
+        gates.new_empty(gates.shape),
+        modulation.new_empty(modulation.shape),
+    )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,9 @@
-"""The two matrix-product kernels of `linear`: by pointers with split-K, and persistent with tensor descriptors.
+"""The two matrix-product kernels of `linear`: by pointers with split-K, and persistent with tensor
+descriptors.
 
 Both compute acc = x W^T in float32 over x (rows, inner) and W (columns, inner), then the epilogue
-    y = acc * x_scale[row] * weight_scale[column] + bias[column];  y = gelu_tanh(y);  y = residual + gate[row // tokens, column] * y
+    y = acc * x_scale[row] * weight_scale[column] + bias[column];  y = gelu_tanh(y);  y = residual +
+    gate[row // tokens, column] * y
 of which every part is optional, and write y (rows, columns) once.
 """
 
@@ -19,7 +21,8 @@ def epilogue(
     residual_stride, gate_stride, tokens,
     GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_M, BLOCK_N) float32 -> y of the same shape, float32; parts that are off are not compiled."""
+    """acc (BLOCK_M, BLOCK_N) float32 -> y of the same shape, float32; parts that are off are not
+    compiled."""
     if SCALED:
         x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
         weight_scale = tl.load(weight_scale_ptr + offs_n, mask=mask_n, other=0.0)
@@ -27,21 +30,29 @@ def epilogue(
     if BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), u = sqrt(2/pi) (y + 0.044715 y^3): no cancellation where tanh u is near -1.
-        acc = acc / (1.0 + tl.exp(-acc * tl.fma(acc * acc, 0.07135481627260025, 1.5957691216057308)))
+        # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), u = sqrt(2/pi) (y + 0.044715 y^3): no
+        # cancellation where tanh u is near -1.
+        acc = acc / (
+            1.0 + tl.exp(-acc * tl.fma(acc * acc, 0.07135481627260025, 1.5957691216057308))
+        )
     if GATED:
         mask = mask_m[:, None] & mask_n[None, :]
         o_gate = (offs_m // tokens).to(tl.int64) * gate_stride
         o_residual = offs_m.to(tl.int64) * residual_stride
-        gate = tl.load(gate_ptr + o_gate[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
-        residual = tl.load(residual_ptr + o_residual[:, None] + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptr + o_gate[:, None] + offs_n[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        residual = tl.load(
+            residual_ptr + o_residual[:, None] + offs_n[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
         acc = tl.fma(gate, acc, residual)
     return acc
 
 
 @triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile number -> (row tile, column tile), GROUP_M row tiles at a time so that the weights of a column stay in the L2."""
+    """Tile number -> (row tile, column tile), GROUP_M row tiles at a time so that the weights of a
+    column stay in the L2."""
     group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     size_m = min(tiles_m - first_m, GROUP_M)
@@ -56,8 +67,9 @@ def pointer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
     GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, SPLITS). With SPLITS > 1 each program adds up its share of `inner` into partial (SPLITS, tiles, BLOCK_M, BLOCK_N)
-    float32; the last to arrive (counter (tiles,) int32, zero before and after) adds the shares in a fixed order, so bits never change."""
+    """Grid (tiles, SPLITS). With SPLITS > 1 each program adds up its share of `inner` into partial
+    (SPLITS, tiles, BLOCK_M, BLOCK_N) float32; the last to arrive (counter (tiles,) int32, zero
+    before and after) adds the shares in a fixed order, so bits never change."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     wait_for_inputs(PDL)
@@ -72,7 +84,11 @@ def pointer_kernel(
     share = tl.cdiv(steps, SPLITS)
     first = split * share
     p_x = x_ptr + offs_m.to(tl.int64)[:, None] * x_stride + (first * BLOCK_K + offs_k)[None, :]
-    p_w = weight_ptr + offs_n.to(tl.int64)[None, :] * weight_stride + (first * BLOCK_K + offs_k)[:, None]
+    p_w = (
+        weight_ptr
+        + offs_n.to(tl.int64)[None, :] * weight_stride
+        + (first * BLOCK_K + offs_k)[:, None]
+    )
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, min(first + share, steps)):
         if EVEN_K:
@@ -95,9 +111,15 @@ def pointer_kernel(
         tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     else:
         area: tl.constexpr = BLOCK_M * BLOCK_N
-        p_part = partial_ptr + tile.to(tl.int64) * area + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        p_part = (
+            partial_ptr
+            + tile.to(tl.int64) * area
+            + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
+            + tl.arange(0, BLOCK_N)[None, :]
+        )
         tl.store(p_part + split.to(tl.int64) * tiles * area, acc)
-        # Every thread's share must be written before the one thread that counts releases it to the other programs.
+        # Every thread's share must be written before the one thread that counts releases it to the
+        # other programs.
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLITS - 1:
@@ -119,10 +141,11 @@ def descriptor_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,): each program walks every programs-th tile, so that the loads of the next tile overlap the epilogue of this one.
+    """Grid (programs,): each program walks every programs-th tile, so that the loads of the next
+    tile overlap the epilogue of this one.
 
-    x_desc (BLOCK_M, BLOCK_K), weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2): outside the tensors, loads give 0 and
-    stores do nothing.
+    x_desc (BLOCK_M, BLOCK_K), weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2):
+    outside the tensors, loads give 0 and stores do nothing.
     """
     wait_for_inputs(PDL)
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -136,7 +159,8 @@ def descriptor_kernel(
             b_w = weight_desc.load([i_n * BLOCK_N, step * BLOCK_K])
             acc = tl.dot(b_x, b_w.T, acc)
         offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        # In two halves of columns: a whole tile beside its residual and gate does not fit the registers.
+        # In two halves of columns: a whole tile beside its residual and gate does not fit the
+        # registers.
         left, right = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         for half in tl.static_range(2):
             first_n = i_n * BLOCK_N + half * (BLOCK_N // 2)

@@ -1,4 +1,5 @@
-"""The forward and backward row kernels of gated_residual.py and, with GROUP_END, of group_end.py, whose equations they compute."""
+"""The forward and backward row kernels of gated_residual.py and, with GROUP_END, of group_end.py,
+whose equations they compute."""
 
 from __future__ import annotations
 
@@ -26,8 +27,12 @@ def forward_kernel(
     mask = (o_n < tokens) & m_d[None, :]
     o_row = i_b * tokens + o_n
     o_out = o_row * D + o_d[None, :]
-    b_x = tl.load(x + i_b * x_batch + o_n * x_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    b_y = tl.load(y + i_b * y_batch + o_n * y_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    b_x = tl.load(x + i_b * x_batch + o_n * x_token + o_d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
+    b_y = tl.load(y + i_b * y_batch + o_n * y_token + o_d[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
     b_gate = tl.load(gates + i_b * gate_row + gate_column + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_base = tl.fma(b_gate[None, :], b_y, b_x)
     if GROUP_END:
@@ -36,11 +41,15 @@ def forward_kernel(
             b_velocity *= tl.load(steps + i_b * step_row)
         b_vr = b_velocity
         if vr is not None:
-            b_vr += tl.load(vr + i_b * vr_batch + o_n * vr_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+            b_vr += tl.load(
+                vr + i_b * vr_batch + o_n * vr_token + o_d[None, :], mask=mask, other=0.0
+            ).to(tl.float32)
         tl.store(out_vr + o_out, b_vr.to(out_vr.dtype.element_ty), mask=mask)
         b_base = b_vr
         if xr is not None:
-            b_xr = tl.load(xr + i_b * xr_batch + o_n * xr_token + o_d[None, :], mask=mask, other=0.0)
+            b_xr = tl.load(
+                xr + i_b * xr_batch + o_n * xr_token + o_d[None, :], mask=mask, other=0.0
+            )
             b_base = b_xr.to(tl.float32) + b_velocity
     if out_x is not None:
         tl.store(out_x + o_out, b_base.to(out_x.dtype.element_ty), mask=mask)
@@ -58,13 +67,16 @@ def backward_kernel(
     gate_row, modulation_row, step_row, gate_column, scale_column, eps,
     D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, GROUP_END: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * chunks of TOKENS tokens,). base is what was normalised; sums (programs, 3, D): gate, shift and scale."""
+    """Grid (B * chunks of TOKENS tokens,). base is what was normalised; sums (programs, 3, D):
+    gate, shift and scale."""
     chunks = tl.cdiv(tokens, TOKENS)
     i_b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * TOKENS
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
-    b_scale = tl.load(modulation + i_b * modulation_row + scale_column + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_scale = tl.load(
+        modulation + i_b * modulation_row + scale_column + o_d, mask=m_d, other=0.0
+    ).to(tl.float32)
     b_gate = tl.load(gates + i_b * gate_row + gate_column + o_d, mask=m_d, other=0.0).to(tl.float32)
     step = 1.0
     if steps is not None:
@@ -76,12 +88,20 @@ def backward_kernel(
         o_n = (first + start + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         mask = (o_n < tokens) & m_d[None, :]
         o_out = (i_b * tokens + o_n) * D + o_d[None, :]
-        b_h = tl.load(grad_h + i_b * grad_h_batch + o_n * grad_h_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        b_base = tl.load(base + i_b * base_batch + o_n * base_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_h = tl.load(
+            grad_h + i_b * grad_h_batch + o_n * grad_h_token + o_d[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
+        b_base = tl.load(
+            base + i_b * base_batch + o_n * base_token + o_d[None, :], mask=mask, other=0.0
+        ).to(tl.float32)
         b_normalized, rstd = normalize(b_base, m_d, eps, D)
         b_shift_sum += tl.sum(b_h, axis=0)
         b_scale_sum += tl.sum(b_h * b_normalized, axis=0)
-        b_total = tl.load(grad_base + i_b * grad_base_batch + o_n * grad_base_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_total = tl.load(
+            grad_base + i_b * grad_base_batch + o_n * grad_base_token + o_d[None, :],
+            mask=mask,
+            other=0.0,
+        ).to(tl.float32)
         b_total += normalize_backward(b_h * (1.0 + b_scale)[None, :], b_normalized, rstd, D)
         tl.store(out_base + o_out, b_total.to(out_base.dtype.element_ty), mask=mask)
         if GROUP_END:
@@ -91,7 +111,9 @@ def backward_kernel(
             b_total *= step
             tl.store(out_x + o_out, b_total.to(out_x.dtype.element_ty), mask=mask)
         tl.store(out_y + o_out, (b_total * b_gate[None, :]).to(out_y.dtype.element_ty), mask=mask)
-        b_y = tl.load(y + i_b * y_batch + o_n * y_token + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        b_y = tl.load(y + i_b * y_batch + o_n * y_token + o_d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         b_gate_sum += tl.sum(b_total * b_y, axis=0)
     p_sums = sums + tl.program_id(0).to(tl.int64) * 3 * D + o_d
     tl.store(p_sums, b_gate_sum, mask=m_d)

@@ -9,14 +9,14 @@ _HOME = {
     "DiT": "model",
     "DiTConfig": "config",
     "PRESETS": "config",
-    "Sampler": "sampler",
-    "load_model": "checkpoint",
-    "save_model": "checkpoint",
-    "CheckpointError": "checkpoint",
-    "convert_reference_checkpoint": "conversion",
+    "Sampler": "sampling.sampler",
+    "load_model": "checkpoints.folder",
+    "save_model": "checkpoints.folder",
+    "CheckpointError": "checkpoints.folder",
+    "convert_reference_checkpoint": "checkpoints.reference",
     "OdeltPipeline": "pipeline",
-    "deadline_planner": "evidence",
-    "load_decoder": "decoder",
+    "deadline_planner": "planning.evidence",
+    "load_decoder": "sampling.decoder",
 }
 __all__ = [
     "PRESETS",
@@ -32,17 +32,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from odelt_fast.checkpoint import CheckpointError, load_model, save_model
+    from odelt_fast.checkpoints.folder import CheckpointError, load_model, save_model
+    from odelt_fast.checkpoints.reference import convert_reference_checkpoint
     from odelt_fast.config import PRESETS, DiTConfig
-    from odelt_fast.conversion import convert_reference_checkpoint
-    from odelt_fast.decoder import load_decoder
-    from odelt_fast.evidence import deadline_planner
     from odelt_fast.model import DiT
     from odelt_fast.pipeline import OdeltPipeline as OdeltPipeline  # not in __all__: needs an extra
-    from odelt_fast.sampler import Sampler
+    from odelt_fast.planning.evidence import deadline_planner
+    from odelt_fast.sampling.decoder import load_decoder
+    from odelt_fast.sampling.sampler import Sampler
 
 
-def __getattr__(name: str) -> object:  # torch costs seconds: it is loaded when something that needs it is asked for
+def __getattr__(
+    name: str,
+) -> object:  # torch costs seconds: it is loaded when something that needs it is asked for
     if name not in _HOME:
         raise AttributeError(f"module 'odelt_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f"odelt_fast.{_HOME[name]}"), name)

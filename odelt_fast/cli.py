@@ -1,8 +1,9 @@
 """The command `odelt-fast`: finds the command, parses its options, runs it, says what went wrong.
 
-A command NAME is the module `commands.NAME`: a dataclass `Command` of its options and `run(options)`; only that module is loaded, and torch
-only by what needs it. A mistake ends in one message on stderr and exit code 2. Outputs are tried out before work starts, and appear whole
-or not at all.
+A command NAME is the module `commands.NAME`: a dataclass `Command` of its options and
+`run(options)`; only that module is loaded, and torch only by what needs it. A mistake ends in one
+message on stderr and exit code 2. Outputs are tried out before work starts, and appear whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 after a mistake that stderr explains, 130 after Ctrl-C."""
+    """Runs one command; returns the exit code: 0, 2 after a mistake that stderr explains, 130 after
+    Ctrl-C."""
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # what tyro asks before it colours; it knows no NO_COLOR
     try:
@@ -57,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough; what is still buffered goes nowhere
+    except (
+        BrokenPipeError
+    ):  # whoever read the output has seen enough; what is still buffered goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MemoryError:
@@ -78,25 +82,42 @@ def run(arguments: list[str]) -> int:
 
         return train(arguments[1:], prog="odelt-fast train")
     if not arguments or arguments[0] in ("-h", "--help"):
-        description = "Train, sample and measure ODE_t(ODE_l) diffusion and flow transformers. --version shows the version, "
-        description += "--print-completion SHELL what completes commands and options in bash, zsh or fish."
+        description = (
+            "Train, sample and measure ODE_t(ODE_l) diffusion and flow transformers. --version"
+            " shows the version, "
+        )
+        description += (
+            "--print-completion SHELL what completes commands and options in bash, zsh or fish."
+        )
         tyro.cli(all_commands(), args=arguments, prog="odelt-fast", description=description)
     if arguments[0] == "--print-completion":
         if len(arguments) != 2 or arguments[1] not in SHELLS:
             raise ValueError(
-                f"--print-completion must be followed by one of {', '.join(SHELLS)}, not {' '.join(arguments[1:]) or 'nothing'}"
+                f"--print-completion must be followed by one of {', '.join(SHELLS)}, not"
+                f" {' '.join(arguments[1:]) or 'nothing'}"
             )
         print(completion(arguments[1]))
         return 0
     if arguments[0] not in COMMANDS:
-        raise ValueError(f"odelt-fast begins with a command, {', '.join(COMMANDS)}, not {arguments[0]!r}: odelt-fast --help")
+        raise ValueError(
+            f"odelt-fast begins with a command, {', '.join(COMMANDS)}, not {arguments[0]!r}:"
+            " odelt-fast --help"
+        )
     module, prog = command(arguments[0]), f"odelt-fast {arguments[0]}"
     plain = (tyro.conf.FlagCreatePairsOff,)
-    options, unknown = tyro.cli(module.Command, args=arguments[1:], prog=prog, config=plain, return_unknown_args=True)
+    options, unknown = tyro.cli(
+        module.Command, args=arguments[1:], prog=prog, config=plain, return_unknown_args=True
+    )
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name, [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Command)])
-        raise ValueError(f"{prog} has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see {prog} --help")
+        near = difflib.get_close_matches(
+            name,
+            [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Command)],
+        )
+        raise ValueError(
+            f"{prog} has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see {prog}"
+            " --help"
+        )
     module.run(options)
     return 0
 
@@ -106,13 +127,19 @@ def completion(shell: str) -> str:
     script = io.StringIO()
     try:
         with contextlib.redirect_stdout(script):
-            tyro.cli(all_commands(), args=["--tyro-write-completion", shell, "-"], prog="odelt-fast")
+            tyro.cli(
+                all_commands(), args=["--tyro-write-completion", shell, "-"], prog="odelt-fast"
+            )
     except SystemExit as stop:
         if stop.code:
             raise
-    # Descriptions become one line each: of longer ones tyro would offer every further line as a word to type.
+    # Descriptions become one line each: of longer ones tyro would offer every further line as a
+    # word to type.
     lines = script.getvalue().splitlines()
-    return "\n".join(re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line for line in lines)
+    return "\n".join(
+        re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line
+        for line in lines
+    )
 
 
 def all_commands() -> Any:
@@ -120,9 +147,18 @@ def all_commands() -> Any:
     from odelt_fast.train.config import TrainConfig
     from odelt_fast.train.recipes import RECIPES
 
-    kinds: list[Any] = [Annotated[command(name).Command, tyro.conf.subcommand(name)] for name in COMMANDS if name != "train"]
+    kinds: list[Any] = [
+        Annotated[command(name).Command, tyro.conf.subcommand(name)]
+        for name in COMMANDS
+        if name != "train"
+    ]
     kinds.append(
-        Annotated[TrainConfig, tyro.conf.subcommand("train", default=RECIPES["digits"], description=command("train").Command.__doc__)]
+        Annotated[
+            TrainConfig,
+            tyro.conf.subcommand(
+                "train", default=RECIPES["digits"], description=command("train").Command.__doc__
+            ),
+        ]
     )
     return Union[tuple(kinds)]  # noqa: UP007
 

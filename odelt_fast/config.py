@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 INNER_STEPS = ("unit", "inverse_depth")
-# How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the index of 128 steps at any T), consistency
-# (predict the data, re-noise), live_reflow (index 0 below 128 steps), diffusion (probability-flow ODE of the variance-preserving path).
+# How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the
+# index of 128 steps at any T), consistency (predict the data, re-noise), live_reflow (index 0 below
+# 128 steps), diffusion (probability-flow ODE of the variance-preserving path).
 SAMPLING_KINDS = ("shortcut", "flow", "consistency", "live_reflow", "diffusion")
-# Far above any published DiT (XL: width 1152, 28 blocks): a configuration read from a file must not be able to ask for absurd tables.
+# Far above any published DiT (XL: width 1152, 28 blocks): a configuration read from a file must not
+# be able to ask for absurd tables.
 _LIMITS = {
     "image_size": 4096,
     "channels": 4096,
@@ -25,12 +27,14 @@ _LIMITS = {
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Shape of an ODE_t(ODE_l) diffusion transformer. Validates itself: a value that cannot work raises ValueError.
+    """Shape of an ODE_t(ODE_l) diffusion transformer. Validates itself: a value that cannot work
+    raises ValueError.
 
-    `depth_group` (G) consecutive blocks are one Euler step of the inner ODE; the network may run at the lengths `depths`.
-    `length_conditioned=False` is the conventional DiT (no inner ODE, no length table: one depth). `step_conditioned=False`
-    keeps the step-size embedder and feeds it index 0, as flow-matching checkpoints of the reference want.
-    `inner_step="inverse_depth"` scales every group's addition by G/l (equation 7 of the paper; the reference uses 1, "unit").
+    `depth_group` (G) consecutive blocks are one Euler step of the inner ODE; the network may run at
+    the lengths `depths`. `length_conditioned=False` is the conventional DiT (no inner ODE, no
+    length table: one depth). `step_conditioned=False` keeps the step-size embedder and feeds it
+    index 0, as flow-matching checkpoints of the reference want. `inner_step="inverse_depth"` scales
+    every group's addition by G/l (equation 7 of the paper; the reference uses 1, "unit").
     `sampling` records how the training objective wants the model to be sampled (SAMPLING_KINDS).
     """
 
@@ -59,7 +63,8 @@ class DiTConfig:
     step_conditioned: bool = True
     """Whether the network is told log2 of the number of time steps; off: it is always told 0."""
     inner_step: str = "unit"
-    """Size of a step of the inner ODE: unit (as the reference), or inverse_depth, G/l (equation 7)."""
+    """Size of a step of the inner ODE: unit (as the reference), or inverse_depth, G/l (equation
+    7)."""
     dropout: float = 0.0
     """Probability of dropout in the MLPs while training."""
     sampling: str = "shortcut"
@@ -68,38 +73,61 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, not {value!r}")
+            if field.type == "int" and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 1
+            ):
+                raise ValueError(
+                    f"{field.name} must be a whole number of at least 1, not {value!r}"
+                )
             if field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be true or false, not {value!r}")
-            if field.type == "float" and (not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value)):
+            if field.type == "float" and (
+                not isinstance(value, (int, float))
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+            ):
                 raise ValueError(f"{field.name} must be a finite number, not {value!r}")
             if field.name in _LIMITS and value > _LIMITS[field.name]:
                 raise ValueError(f"{field.name} must be at most {_LIMITS[field.name]}, not {value}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
+            )
         if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of 4 (sine and cosine of two coordinates)")
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of 4 (sine and cosine of two"
+                " coordinates)"
+            )
         if not 0 < self.mlp_ratio <= 64 or self.mlp_size < 1:
             raise ValueError(f"mlp_ratio must be above 0 and at most 64, not {self.mlp_ratio}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
         if self.inner_step not in INNER_STEPS:
-            raise ValueError(f"inner_step must be one of {', '.join(INNER_STEPS)}, not {self.inner_step!r}")
+            raise ValueError(
+                f"inner_step must be one of {', '.join(INNER_STEPS)}, not {self.inner_step!r}"
+            )
         if self.sampling not in SAMPLING_KINDS:
-            raise ValueError(f"sampling must be one of {', '.join(SAMPLING_KINDS)}, not {self.sampling!r}")
+            raise ValueError(
+                f"sampling must be one of {', '.join(SAMPLING_KINDS)}, not {self.sampling!r}"
+            )
         if not self.length_conditioned:
             return
         if self.depth_min > self.depth:
             raise ValueError(f"depth_min {self.depth_min} is above depth {self.depth}")
         if (self.depth - self.depth_min) % self.depth_group:
-            raise ValueError(f"depth {self.depth} is not depth_min + k*depth_group ({self.depth_min} + k*{self.depth_group})")
+            raise ValueError(
+                f"depth {self.depth} is not depth_min + k*depth_group ({self.depth_min} +"
+                f" k*{self.depth_group})"
+            )
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Lengths l at which the network may run, ascending: depth_min + k*depth_group (the conventional DiT has one)."""
+        """Lengths l at which the network may run, ascending: depth_min + k*depth_group (the
+        conventional DiT has one)."""
         if not self.length_conditioned:
             return (self.depth,)
         return tuple(range(self.depth_min, self.depth + 1, self.depth_group))
@@ -109,15 +137,20 @@ class DiTConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
     def check_depth(self, depth: int | None) -> int:
-        """Returns the length l that `depth` asks for (None: all of it); ValueError if the network cannot run at it."""
+        """Returns the length l that `depth` asks for (None: all of it); ValueError if the network
+        cannot run at it."""
         if depth is None:
             return self.depth
         if isinstance(depth, bool) or not isinstance(depth, int) or depth not in self.depths:
-            raise ValueError(f"depth {depth} is not allowed: this model runs at depth {', '.join(map(str, self.depths))}")
+            raise ValueError(
+                f"depth {depth} is not allowed: this model runs at depth"
+                f" {', '.join(map(str, self.depths))}"
+            )
         return depth
 
     def live_blocks(self, depth: int | None = None) -> int:
-        """Number of leading blocks whose output reaches the velocity at length `depth`: whole groups only (XL, G = 8: 8 at l = 12)."""
+        """Number of leading blocks whose output reaches the velocity at length `depth`: whole
+        groups only (XL, G = 8: 8 at l = 12)."""
         length = self.check_depth(depth)
         return length - length % self.depth_group if self.length_conditioned else length
 
@@ -130,7 +163,9 @@ class DiTConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(str(name) for name in values if name not in known)
         if unknown:
-            raise ValueError(f"unknown configuration key {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+            raise ValueError(
+                f"unknown configuration key {unknown[0]!r}; allowed: {', '.join(sorted(known))}"
+            )
         return cls(**values)  # type: ignore[arg-type]
 
 
@@ -139,9 +174,19 @@ PRESETS: dict[str, DiTConfig] = {
     "DiT-B/2": DiTConfig(hidden_size=768, num_heads=12),
     "DiT-L/2": DiTConfig(hidden_size=1024, depth=24, depth_min=8, depth_group=8, num_heads=16),
     "DiT-XL/2": DiTConfig(hidden_size=1152, depth=28, depth_min=12, depth_group=8, num_heads=16),
-    "digits": DiTConfig(image_size=8, channels=1, patch_size=2, hidden_size=96, num_heads=4, num_classes=10),
-    "mnist": DiTConfig(image_size=28, channels=1, patch_size=7, hidden_size=128, num_heads=8, num_classes=10),
+    "digits": DiTConfig(
+        image_size=8, channels=1, patch_size=2, hidden_size=96, num_heads=4, num_classes=10
+    ),
+    "mnist": DiTConfig(
+        image_size=28, channels=1, patch_size=7, hidden_size=128, num_heads=8, num_classes=10
+    ),
     "cifar10": DiTConfig(
-        image_size=32, channels=3, patch_size=2, hidden_size=192, num_heads=3, mlp_ratio=3.5, num_classes=10
+        image_size=32,
+        channels=3,
+        patch_size=2,
+        hidden_size=192,
+        num_heads=3,
+        mlp_ratio=3.5,
+        num_classes=10,
     ),  # 15.6 MB in float16
 }

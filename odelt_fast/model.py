@@ -1,7 +1,9 @@
-"""DiT with an inner ODE over its length: the one definition of the network, eager and differentiable.
+"""DiT with an inner ODE over its length: the one definition of the network, eager and
+differentiable.
 
-The arithmetic is that of the paper's reference implementation (github.com/gudovskiy/odelt), so that its checkpoints keep their meaning:
-attention logits are scaled by 1/head_dim, t is not scaled by 1000, blocks see the length embedding and the final layer does not.
+The arithmetic is that of the paper's reference implementation (github.com/gudovskiy/odelt), so that
+its checkpoints keep their meaning: attention logits are scaled by 1/head_dim, t is not scaled by
+1000, blocks see the length embedding and the final layer does not.
 """
 
 from __future__ import annotations
@@ -13,16 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from odelt_fast.checkpoints.hub import HubModel
 from odelt_fast.config import DiTConfig
-from odelt_fast.hub import HubModel
 
 FREQUENCIES = 128  # of the time and step-size embeddings: 256 features
 LAYER_NORM_EPS = 1e-6
-NUM_STEP_INDICES = 8  # log2 of the number of steps: 0 (one step) .. 7 (128 steps, and flow matching)
+NUM_STEP_INDICES = (
+    8  # log2 of the number of steps: 0 (one step) .. 7 (128 steps, and flow matching)
+)
 
 
 def position_table(height: int, width: int, size: int) -> Tensor:
-    """Fixed 2-D sine-cosine position table (height*width, size), float32: the column's half first, each half [sin, cos]."""
+    """Fixed 2-D sine-cosine position table (height*width, size), float32: the column's half first,
+    each half [sin, cos]."""
     omega = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float32) / (size // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
@@ -30,13 +35,15 @@ def position_table(height: int, width: int, size: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then x*(1 + scale) + shift. x (B, N, D); shift, scale (B or 1, D)."""
+    """LayerNorm without affine parameters, then x*(1 + scale) + shift. x (B, N, D); shift, scale (B
+    or 1, D)."""
     normalized = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
     return torch.addcmul(shift[:, None], normalized, 1 + scale[:, None])
 
 
 class ScalarEmbedding(nn.Module):
-    """Features [cos, sin] of s*exp(-ln(10000) k/128), k = 0..127, then Linear, SiLU, Linear: (B,) float -> (B, D)."""
+    """Features [cos, sin] of s*exp(-ln(10000) k/128), k = 0..127, then Linear, SiLU, Linear: (B,)
+    float -> (B, D)."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -44,7 +51,9 @@ class ScalarEmbedding(nn.Module):
         self.linear_out = nn.Linear(size, size)
 
     def forward(self, scalar: Tensor) -> Tensor:
-        exponent = torch.arange(FREQUENCIES, dtype=torch.float32, device=scalar.device) / FREQUENCIES
+        exponent = (
+            torch.arange(FREQUENCIES, dtype=torch.float32, device=scalar.device) / FREQUENCIES
+        )
         angles = scalar.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
@@ -65,12 +74,16 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(config.mlp_size, size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(condition).to(x.dtype)).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(
+            F.silu(condition).to(x.dtype)
+        ).chunk(6, dim=1)
         x = torch.addcmul(x, gate_a[:, None], self.attention(modulate(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))
 
     def attention(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
+        q, k, v = (
+            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, N, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
         return self.attention_out(y.transpose(1, 2).flatten(2))
 
@@ -80,7 +93,8 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a projection to the pixels of each patch: x (B, N, D), condition (B, D) -> (B, N, p*p*C)."""
+    """Modulated LayerNorm and a projection to the pixels of each patch: x (B, N, D), condition (B,
+    D) -> (B, N, p*p*C)."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -95,9 +109,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module, HubModel):
     """Velocity field v(x, t) of an ODE_t(ODE_l) model, at any allowed number of active blocks.
 
-    >>> model = DiT(DiTConfig(image_size=8, channels=1, hidden_size=96, num_heads=4, num_classes=10))
-    >>> model(torch.randn(2, 1, 8, 8), 0.0, 0, torch.tensor([3, 10]), depth=4).shape
-    torch.Size([2, 1, 8, 8])
+    >>> model = DiT(DiTConfig(image_size=8, channels=1, hidden_size=96, num_heads=4,
+    num_classes=10)) >>> model(torch.randn(2, 1, 8, 8), 0.0, 0, torch.tensor([3, 10]),
+    depth=4).shape torch.Size([2, 1, 8, 8])
     """
 
     positions: Tensor  # (N, D) float32: the position table at the configuration's image size
@@ -106,12 +120,16 @@ class DiT(nn.Module, HubModel):
         super().__init__()
         self.config = config
         self.max_depth = config.depth
-        self.calls_every_block = False  # weights sharded over processes are gathered by all together, whatever the depths of their rows
+        # weights sharded over processes are gathered by all together, whatever the depths of their
+        # rows
+        self.calls_every_block = False
         size = config.hidden_size
         self.patch_embed = nn.Conv2d(config.channels, size, config.patch_size, config.patch_size)
         self.time_embed = ScalarEmbedding(size)
         self.step_embed = ScalarEmbedding(size)
-        self.label_embed = nn.Embedding(config.num_classes + 1, size)  # the last row is the null label
+        self.label_embed = nn.Embedding(
+            config.num_classes + 1, size
+        )  # the last row is the null label
         if config.length_conditioned:
             self.length_embed = nn.Embedding(config.depth + 1, size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -121,7 +139,8 @@ class DiT(nn.Module, HubModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The reference's initialisation: Xavier-uniform matrices (q, k, v each on its own), normal(0.02) embeddings, zero final layer."""
+        """The reference's initialisation: Xavier-uniform matrices (q, k, v each on its own),
+        normal(0.02) embeddings, zero final layer."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
@@ -140,23 +159,31 @@ class DiT(nn.Module, HubModel):
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)
-        # The table is added in float32 whatever the weights' dtype; half precision of its sines would cost accuracy for nothing.
+        # The table is added in float32 whatever the weights' dtype; half precision of its sines
+        # would cost accuracy for nothing.
         if self.positions.dtype != torch.float32:
             grid = self.config.image_size // self.config.patch_size
-            self.positions = position_table(grid, grid, self.config.hidden_size).to(self.positions.device)
+            self.positions = position_table(grid, grid, self.config.hidden_size).to(
+                self.positions.device
+            )
         return self
 
     def truncate(self, depth: int) -> DiT:
-        """Drops, in place, the blocks that no length up to `depth` uses; then depth None means `depth`, longer ones raise ValueError."""
+        """Drops, in place, the blocks that no length up to `depth` uses; then depth None means
+        `depth`, longer ones raise ValueError."""
         self.blocks = self.blocks[: self.config.live_blocks(depth)]
         self.max_depth = depth
         return self
 
     def check_depth(self, depth: int | None) -> int:
-        """The length l that `depth` asks for (None: the longest loaded); ValueError if this model cannot run at it."""
+        """The length l that `depth` asks for (None: the longest loaded); ValueError if this model
+        cannot run at it."""
         length = self.config.check_depth(self.max_depth if depth is None else depth)
         if length > self.max_depth:
-            raise ValueError(f"depth {length} needs blocks that are not loaded: this model was loaded for depth {self.max_depth}")
+            raise ValueError(
+                f"depth {length} needs blocks that are not loaded: this model was loaded for depth"
+                f" {self.max_depth}"
+            )
         return length
 
     @property
@@ -168,51 +195,75 @@ class DiT(nn.Module, HubModel):
         return self.patch_embed.weight.device
 
     def forward(
-        self, x: Tensor, t: float | Tensor, log2_steps: int | Tensor, y: Tensor, depth: int | Sequence[int] | Tensor | None = None
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        log2_steps: int | Tensor,
+        y: Tensor,
+        depth: int | Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Velocity at x, in the dtype of the weights.
 
-        x (B, C, H, W): state; H and W are multiples of the patch size (the position table follows them).
-        t: time in [0, 1] (0 = noise, 1 = data), a number or (B,). log2_steps: step index, log2 of the number of time steps, 0 (one step)
-        to 7 (128 steps; also plain flow matching), a number or (B,). y (B,) integer: labels; num_classes is the null label.
-        depth: number of active blocks l; None (all), a number, or one per sample (a list, or a (B,) integer tensor, best on the CPU).
-        Rows of a mixed batch are sorted by depth and run as shrinking prefixes: no block is computed for a row that does not use it.
-        Raises ValueError for a shape that does not fit and for a depth that is not one of `config.depths`.
+        x (B, C, H, W): state; H and W are multiples of the patch size (the position table follows
+        them). t: time in [0, 1] (0 = noise, 1 = data), a number or (B,). log2_steps: step index,
+        log2 of the number of time steps, 0 (one step) to 7 (128 steps; also plain flow matching), a
+        number or (B,). y (B,) integer: labels; num_classes is the null label. depth: number of
+        active blocks l; None (all), a number, or one per sample (a list, or a (B,) integer tensor,
+        best on the CPU). Rows of a mixed batch are sorted by depth and run as shrinking prefixes:
+        no block is computed for a row that does not use it. Raises ValueError for a shape that does
+        not fit and for a depth that is not one of `config.depths`.
         """
         tokens = self.embed_patches(x)
         condition = self.condition(t, log2_steps, y)
         if not self.config.length_conditioned:
             if depth is not None and not isinstance(depth, int):
-                raise ValueError("a conventional DiT (length_conditioned=False) has one depth: pass None")
+                raise ValueError(
+                    "a conventional DiT (length_conditioned=False) has one depth: pass None"
+                )
             for block in self.blocks[: self.config.live_blocks(self.check_depth(depth))]:
                 tokens = block(tokens, condition)
             velocity = tokens
         elif depth is None or isinstance(depth, int):
             length = self.check_depth(depth)
-            velocity = self.inner_ode(tokens, condition + self.length_embed.weight[length], [length] * len(x))
+            velocity = self.inner_ode(
+                tokens, condition + self.length_embed.weight[length], [length] * len(x)
+            )
         else:
-            lengths = [self.check_depth(length) for length in (depth.tolist() if isinstance(depth, Tensor) else depth)]
+            lengths = [
+                self.check_depth(length)
+                for length in (depth.tolist() if isinstance(depth, Tensor) else depth)
+            ]
             if len(lengths) != len(x):
                 raise ValueError(f"{len(lengths)} depths for a batch of {len(x)}")
-            # A stable order and its inverse, longest first; made on the host, where the schedule of the prefixes is needed.
+            # A stable order and its inverse, longest first; made on the host, where the schedule of
+            # the prefixes is needed.
             order = sorted(range(len(x)), key=lambda row: -lengths[row])
             inverse = sorted(range(len(x)), key=order.__getitem__)
-            # From pinned memory: the host would wait for the device to copy it otherwise, in every training step.
-            index = torch.tensor([order, inverse, [lengths[row] for row in order]], pin_memory=x.is_cuda).to(x.device, non_blocking=True)
+            # From pinned memory: the host would wait for the device to copy it otherwise, in every
+            # training step.
+            index = torch.tensor(
+                [order, inverse, [lengths[row] for row in order]], pin_memory=x.is_cuda
+            ).to(x.device, non_blocking=True)
             row_condition = condition.expand(len(x), -1)[index[0]] + self.length_embed(index[2])
-            velocity = self.inner_ode(tokens[index[0]], row_condition, [lengths[row] for row in order])[index[1]]
+            velocity = self.inner_ode(
+                tokens[index[0]], row_condition, [lengths[row] for row in order]
+            )[index[1]]
         return self.unpatchify(self.final_layer(velocity, condition), x.shape[2], x.shape[3])
 
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Euler steps over the groups of blocks (Algorithm 2): returns vr (B, N, D), the sum of the groups' increments.
+        """Euler steps over the groups of blocks (Algorithm 2): returns vr (B, N, D), the sum of the
+        groups' increments.
 
-        tokens (B, N, D); condition (B or 1, D), with the length embedding; lengths: the depth of each row, longest first.
+        tokens (B, N, D); condition (B or 1, D), with the length embedding; lengths: the depth of
+        each row, longest first.
         """
         config = self.config
         live = [config.live_blocks(length) for length in lengths]
         scale = torch.ones(())
         if config.inner_step == "inverse_depth":
-            scale = (config.depth_group / torch.tensor(lengths, dtype=tokens.dtype)).to(tokens.device)[:, None, None]
+            scale = (config.depth_group / torch.tensor(lengths, dtype=tokens.dtype)).to(
+                tokens.device
+            )[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         finished: list[Tensor] = []
         for start in range(0, live[0], config.depth_group):
@@ -237,33 +288,50 @@ class DiT(nn.Module, HubModel):
         return velocity
 
     def embed_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> tokens (B, H*W/p^2, D), row-major, with the position table added in float32."""
+        """(B, C, H, W) -> tokens (B, H*W/p^2, D), row-major, with the position table added in
+        float32."""
         patch = self.config.patch_size
-        if x.dim() != 4 or x.shape[1] != self.config.channels or x.shape[2] % patch or x.shape[3] % patch or not x.shape[2] * x.shape[3]:
-            raise ValueError(f"x of shape {tuple(x.shape)} does not fit: (B, {self.config.channels}, H, W), H and W multiples of {patch}")
+        if (
+            x.dim() != 4
+            or x.shape[1] != self.config.channels
+            or x.shape[2] % patch
+            or x.shape[3] % patch
+            or not x.shape[2] * x.shape[3]
+        ):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} does not fit: (B, {self.config.channels}, H, W), H"
+                f" and W multiples of {patch}"
+            )
         tokens = self.patch_embed(x.to(self.dtype)).flatten(2).transpose(1, 2)
         positions = self.positions
         if x.shape[2:] != (self.config.image_size, self.config.image_size):
-            positions = position_table(x.shape[2] // patch, x.shape[3] // patch, self.config.hidden_size).to(x.device)
+            positions = position_table(
+                x.shape[2] // patch, x.shape[3] // patch, self.config.hidden_size
+            ).to(x.device)
         return (tokens + positions).to(self.dtype)
 
     def condition(self, t: float | Tensor, log2_steps: int | Tensor, y: Tensor) -> Tensor:
-        """Time + label + step-size embedding (B, D), which the final layer sees; blocks see it plus the length embedding."""
+        """Time + label + step-size embedding (B, D), which the final layer sees; blocks see it plus
+        the length embedding."""
         index = log2_steps if self.config.step_conditioned else 0
         time, step = (_as_vector(value, y.device) for value in (t, index))
-        # Summed in float32 at least, as in the reference: rounding it would shift every token of a sample the same way.
+        # Summed in float32 at least, as in the reference: rounding it would shift every token of a
+        # sample the same way.
         wide = torch.promote_types(self.dtype, torch.float32)
         return self.time_embed(time).to(wide) + self.label_embed(y) + self.step_embed(step)
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p*p*C) -> (B, C, H, W); each patch holds its pixels row by row, channels last."""
         patch, channels = self.config.patch_size, self.config.channels
-        grid = patches.unflatten(1, (height // patch, width // patch)).unflatten(3, (patch, patch, channels))  # (B, h, w, p, q, C)
+        grid = patches.unflatten(1, (height // patch, width // patch)).unflatten(
+            3, (patch, patch, channels)
+        )  # (B, h, w, p, q, C)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, height, width)
 
 
 def _as_vector(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number or (B,) tensor as a (1,) or (B,) float32 tensor; numbers are filled in on the device, without a copy from the host."""
+    """A number or (B,) tensor as a (1,) or (B,) float32 tensor; numbers are filled in on the
+    device, without a copy from the host."""
     if isinstance(value, Tensor):
         return value.reshape(-1).to(device, torch.float32)
     return torch.full((1,), float(value), device=device)

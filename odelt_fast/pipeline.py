@@ -1,4 +1,5 @@
-"""The diffusers pipeline of these models (extra `diffusers`), with the conventions of diffusers' own DiTPipeline."""
+"""The diffusers pipeline of these models (extra `diffusers`), with the conventions of diffusers'
+own DiTPipeline."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoint import load_model, save_model
+from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.config import DiTConfig
-from odelt_fast.decoder import Decoder, Overlapped
 from odelt_fast.model import DiT
-from odelt_fast.plots import to_uint8
-from odelt_fast.sampler import Sampler
+from odelt_fast.sampling.decoder import Decoder, Overlapped
+from odelt_fast.sampling.pictures import to_uint8
+from odelt_fast.sampling.sampler import Sampler
 
 try:
     from diffusers.models import AutoencoderKL, AutoencoderTiny  # type: ignore[attr-defined]
@@ -24,12 +25,18 @@ try:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
     from diffusers.utils.torch_utils import randn_tensor
 except ImportError:
-    raise ImportError("OdeltPipeline needs diffusers: pip install 'odelt-fast[diffusers]'") from None
+    raise ImportError(
+        "OdeltPipeline needs diffusers: pip install 'odelt-fast[diffusers]'"
+    ) from None
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-# What a saved pipeline carries for diffusers' `custom_pipeline`, file -> the one class in it. The second name is the one that diffusers
-# looks for in the folder of a component of another library. `OdeltPipeline.from_pretrained` runs neither.
-CARRIED_CODE = {"pipeline.py": "OdeltPipeline", "transformer/odelt_fast.pipeline.py": "OdeltTransformer"}
+# What a saved pipeline carries for diffusers' `custom_pipeline`, file -> the one class in it. The
+# second name is the one that diffusers looks for in the folder of a component of another library.
+# `OdeltPipeline.from_pretrained` runs neither.
+CARRIED_CODE = {
+    "pipeline.py": "OdeltPipeline",
+    "transformer/odelt_fast.pipeline.py": "OdeltTransformer",
+}
 _CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, custom_pipeline=here, trust_remote_code=True)."""
 
 from odelt_fast.pipeline import {name}
@@ -39,7 +46,8 @@ __all__ = ["{name}"]
 
 
 class OdeltTransformer(ModelMixin):
-    """A DiT, `model`, for diffusers to save, load, move and offload. Its files are those of every model: config.json, model.safetensors."""
+    """A DiT, `model`, for diffusers to save, load, move and offload. Its files are those of every
+    model: config.json, model.safetensors."""
 
     _supports_group_offloading = False
 
@@ -65,10 +73,16 @@ class OdeltTransformer(ModelMixin):
         device_map: Any = None,
         **options: Any,
     ) -> OdeltTransformer:
-        """Loads a model as `load_model` does. device_map: a device, or {"": device}. torch_dtype is what diffusers calls dtype; its other
-        options have no meaning here."""
+        """Loads a model as `load_model` does. device_map: a device, or {"": device}. torch_dtype is
+        what diffusers calls dtype; its other options have no meaning here."""
         device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
-        return cls(load_model(pretrained_model_name_or_path, "cpu" if device is None else device, dtype or torch_dtype))
+        return cls(
+            load_model(
+                pretrained_model_name_or_path,
+                "cpu" if device is None else device,
+                dtype or torch_dtype,
+            )
+        )
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """Saves the model as `save_model` does."""
@@ -78,11 +92,13 @@ class OdeltTransformer(ModelMixin):
 class OdeltPipeline(DiffusionPipeline):
     """Class labels -> images, at any depth and number of steps.
 
-    >>> pipe = OdeltPipeline.from_pretrained("user/repo", dtype=torch.bfloat16).to("cuda")
-    >>> pipe(class_labels=[207, 360], depth=4, num_inference_steps=1, generator=torch.manual_seed(0)).images[0]
+    >>> pipe = OdeltPipeline.from_pretrained("user/repo", dtype=torch.bfloat16).to("cuda") >>>
+    pipe(class_labels=[207, 360], depth=4, num_inference_steps=1,
+    generator=torch.manual_seed(0)).images[0]
 
-    transformer: the model. vae: AutoencoderKL (or AutoencoderTiny, for previews) of a model of latents; None for a model of pixels.
-    id2label: class -> its names, separated by commas. There is no scheduler: `solver` of a call takes its place.
+    transformer: the model. vae: AutoencoderKL (or AutoencoderTiny, for previews) of a model of
+    latents; None for a model of pixels. id2label: class -> its names, separated by commas. There is
+    no scheduler: `solver` of a call takes its place.
     """
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
@@ -96,19 +112,35 @@ class OdeltPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         if not isinstance(transformer, OdeltTransformer | DiT):
-            raise ValueError(f"transformer must be a DiT, as load_model returns, not {type(transformer).__name__}")
-        self.register_modules(transformer=OdeltTransformer(transformer) if isinstance(transformer, DiT) else transformer, vae=vae)
+            raise ValueError(
+                "transformer must be a DiT, as load_model returns, not"
+                f" {type(transformer).__name__}"
+            )
+        self.register_modules(
+            transformer=(
+                OdeltTransformer(transformer) if isinstance(transformer, DiT) else transformer
+            ),
+            vae=vae,
+        )
         self.register_to_config(id2label=id2label)
-        names = ((name.strip(), int(label)) for label, text in (id2label or {}).items() for name in text.split(","))
+        names = (
+            (name.strip(), int(label))
+            for label, text in (id2label or {}).items()
+            for name in text.split(",")
+        )
         self.labels = dict(sorted(names))
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Classes of names, for `class_labels`. ValueError for a name that `labels` does not have."""
+        """Classes of names, for `class_labels`. ValueError for a name that `labels` does not
+        have."""
         names = [label] if isinstance(label, str) else list(label)
         for name in names:
             if name not in self.labels:
                 known = ", ".join(list(self.labels)[:10]) or "it has none: give it id2label"
-                raise ValueError(f"{name!r} names no class of this pipeline ({known}{', ...' if len(self.labels) > 10 else ''})")
+                raise ValueError(
+                    f"{name!r} names no class of this pipeline"
+                    f" ({known}{', ...' if len(self.labels) > 10 else ''})"
+                )
         return [self.labels[name] for name in names]
 
     @torch.no_grad()
@@ -127,38 +159,60 @@ class OdeltPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple[Any]:
         """One image for each label.
 
-        class_labels: classes from 0; the number of classes is the null label. guidance_scale w: v_null + w (v_label - v_null) where w > 1,
-        labels alone otherwise (the default: these models are trained for few steps, in which w = 4 does harm). generator: of the noise, one
-        or one for each image; None draws from torch's global one. seed, in its place: the noise of `Sampler` and of `odelt-fast sample`,
-        where image i depends on (seed, i) alone. num_inference_steps: time steps T. depth: active blocks l; None: all.
-        output_type: "pil"; "np" (N, H, W, C) or "pt" (N, C, H, W) in [0, 1]; "latent": what the solver leaves, undecoded.
-        options: those of Sampler (solver, rtol, atol, batch_size, backend, ...).
+        class_labels: classes from 0; the number of classes is the null label. guidance_scale w:
+        v_null + w (v_label - v_null) where w > 1, labels alone otherwise (the default: these models
+        are trained for few steps, in which w = 4 does harm). generator: of the noise, one or one
+        for each image; None draws from torch's global one. seed, in its place: the noise of
+        `Sampler` and of `odelt-fast sample`, where image i depends on (seed, i) alone.
+        num_inference_steps: time steps T. depth: active blocks l; None: all. output_type: "pil";
+        "np" (N, H, W, C) or "pt" (N, C, H, W) in [0, 1]; "latent": what the solver leaves,
+        undecoded. options: those of Sampler (solver, rtol, atol, batch_size, backend, ...).
 
-        Returns ImagePipelineOutput, or the tuple (images,) if not return_dict. Raises ValueError for what cannot be used.
+        Returns ImagePipelineOutput, or the tuple (images,) if not return_dict. Raises ValueError
+        for what cannot be used.
         """
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}")
+            raise ValueError(
+                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}"
+            )
         if seed is not None and generator is not None:
             raise ValueError("generator and seed are both given: leave one out")
         compiled = hasattr(self.transformer, "_orig_mod")  # torch.compile was put around it
         model: DiT = (self.transformer._orig_mod if compiled else self.transformer).model
         config = model.config
         if output_type != "latent" and self.vae is None and config.channels not in (1, 3):
-            raise ValueError(f"{config.channels} channels are latents: give the pipeline a vae, or ask for output_type='latent'")
+            raise ValueError(
+                f"{config.channels} channels are latents: give the pipeline a vae, or ask for"
+                " output_type='latent'"
+            )
         labels = _class_labels(class_labels, generator)
         self._onload(self.transformer)
         noise = None
         if seed is None:
             shape = (len(labels), config.channels, config.image_size, config.image_size)
-            noise = randn_tensor(shape, generator=generator, device=model.device, dtype=torch.float32)
+            noise = randn_tensor(
+                shape, generator=generator, device=model.device, dtype=torch.float32
+            )
             seed = _seed_of(generator) if config.sampling == "consistency" else 0
         decoder = None if output_type == "latent" or self.vae is None else Decoder(self.vae)
-        # An offloaded autoencoder sends the transformer away when it starts: then all is sampled first.
-        overlapped = None if decoder is None or hasattr(self.vae, "_hf_hook") else Overlapped(decoder)
+        # An offloaded autoencoder sends the transformer away when it starts: then all is sampled
+        # first.
+        overlapped = (
+            None if decoder is None or hasattr(self.vae, "_hf_hook") else Overlapped(decoder)
+        )
         guidance = guidance_scale if guidance_scale is not None and guidance_scale > 1 else None
         options = ({"backend": "compile"} if compiled else {}) | options
-        sampler = Sampler(model, depth, num_inference_steps, guidance_scale=guidance, decoder=overlapped, **options)
-        with self.progress_bar(total=math.inf if sampler.adaptive else len(labels) * num_inference_steps) as bar:
+        sampler = Sampler(
+            model,
+            depth,
+            num_inference_steps,
+            guidance_scale=guidance,
+            decoder=overlapped,
+            **options,
+        )
+        with self.progress_bar(
+            total=math.inf if sampler.adaptive else len(labels) * num_inference_steps
+        ) as bar:
             images = sampler(len(labels), labels, seed, noise=noise, progress=bar.update)
         if overlapped:
             images = overlapped.images()
@@ -171,16 +225,38 @@ class OdeltPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:  # type: ignore[override]
-        """Loads a saved pipeline from a folder or the Hub, with the options of every diffusers pipeline. Runs no code of the folder."""
+        """Loads a saved pipeline from a folder or the Hub, with the options of every diffusers
+        pipeline. Runs no code of the folder."""
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token", "use_safetensors", "variant")
-            folder = Path(cls.download(str(pretrained_model_name_or_path), **{name: options[name] for name in names if name in options}))
+            names = (
+                "cache_dir",
+                "force_download",
+                "local_files_only",
+                "proxies",
+                "revision",
+                "token",
+                "use_safetensors",
+                "variant",
+            )
+            folder = Path(
+                cls.download(
+                    str(pretrained_model_name_or_path),
+                    **{name: options[name] for name in names if name in options},
+                )
+            )
         if options.get("transformer") is None:
-            dtype, device = options.get("dtype") or options.get("torch_dtype"), options.get("device_map")
-            dtype = dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
+            dtype, device = (
+                options.get("dtype") or options.get("torch_dtype"),
+                options.get("device_map"),
+            )
+            dtype = (
+                dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
+            )
             device = None if device == "balanced" else device
-            options["transformer"] = OdeltTransformer.from_pretrained(folder / "transformer", dtype=dtype, device_map=device)
+            options["transformer"] = OdeltTransformer.from_pretrained(
+                folder / "transformer", dtype=dtype, device_map=device
+            )
         return super().from_pretrained(folder, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
@@ -192,12 +268,15 @@ class OdeltPipeline(DiffusionPipeline):
         super().save_pretrained(str(save_directory), *args, **options)
 
     def _onload(self, module: Any) -> None:
-        """Moves a module of `enable_model_cpu_offload` to the GPU, which its hook does only at a call of its forward."""
+        """Moves a module of `enable_model_cpu_offload` to the GPU, which its hook does only at a
+        call of its forward."""
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(module)
         if module.device.type == "meta":
-            raise ValueError("enable_sequential_cpu_offload is not supported: use enable_model_cpu_offload")
+            raise ValueError(
+                "enable_sequential_cpu_offload is not supported: use enable_model_cpu_offload"
+            )
 
 
 def _class_labels(class_labels: Any, generator: Any) -> Tensor:
@@ -206,15 +285,26 @@ def _class_labels(class_labels: Any, generator: Any) -> Tensor:
         labels = torch.as_tensor(class_labels).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         labels = torch.empty(0)
-    if not len(labels) or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"class_labels must be at least one whole number (get_label_ids gives those of names), not {class_labels!r}")
+    if (
+        not len(labels)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise ValueError(
+            "class_labels must be at least one whole number (get_label_ids gives those of names),"
+            f" not {class_labels!r}"
+        )
     if isinstance(generator, list) and len(generator) != len(labels):
-        raise ValueError(f"{len(generator)} generators for {len(labels)} images: give one, or one for each image")
+        raise ValueError(
+            f"{len(generator)} generators for {len(labels)} images: give one, or one for each image"
+        )
     return labels
 
 
 def _seed_of(generator: torch.Generator | list[torch.Generator] | None) -> int:
-    """A seed for what the Sampler draws itself: the noise that consistency models add at every step."""
+    """A seed for what the Sampler draws itself: the noise that consistency models add at every
+    step."""
     first = generator[0] if isinstance(generator, list) else generator
     return int(torch.randint(2**62, (1,), generator=first, device=first.device if first else None))
 
@@ -225,6 +315,8 @@ def _finished(images: Tensor, output_type: str) -> Any:
         from PIL import Image
 
         arrays: list[np.ndarray] = list(to_uint8(images))
-        return [Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in arrays]
+        return [
+            Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in arrays
+        ]
     scaled = (images / 2 + 0.5).clamp(0, 1)
     return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()

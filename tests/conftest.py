@@ -27,8 +27,9 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def native_cache(native_folder: Path) -> Iterator[Path]:
-    """The cache folder with the CPU library in it, used for the tests of one module: elsewhere samplers run as nobody built it."""
-    from odelt_fast import native
+    """The cache folder with the CPU library in it, used for the tests of one module: elsewhere
+    samplers run as nobody built it."""
+    from odelt_fast.engine.native import build as native
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ODELT_FAST_CACHE", str(native_folder))

@@ -1,4 +1,5 @@
-"""The diffusers pipeline: DiTPipeline's conventions, the Sampler's images, bitwise round trips, and the package without diffusers."""
+"""The diffusers pipeline: DiTPipeline's conventions, the Sampler's images, bitwise round trips, and
+the package without diffusers."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from odelt_fast import DiT, DiTConfig, Sampler, load_model
 if TYPE_CHECKING:
     from odelt_fast import OdeltPipeline
 
-SMALL = {"image_size": 4, "hidden_size": 16, "depth": 2, "depth_min": 1, "depth_group": 1, "num_heads": 2, "num_classes": 3}
+SMALL = {
+    "image_size": 4,
+    "hidden_size": 16,
+    "depth": 2,
+    "depth_min": 1,
+    "depth_group": 1,
+    "num_heads": 2,
+    "num_classes": 3,
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,7 +52,11 @@ def pipeline(model: DiT, **parts: Any) -> OdeltPipeline:
 def small_vae() -> Any:
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2, "norm_num_groups": 4}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    }
     return diffusers.AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, **blocks).eval()
 
 
@@ -66,21 +79,29 @@ def latents() -> OdeltPipeline:
 def test_a_call_takes_what_dit_pipeline_takes_and_depth(pixels: OdeltPipeline) -> None:
     from diffusers import DiTPipeline
 
-    theirs, ours = (list(inspect.signature(kind.__call__).parameters) for kind in (DiTPipeline, type(pixels)))
+    theirs, ours = (
+        list(inspect.signature(kind.__call__).parameters) for kind in (DiTPipeline, type(pixels))
+    )
     assert ours[: len(theirs)] == theirs
     assert "depth" in ours
 
 
-def test_a_generator_gives_the_noise_that_diffusers_would_draw(pixels: OdeltPipeline, digits: DiT) -> None:
+def test_a_generator_gives_the_noise_that_diffusers_would_draw(
+    pixels: OdeltPipeline, digits: DiT
+) -> None:
     from diffusers.utils.torch_utils import randn_tensor
 
     noise = randn_tensor((2, 1, 8, 8), generator=torch.manual_seed(5))
     expected = Sampler(digits, depth=4, steps=1)(labels=[3, 7], noise=noise)
-    images = pixels([3, 7], depth=4, num_inference_steps=1, generator=torch.manual_seed(5), output_type="pt").images
+    images = pixels(
+        [3, 7], depth=4, num_inference_steps=1, generator=torch.manual_seed(5), output_type="pt"
+    ).images
     assert torch.equal(images, (expected / 2 + 0.5).clamp(0, 1))
 
 
-def test_one_generator_for_each_image_makes_images_independent_of_the_batch(pixels: OdeltPipeline) -> None:
+def test_one_generator_for_each_image_makes_images_independent_of_the_batch(
+    pixels: OdeltPipeline,
+) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     both = pixels([3, 7], generator=generators, output_type="latent").images
     alone = pixels([7], generator=torch.Generator().manual_seed(2), output_type="latent").images
@@ -91,7 +112,10 @@ def test_one_generator_for_each_image_makes_images_independent_of_the_batch(pixe
 
 def test_a_seed_gives_the_images_of_the_sampler(pixels: OdeltPipeline, digits: DiT) -> None:
     expected = Sampler(digits, depth=8, steps=2)(2, [3, 7], seed=9)
-    assert torch.equal(pixels([3, 7], depth=8, num_inference_steps=2, seed=9, output_type="latent").images, expected)
+    assert torch.equal(
+        pixels([3, 7], depth=8, num_inference_steps=2, seed=9, output_type="latent").images,
+        expected,
+    )
     with pytest.raises(ValueError, match="generator and seed are both given"):
         pixels([3], seed=1, generator=torch.manual_seed(1))
 
@@ -104,12 +128,18 @@ def test_without_generator_the_global_one_is_used(pixels: OdeltPipeline) -> None
     assert not torch.equal(first, second)
 
 
-def test_guidance_above_one_guides_and_below_uses_the_labels_alone(pixels: OdeltPipeline, digits: DiT) -> None:
+def test_guidance_above_one_guides_and_below_uses_the_labels_alone(
+    pixels: OdeltPipeline, digits: DiT
+) -> None:
     def drawn(scale: float | None) -> torch.Tensor:
-        return pixels([3, 7], guidance_scale=scale, num_inference_steps=2, seed=1, output_type="latent").images
+        return pixels(
+            [3, 7], guidance_scale=scale, num_inference_steps=2, seed=1, output_type="latent"
+        ).images
 
     for scale, same in ((None, None), (0.0, None), (0.5, None), (1.0, None), (2.5, 2.5)):
-        assert torch.equal(drawn(scale), Sampler(digits, steps=2, guidance_scale=same)(2, [3, 7], seed=1))
+        assert torch.equal(
+            drawn(scale), Sampler(digits, steps=2, guidance_scale=same)(2, [3, 7], seed=1)
+        )
     assert not torch.equal(drawn(2.5), drawn(1.0))
 
 
@@ -121,7 +151,10 @@ def test_output_types(pixels: OdeltPipeline) -> None:
     assert arrays.dtype == np.float32
     np.testing.assert_array_equal(arrays, tensors.permute(0, 2, 3, 1).numpy())
     assert 0 <= arrays.min() < arrays.max() <= 1
-    assert np.abs(np.stack([np.asarray(picture) for picture in pictures]) - arrays[..., 0] * 255).max() <= 0.5 + 1e-3
+    assert (
+        np.abs(np.stack([np.asarray(picture) for picture in pictures]) - arrays[..., 0] * 255).max()
+        <= 0.5 + 1e-3
+    )
     (alone,) = pixels([3, 7], seed=1, output_type="pt", return_dict=False)
     assert torch.equal(alone, tensors)
     tensors += 1  # whoever gets a tensor may write into it
@@ -149,7 +182,9 @@ def test_names_of_classes(pixels: OdeltPipeline) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pixels", "latents"])
-def test_a_saved_pipeline_gives_bitwise_equal_images(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_a_saved_pipeline_gives_bitwise_equal_images(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     from diffusers import DiffusionPipeline
 
     from odelt_fast import OdeltPipeline
@@ -157,11 +192,18 @@ def test_a_saved_pipeline_gives_bitwise_equal_images(kind: str, request: pytest.
     pipe = request.getfixturevalue(kind)
     pipe.save_pretrained(tmp_path)
     ours = OdeltPipeline.from_pretrained(tmp_path)
-    custom = DiffusionPipeline.from_pretrained(tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True)
-    rebuilt = OdeltPipeline(load_model(tmp_path), pipe.vae)  # the transformer's folder is that of any model
+    custom = DiffusionPipeline.from_pretrained(
+        tmp_path, custom_pipeline=str(tmp_path), trust_remote_code=True
+    )
+    rebuilt = OdeltPipeline(
+        load_model(tmp_path), pipe.vae
+    )  # the transformer's folder is that of any model
     for other in (ours, custom, rebuilt):
         other.set_progress_bar_config(disable=True)
-        images, again = (p([0, 2], depth=1 if kind == "latents" else 4, seed=3, output_type="pt").images for p in (pipe, other))
+        images, again = (
+            p([0, 2], depth=1 if kind == "latents" else 4, seed=3, output_type="pt").images
+            for p in (pipe, other)
+        )
         assert torch.equal(images, again)
     assert ours.labels == custom.labels == pipe.labels
     assert (ours.vae is None) == (kind == "pixels")
@@ -173,7 +215,9 @@ def test_the_exported_file_holds_one_pipeline_class(pixels: OdeltPipeline, tmp_p
     pixels.save_pretrained(tmp_path)
     scope: dict[str, Any] = {}
     exec((tmp_path / "pipeline.py").read_text(), scope)
-    module = type("module", (), {name: value for name, value in scope.items() if not name.startswith("__")})
+    module = type(
+        "module", (), {name: value for name, value in scope.items() if not name.startswith("__")}
+    )
     assert find_pipeline_class(module) is type(pixels)
 
 
@@ -184,7 +228,9 @@ def test_loading_runs_no_code_of_the_folder(pixels: OdeltPipeline, tmp_path: Pat
     pixels.save_pretrained(tmp_path)
     for file in CARRIED_CODE:
         ast.parse((tmp_path / file).read_text())
-        (tmp_path / file).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom odelt_fast.pipeline import *")
+        (tmp_path / file).write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom odelt_fast.pipeline import *"
+        )
     OdeltPipeline.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 
@@ -195,23 +241,33 @@ def test_a_pipeline_computes_in_the_dtype_asked_for(latents: OdeltPipeline, tmp_
     latents.save_pretrained(tmp_path)
     half = OdeltPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {half.transformer.dtype, half.vae.dtype, half.dtype} == {torch.bfloat16}
-    moved = latents([0, 1], seed=1, output_type="latent").images, latents.to(torch.bfloat16)([0, 1], seed=1, output_type="latent").images
+    moved = (
+        latents([0, 1], seed=1, output_type="latent").images,
+        latents.to(torch.bfloat16)([0, 1], seed=1, output_type="latent").images,
+    )
     assert latents.transformer.dtype == torch.bfloat16
     half.set_progress_bar_config(disable=True)
     assert torch.equal(half([0, 1], seed=1, output_type="latent").images, moved[1])
     assert not torch.equal(*moved)
 
 
-def test_a_pipeline_runs_the_very_model_that_it_was_given(pixels: OdeltPipeline, digits: DiT) -> None:
+def test_a_pipeline_runs_the_very_model_that_it_was_given(
+    pixels: OdeltPipeline, digits: DiT
+) -> None:
     assert pixels.transformer.model is digits
     assert pixels.transformer.config == digits.config
     shallow = pipeline(load_model("digits", depth=4))
-    assert torch.equal(shallow([3], depth=4, seed=1, output_type="pt").images, pixels([3], depth=4, seed=1, output_type="pt").images)
+    assert torch.equal(
+        shallow([3], depth=4, seed=1, output_type="pt").images,
+        pixels([3], depth=4, seed=1, output_type="pt").images,
+    )
     with pytest.raises(ValueError, match="depth 8 needs blocks that are not loaded"):
         shallow([3], depth=8)
 
 
-def test_torch_compile_around_the_transformer_asks_for_the_compiled_backend(pixels: OdeltPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_compile_around_the_transformer_asks_for_the_compiled_backend(
+    pixels: OdeltPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from odelt_fast import pipeline
 
     asked, expected = [], pixels([3], depth=4, seed=1, output_type="pt").images
@@ -246,20 +302,34 @@ def test_offloading_calls_the_hooks_of_both_parts_in_their_order(latents: OdeltP
     order = []
     for name in ("transformer", "vae"):
         hook = getattr(latents, name)._hf_hook
-        hook.pre_forward = lambda module, *rest, name=name, run=hook.pre_forward, **more: order.append(name) or run(module, *rest, **more)
-    torch.testing.assert_close(latents([0, 1], seed=1, output_type="pt", batch_size=1).images, expected, rtol=1e-4, atol=1e-4)
+        hook.pre_forward = lambda module, *rest, name=name, run=hook.pre_forward, **more: (
+            order.append(name) or run(module, *rest, **more)
+        )
+    torch.testing.assert_close(
+        latents([0, 1], seed=1, output_type="pt", batch_size=1).images,
+        expected,
+        rtol=1e-4,
+        atol=1e-4,
+    )
     assert order[0] == "transformer"
     assert "transformer" not in order[order.index("vae") :]
 
 
 def test_consistency_models_take_all_their_noise_from_the_generator() -> None:
     pipe = pipeline(small_model(channels=1, sampling="consistency"))
-    one, same, other = (pipe([0], generator=torch.manual_seed(seed), output_type="latent").images for seed in (1, 1, 2))
+    one, same, other = (
+        pipe([0], generator=torch.manual_seed(seed), output_type="latent").images
+        for seed in (1, 1, 2)
+    )
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     noise = torch.zeros(1, 1, 4, 4)
-    first, second = (Sampler(pipe.transformer.model)(noise=noise, labels=0, seed=seed) for seed in (0, 1))
-    assert not torch.equal(first, second)  # so the seed that the pipeline makes of the generator matters
+    first, second = (
+        Sampler(pipe.transformer.model)(noise=noise, labels=0, seed=seed) for seed in (0, 1)
+    )
+    assert not torch.equal(
+        first, second
+    )  # so the seed that the pipeline makes of the generator matters
 
 
 @pytest.mark.parametrize(
@@ -269,9 +339,15 @@ def test_consistency_models_take_all_their_noise_from_the_generator() -> None:
         ({"class_labels": ["three"]}, "get_label_ids gives those of names"),
         ({"class_labels": [1.5]}, "class_labels must be at least one whole number"),
         ({"class_labels": [11]}, "label 11 is not allowed"),
-        ({"class_labels": [1], "output_type": "jpeg"}, "output_type must be one of pil, np, pt, latent, not 'jpeg'"),
+        (
+            {"class_labels": [1], "output_type": "jpeg"},
+            "output_type must be one of pil, np, pt, latent, not 'jpeg'",
+        ),
         ({"class_labels": [1], "depth": 5}, "depth 5 is not allowed"),
-        ({"class_labels": [1], "num_inference_steps": 0}, "steps must be a whole number of at least 1, not 0"),
+        (
+            {"class_labels": [1], "num_inference_steps": 0},
+            "steps must be a whole number of at least 1, not 0",
+        ),
     ],
 )
 def test_a_mistake_is_named(pixels: OdeltPipeline, arguments: dict[str, Any], message: str) -> None:
@@ -287,18 +363,22 @@ def test_null_labels_and_single_labels_are_labels(pixels: OdeltPipeline) -> None
 
 
 def test_a_pipeline_wants_a_model(digits: DiT) -> None:
-    with pytest.raises(ValueError, match="transformer must be a DiT, as load_model returns, not Linear"):
+    with pytest.raises(
+        ValueError, match="transformer must be a DiT, as load_model returns, not Linear"
+    ):
         pipeline(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
 def test_without_diffusers_the_rest_works_and_one_line_names_the_extra(tmp_path: Path) -> None:
     code = (
-        "import sys; sys.modules['diffusers'] = None\n"
-        "from odelt_fast import *\n"
-        "from odelt_fast.cli import main\n"
-        f"assert main(['sample', '--num-images', '1', '--depth', '4', '--steps', '1', '--out', {str(tmp_path / 'a.png')!r}]) == 0\n"
-        "try: from odelt_fast import OdeltPipeline\n"
-        "except ImportError as error: print(error)"
+        "import sys; sys.modules['diffusers'] = None\nfrom odelt_fast import *\nfrom"
+        " odelt_fast.cli import main\nassert main(['sample', '--num-images', '1', '--depth', '4',"
+        f" '--steps', '1', '--out', {str(tmp_path / 'a.png')!r}]) == 0\ntry: from odelt_fast import"
+        " OdeltPipeline\nexcept ImportError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.stdout.splitlines()[-1:] == ["OdeltPipeline needs diffusers: pip install 'odelt-fast[diffusers]'"], done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.stdout.splitlines()[-1:] == [
+        "OdeltPipeline needs diffusers: pip install 'odelt-fast[diffusers]'"
+    ], done.stderr

@@ -1,4 +1,5 @@
-"""What a training run is told: one frozen dataclass and the checks that need no data. Loads no torch. `recipes` has its presets."""
+"""What a training run is told: one frozen dataclass and the checks that need no data. Loads no
+torch. `recipes` has its presets."""
 
 from __future__ import annotations
 
@@ -12,10 +13,26 @@ import tyro
 from odelt_fast.config import PRESETS, DiTConfig
 
 ObjectiveName = Literal[
-    "shortcut", "shortcut-models", "flow", "live-reflow", "reflow", "consistency", "consistency-distillation", "progressive", "diffusion"
+    "shortcut",
+    "shortcut-models",
+    "flow",
+    "live-reflow",
+    "reflow",
+    "consistency",
+    "consistency-distillation",
+    "progressive",
+    "diffusion",
 ]
-PathName = Literal["rectified", "flow-matching", "independent", "trigonometric", "variance-preserving", "variance-exploding"]
-# How a network that an objective trained is to be sampled (DiTConfig.sampling), and whether it is told its step size.
+PathName = Literal[
+    "rectified",
+    "flow-matching",
+    "independent",
+    "trigonometric",
+    "variance-preserving",
+    "variance-exploding",
+]
+# How a network that an objective trained is to be sampled (DiTConfig.sampling), and whether it is
+# told its step size.
 SAMPLING = {
     "shortcut": ("shortcut", True),
     "shortcut-models": ("shortcut", True),
@@ -29,12 +46,15 @@ SAMPLING = {
 }
 WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow")
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
-RecipeName = Literal["digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"]
+RecipeName = Literal[
+    "digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"
+]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of a training run (Algorithm 1 and Table 7 of the paper). A combination that cannot work raises ValueError."""
+    """Options of a training run (Algorithm 1 and Table 7 of the paper). A combination that cannot
+    work raises ValueError."""
 
     recipe: RecipeName = "digits"
     """Preset of every other option; options given beside it override it."""
@@ -43,34 +63,43 @@ class TrainConfig:
     dropout: float | None = None
     """Dropout probability of the network while it trains; None: that of --model.dropout."""
     data: str = "digits"
-    """Images or latents: digits (scikit-learn's 1797 8x8 images), a folder of class folders, Parquet files, the id of a Hugging Face data
-    set, or a folder of latents (odelt-fast encode makes one)."""
+    """Images or latents: digits (scikit-learn's 1797 8x8 images), a folder of class folders,
+    Parquet files, the id of a Hugging Face data set, or a folder of latents (odelt-fast encode
+    makes one)."""
     random_flip: bool = True
     """Mirror half of the images left to right, where the source allows it."""
     output_dir: Path = Path("runs/digits")
-    """Folder of the run: checkpoint-N folders, tracker files, and at the end config.json + model.safetensors of the EMA weights."""
+    """Folder of the run: checkpoint-N folders, tracker files, and at the end config.json +
+    model.safetensors of the EMA weights."""
 
     objective: ObjectiveName = "shortcut"
-    """Training method. shortcut: flow matching with time-consistency rows, as the ODE_t(ODE_l) reference. shortcut-models: the same as
-    shortcut-models does it (guided at the finest step size only, targets clipped). flow: plain flow matching on --path. live-reflow: Reflow
-    on pairs that the live network makes. reflow: on --pairs that a teacher made. consistency: consistency training. From a teacher
-    (--init-from): consistency-distillation, progressive. diffusion: noise prediction, variance preserving."""
+    """Training method. shortcut: flow matching with time-consistency rows, as the ODE_t(ODE_l)
+    reference. shortcut-models: the same as shortcut-models does it (guided at the finest step size
+    only, targets clipped). flow: plain flow matching on --path. live-reflow: Reflow on pairs that
+    the live network makes. reflow: on --pairs that a teacher made. consistency: consistency
+    training. From a teacher (--init-from): consistency-distillation, progressive. diffusion: noise
+    prediction, variance preserving."""
     path: PathName = "rectified"
-    """Probability path of objective flow (Table 1 of the paper); all start at unit noise (variance-exploding states are divided by
-    sqrt(1 + sigma_t^2))."""
+    """Probability path of objective flow (Table 1 of the paper); all start at unit noise
+    (variance-exploding states are divided by sqrt(1 + sigma_t^2))."""
     path_sigma: float = 0.01
-    """sigma of the paths flow-matching (at t = 1) and independent (at every t), in units of the data."""
+    """sigma of the paths flow-matching (at t = 1) and independent (at every t), in units of the
+    data."""
     times: Literal["discrete", "continuous"] = "discrete"
-    """Training times of flow, reflow and diffusion: multiples of 1/denoise_timesteps (ODE_T of the paper), or any in [0, 1] (ODE_t)."""
+    """Training times of flow, reflow and diffusion: multiples of 1/denoise_timesteps (ODE_T of the
+    paper), or any in [0, 1] (ODE_t)."""
     guidance_scale: float | None = None
-    """w in v_null + w (v_label - v_null) for the velocities that teach shortcuts (half of the time-consistency rows; shortcut-models: the
-    finest step size), live and two-stage Reflow, progressive and consistency distillation. None: labels only."""
+    """w in v_null + w (v_label - v_null) for the velocities that teach shortcuts (half of the
+    time-consistency rows; shortcut-models: the finest step size), live and two-stage Reflow,
+    progressive and consistency distillation. None: labels only."""
     teacher_depth: Literal["full", "student"] = "full"
-    """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's l of each row (Algorithm 1)."""
+    """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's
+    l of each row (Algorithm 1)."""
     init_from: str | None = None
     """Model to start from and to distil: a folder, a bundled name or a Hub id."""
     pairs: Path | None = None
-    """Folder of noise and data pairs of objective reflow; made first by the model of --init-from if it is not there."""
+    """Folder of noise and data pairs of objective reflow; made first by the model of --init-from if
+    it is not there."""
     num_pairs: int = 50_000
     """Pairs to make, with denoise_timesteps Euler steps each."""
     time_consistency_every: int = 8
@@ -82,21 +111,25 @@ class TrainConfig:
     label_dropout: float = 0.1
     """Probability that a row's label becomes the null label, which guidance needs."""
     compat: Literal["none", "reference"] = "none"
-    """reference: repeat the reference's shortcuts (flow rows reuse the consistency rows' images; only flow rows drop labels)."""
+    """reference: repeat the reference's shortcuts (flow rows reuse the consistency rows' images;
+    only flow rows drop labels)."""
 
     steps: int = 100_000
     """Optimizer steps of the whole run."""
     train_batch_size: int = 128
-    """Images of one process in one forward pass; the global batch is this times processes times accumulation steps."""
+    """Images of one process in one forward pass; the global batch is this times processes times
+    accumulation steps."""
     gradient_accumulation_steps: int = 1
     """Batches of one process whose gradients are averaged before an optimizer step."""
     depth_sampling: Literal["independent", "stratified"] = "independent"
-    """Depths l of the rows of a batch: drawn independently, or as many rows of each depth in every kind of row (fixed shapes; in kinds
-    whose rows the number of depths does not divide, depths take turns)."""
+    """Depths l of the rows of a batch: drawn independently, or as many rows of each depth in every
+    kind of row (fixed shapes; in kinds whose rows the number of depths does not divide, depths take
+    turns)."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW, in the first phase."""
     later_learning_rates: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = ()
-    """Peak learning rates of further phases, if any. The phases of a run are equally long, and each has its own warm-up and decay."""
+    """Peak learning rates of further phases, if any. The phases of a run are equally long, and each
+    has its own warm-up and decay."""
     warmup_steps: int = 5000
     """Steps of linear warm-up from 0, in each phase."""
     decay_fraction: float = 0.1
@@ -108,14 +141,18 @@ class TrainConfig:
     adam_beta2: float = 0.999
     """Decay per step of AdamW's average of squared gradients."""
     ema_decay: float = 0.999
-    """Share of itself that the EMA of the weights keeps in a step; it is the teacher, and the model that the run leaves."""
+    """Share of itself that the EMA of the weights keeps in a step; it is the teacher, and the model
+    that the run leaves."""
     ema_warmup: bool = False
-    """Decay (1 + n)/(10 + n) at step n while that is below ema_decay, so that targets taken from the EMA start to move early."""
+    """Decay (1 + n)/(10 + n) at step n while that is below ema_decay, so that targets taken from
+    the EMA start to move early."""
     ema_widths: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...")] = ()
-    """Widths sigma_rel of power-function averages to track besides, as shares of the run so far: 0.05 0.10 lets `odelt-fast ema` make the
-    average of any width in between, and beyond, afterwards. Empty: none."""
+    """Widths sigma_rel of power-function averages to track besides, as shares of the run so far:
+    0.05 0.10 lets `odelt-fast ema` make the average of any width in between, and beyond,
+    afterwards. Empty: none."""
     ema_snapshot_steps: int = 5000
-    """Optimizer steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the output folder."""
+    """Optimizer steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the output
+    folder."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Arithmetic of the network; weights, optimizer and EMA are float32."""
     compile: bool = False
@@ -123,7 +160,8 @@ class TrainConfig:
     seed: int = 0
     """Of every random number: initial weights, data order, noise, times, depths, dropout."""
     max_skipped_steps: int = 10
-    """Steps are left out when their loss is not finite; after so many in a row the run returns to its last good state and stops."""
+    """Steps are left out when their loss is not finite; after so many in a row the run returns to
+    its last good state and stops."""
 
     logging_steps: int = 50
     """Steps between two logged losses; other steps never wait for the device."""
@@ -135,12 +173,16 @@ class TrainConfig:
     """Newest checkpoints kept (None: all)."""
     resume_from_checkpoint: str | None = None
     """latest, or a checkpoint-N folder."""
-    log_with: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER")] = ("tensorboard",)
+    log_with: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], tyro.conf.arg(metavar="TRACKER")
+    ] = ("tensorboard",)
     """Trackers of losses and sample grids."""
     push_to_hub: bool = False
-    """Upload the model to the Hugging Face Hub when the run is finished (log in first: hf auth login)."""
+    """Upload the model to the Hugging Face Hub when the run is finished (log in first: hf auth
+    login)."""
     hub_model_id: str | None = None
-    """Repository to upload to, user/name; None: the output folder's name, of the account that is logged in."""
+    """Repository to upload to, user/name; None: the output folder's name, of the account that is
+    logged in."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -155,7 +197,13 @@ class TrainConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("time_consistency_every", "length_consistency_every", "warmup_steps", "sampling_steps", "seed"):
+        for name in (
+            "time_consistency_every",
+            "length_consistency_every",
+            "warmup_steps",
+            "sampling_steps",
+            "seed",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
         for name in ("time_consistency_every", "length_consistency_every"):
@@ -163,12 +211,18 @@ class TrainConfig:
             if name == "time_consistency_every" and self.objective not in WITH_TIME_ROWS:
                 continue
             if every and self.train_batch_size % every:
-                raise ValueError(f"train_batch_size {self.train_batch_size} is not divisible by {name} {every}")
+                raise ValueError(
+                    f"train_batch_size {self.train_batch_size} is not divisible by {name} {every}"
+                )
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}")
+            raise ValueError(
+                f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}"
+            )
         for name in ("learning_rate", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)}")
+                raise ValueError(
+                    f"{name} must be a finite number of at least 0, not {getattr(self, name)}"
+                )
         for name in ("label_dropout", "decay_fraction", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
@@ -177,54 +231,104 @@ class TrainConfig:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         for rate in self.later_learning_rates:
             if not 0 <= rate < math.inf:
-                raise ValueError(f"later_learning_rates must be finite numbers of at least 0, not {rate}")
+                raise ValueError(
+                    f"later_learning_rates must be finite numbers of at least 0, not {rate}"
+                )
         phases = 1 + len(self.later_learning_rates)
         if self.steps % phases:
-            raise ValueError(f"steps {self.steps} are not divisible into {phases} phases (one for each learning rate)")
+            raise ValueError(
+                f"steps {self.steps} are not divisible into {phases} phases (one for each learning"
+                " rate)"
+            )
         for width in self.ema_widths:
             if not 0.001 <= width <= 0.28:
-                raise ValueError(f"ema_widths must be from 0.001 to 0.28 (a uniform average has 0.289), not {width}")
+                raise ValueError(
+                    "ema_widths must be from 0.001 to 0.28 (a uniform average has 0.289), not"
+                    f" {width}"
+                )
         if len(set(self.ema_widths)) < len(self.ema_widths):
             raise ValueError(f"ema_widths must differ, not {self.ema_widths}")
         if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError("hub_model_id names where --push-to-hub uploads to: set --push-to-hub too")
-        if self.denoise_timesteps < 2 or self.denoise_timesteps & (self.denoise_timesteps - 1) or self.denoise_timesteps > 128:
-            raise ValueError(f"denoise_timesteps must be a power of 2 from 2 to 128, not {self.denoise_timesteps}")
+            raise ValueError(
+                "hub_model_id names where --push-to-hub uploads to: set --push-to-hub too"
+            )
+        if (
+            self.denoise_timesteps < 2
+            or self.denoise_timesteps & (self.denoise_timesteps - 1)
+            or self.denoise_timesteps > 128
+        ):
+            raise ValueError(
+                "denoise_timesteps must be a power of 2 from 2 to 128, not"
+                f" {self.denoise_timesteps}"
+            )
         self._check_objective()
         sizes = self.row_sizes()
         if sizes["flow"] < 1:
-            raise ValueError(f"consistency rows fill the whole batch of {self.train_batch_size}: raise time_/length_consistency_every")
+            raise ValueError(
+                f"consistency rows fill the whole batch of {self.train_batch_size}: raise"
+                " time_/length_consistency_every"
+            )
 
     def _check_objective(self) -> None:
         name, scale = self.objective, self.guidance_scale
         model = self.model_config()
         if name != "flow" and self.path != "rectified":
-            raise ValueError(f"path {self.path} belongs to --objective flow: {name} has its own, leave --path at rectified")
+            raise ValueError(
+                f"path {self.path} belongs to --objective flow: {name} has its own, leave --path at"
+                " rectified"
+            )
         if not 0 <= self.path_sigma <= 1:
             raise ValueError(f"path_sigma must be in [0, 1], not {self.path_sigma}")
         if name not in ("flow", "reflow", "diffusion") and self.times != "discrete":
-            raise ValueError(f"times {self.times} are not for objective {name}, which makes steps of its own: use --times discrete")
+            raise ValueError(
+                f"times {self.times} are not for objective {name}, which makes steps of its own:"
+                " use --times discrete"
+            )
         if self.compat != "none" and name in ("reflow", "diffusion"):
-            raise ValueError(f"the reference has no objective {name} to be compatible with: leave --compat at none")
+            raise ValueError(
+                f"the reference has no objective {name} to be compatible with: leave --compat at"
+                " none"
+            )
         if name in ("consistency", "progressive") and self.steps < self.log2_steps:
-            raise ValueError(f"objective {name} has {self.log2_steps} stages: steps must be at least that, not {self.steps}")
+            raise ValueError(
+                f"objective {name} has {self.log2_steps} stages: steps must be at least that, not"
+                f" {self.steps}"
+            )
         if name in ("consistency-distillation", "progressive") and self.init_from is None:
             raise ValueError(f"objective {name} distils a teacher: name it with --init-from FOLDER")
         if name == "reflow" and self.pairs is None:
-            raise ValueError("objective reflow needs --pairs FOLDER, where pairs are, or are made by the model of --init-from")
+            raise ValueError(
+                "objective reflow needs --pairs FOLDER, where pairs are, or are made by the model"
+                " of --init-from"
+            )
         if scale is None:
             return
         if not math.isfinite(scale) or scale < 0:
             raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale}")
         if name in ("flow", "consistency", "diffusion"):
-            raise ValueError(f"objective {name} has no teacher to guide: leave guidance_scale out, and guide when sampling")
+            raise ValueError(
+                f"objective {name} has no teacher to guide: leave guidance_scale out, and guide"
+                " when sampling"
+            )
         if model.num_classes == 1:
-            raise ValueError("guidance needs labels: model.num_classes is 1, leave guidance_scale out")
+            raise ValueError(
+                "guidance needs labels: model.num_classes is 1, leave guidance_scale out"
+            )
         if self.label_dropout == 0 and scale != 1 and name not in DISTILLATIONS:
-            raise ValueError("guidance needs the null label, which label_dropout 0 never trains: set --label-dropout 0.1")
-        if name == "shortcut" and self.time_consistency_every and (self.train_batch_size // self.time_consistency_every) % 2:
+            raise ValueError(
+                "guidance needs the null label, which label_dropout 0 never trains: set"
+                " --label-dropout 0.1"
+            )
+        if (
+            name == "shortcut"
+            and self.time_consistency_every
+            and (self.train_batch_size // self.time_consistency_every) % 2
+        ):
             rows = self.train_batch_size // self.time_consistency_every
-            raise ValueError(f"half of the {rows} time-consistency rows are guided: change train_batch_size or time_consistency_every")
+            raise ValueError(
+                f"half of the {rows} time-consistency rows are guided: change train_batch_size or"
+                " time_consistency_every"
+            )
 
     @property
     def log2_steps(self) -> int:
@@ -232,28 +336,47 @@ class TrainConfig:
         return self.denoise_timesteps.bit_length() - 1
 
     def model_config(self) -> DiTConfig:
-        """The network to train: `model`, with the sampling that the objective needs and step sizes only where it has them."""
+        """The network to train: `model`, with the sampling that the objective needs and step sizes
+        only where it has them."""
         sampling, step_conditioned = SAMPLING[self.objective]
         if self.model.sampling not in (DiTConfig.sampling, sampling):
-            raise ValueError(f"objective {self.objective} is sampled as {sampling!r}: leave --model.sampling out")
+            raise ValueError(
+                f"objective {self.objective} is sampled as {sampling!r}: leave --model.sampling out"
+            )
         if step_conditioned and not self.model.step_conditioned:
-            raise ValueError(f"objective {self.objective} tells the network its step size: set --model.step-conditioned")
+            raise ValueError(
+                f"objective {self.objective} tells the network its step size: set"
+                " --model.step-conditioned"
+            )
         dropout = self.model.dropout if self.dropout is None else self.dropout
-        return replace(self.model, sampling=sampling, step_conditioned=step_conditioned, dropout=dropout)
+        return replace(
+            self.model, sampling=sampling, step_conditioned=step_conditioned, dropout=dropout
+        )
 
     def row_sizes(self) -> dict[str, int]:
-        """Rows of each kind in the batch of one process, in their order: time consistency (or Reflow), the guided half of these where
-        shortcuts are guided, flow matching (the method's own), length consistency."""
+        """Rows of each kind in the batch of one process, in their order: time consistency (or
+        Reflow), the guided half of these where shortcuts are guided, flow matching (the method's
+        own), length consistency."""
         batch = self.train_batch_size
         every = self.time_consistency_every if self.objective in WITH_TIME_ROWS else 0
         time = batch // every if every else 0
-        length = batch // self.length_consistency_every if self.length_consistency_every and self.model.length_conditioned else 0
+        length = (
+            batch // self.length_consistency_every
+            if self.length_consistency_every and self.model.length_conditioned
+            else 0
+        )
         if self.objective == "shortcut" and self.guidance_scale is not None:
-            return {"time": time - time // 2, "guided": time // 2, "flow": batch - time - length, "length": length}
+            return {
+                "time": time - time // 2,
+                "guided": time // 2,
+                "flow": batch - time - length,
+                "length": length,
+            }
         return {"time": time, "flow": batch - time - length, "length": length}
 
     def learning_rate_at(self, step: int) -> float:
-        """In each phase: linear warm-up from 0, constant, then a cosine to 0 over its last `decay_fraction` (0 beyond the run's end)."""
+        """In each phase: linear warm-up from 0, constant, then a cosine to 0 over its last
+        `decay_fraction` (0 beyond the run's end)."""
         rates = (self.learning_rate, *self.later_learning_rates)
         length = self.steps // len(rates)
         phase = min(step // length, len(rates) - 1)

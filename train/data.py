@@ -1,4 +1,5 @@
-"""The training loader: which images a step sees. A pure function of (seed, step, row), so a resumed run needs no loader state."""
+"""The training loader: which images a step sees. A pure function of (seed, step, row), so a resumed
+run needs no loader state."""
 
 from __future__ import annotations
 
@@ -13,20 +14,33 @@ from odelt_fast.train.draws import generator
 
 
 class Loader:
-    """Batches from an image source. An epoch is a permutation drawn from (seed, epoch); flips come from (seed, step, row)."""
+    """Batches from an image source. An epoch is a permutation drawn from (seed, epoch); flips come
+    from (seed, step, row)."""
 
-    def __init__(self, source: ImageSource, seed: int, global_batch: int, random_flip: bool = True) -> None:
+    def __init__(
+        self, source: ImageSource, seed: int, global_batch: int, random_flip: bool = True
+    ) -> None:
         self.source, self.seed, self.global_batch = source, seed, global_batch
         self.random_flip = random_flip and source.flippable
-        self._permutation = lru_cache(maxsize=2)(lambda epoch: generator(seed, "order", epoch).permutation(len(source)))
+        self._permutation = lru_cache(maxsize=2)(
+            lambda epoch: generator(seed, "order", epoch).permutation(len(source))
+        )
 
     def batch(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Rows `rows` of the global batch of step `step`: images (B, C, H, W) float32 in [-1, 1] and labels (B,) int64, on the CPU."""
+        """Rows `rows` of the global batch of step `step`: images (B, C, H, W) float32 in [-1, 1]
+        and labels (B,) int64, on the CPU."""
         positions = step * self.global_batch + rows
-        indices = np.array([self._permutation(int(p) // len(self.source))[int(p) % len(self.source)] for p in positions])
+        indices = np.array(
+            [
+                self._permutation(int(p) // len(self.source))[int(p) % len(self.source)]
+                for p in positions
+            ]
+        )
         flips = np.zeros(len(rows), bool)
         if self.random_flip:
             flips = (generator(self.seed, "flip", step).random(int(rows.max()) + 1) < 0.5)[rows]
-        noise = [generator(self.seed, "posterior", step, int(row)) for row in rows]  # for sources of VAE posteriors
+        noise = [
+            generator(self.seed, "posterior", step, int(row)) for row in rows
+        ]  # for sources of VAE posteriors
         images, labels = self.source.read_many(indices, flips, noise)
         return torch.from_numpy(images), torch.from_numpy(labels)

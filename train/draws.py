@@ -1,4 +1,5 @@
-"""Every random number of training, from (seed, step, row of the global batch): the number of processes and a resume change nothing."""
+"""Every random number of training, from (seed, step, row of the global batch): the number of
+processes and a resume change nothing."""
 
 from __future__ import annotations
 
@@ -10,18 +11,41 @@ import torch
 from torch import Tensor
 
 # One Philox key per purpose. The order is part of a run's reproducibility: append, never reorder.
-_BATCH = ("order", "flip", "noise", "time", "step_index", "label_drop", "depth", "teacher_depth", "noise2", "posterior")
+_BATCH = (
+    "order",
+    "flip",
+    "noise",
+    "time",
+    "step_index",
+    "label_drop",
+    "depth",
+    "teacher_depth",
+    "noise2",
+    "posterior",
+)
 STREAMS = (*_BATCH, "pair_noise", "pair_label", "pair_drop")
 
 
 def generator(seed: int, stream: str, *counter: int) -> np.random.Generator:
-    """Counter-based generator of one purpose; up to two counter words (step, row) select independent sequences."""
-    words = [0, 0, *counter, *[0] * (2 - len(counter))]  # the first two words count the numbers drawn
-    return np.random.Generator(np.random.Philox(key=np.array([seed, STREAMS.index(stream)], np.uint64), counter=np.array(words, np.uint64)))
+    """Counter-based generator of one purpose; up to two counter words (step, row) select
+    independent sequences."""
+    words = [
+        0,
+        0,
+        *counter,
+        *[0] * (2 - len(counter)),
+    ]  # the first two words count the numbers drawn
+    return np.random.Generator(
+        np.random.Philox(
+            key=np.array([seed, STREAMS.index(stream)], np.uint64),
+            counter=np.array(words, np.uint64),
+        )
+    )
 
 
 class Draws(Protocol):
-    """What an objective asks for. `rows` is a slice of the local batch; the same name and row always give the same number."""
+    """What an objective asks for. `rows` is a slice of the local batch; the same name and row
+    always give the same number."""
 
     def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor: ...
 
@@ -35,25 +59,40 @@ class Draws(Protocol):
 class StepDraws:
     """Draws of one step for the local rows `global_rows`; float32 or int64 tensors on the CPU.
 
-    kinds: rows of each kind in the global batch, in their order; then "depth" and "teacher_depth" are not drawn but stratified.
+    kinds: rows of each kind in the global batch, in their order; then "depth" and "teacher_depth"
+    are not drawn but stratified.
     """
 
-    def __init__(self, seed: int, step: int, global_rows: np.ndarray, kinds: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, seed: int, step: int, global_rows: np.ndarray, kinds: Sequence[int] | None = None
+    ) -> None:
         self.seed, self.step, self.global_rows, self.kinds = seed, step, global_rows, kinds
 
     def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor:
         chosen = self.global_rows[rows]
         out = np.empty((len(chosen), *shape), np.float32)
         for i, row in enumerate(chosen):
-            generator(self.seed, name, self.step, int(row)).standard_normal(out=out[i], dtype=np.float32)
+            generator(self.seed, name, self.step, int(row)).standard_normal(
+                out=out[i], dtype=np.float32
+            )
         return torch.from_numpy(out)
 
     def uniform(self, name: str, rows: slice) -> Tensor:
-        return torch.from_numpy(self._scalars(name, rows).astype(np.float32).clip(max=np.float32(1 - 2**-24)))  # float32 rounds to 1
+        return torch.from_numpy(
+            self._scalars(name, rows).astype(np.float32).clip(max=np.float32(1 - 2**-24))
+        )  # float32 rounds to 1
 
     def integers(self, name: str, rows: slice, high: int) -> Tensor:
         if self.kinds is not None and name in ("depth", "teacher_depth"):
-            return torch.from_numpy(stratified(self.kinds, self.global_rows[rows], high, self.step, second=name == "teacher_depth"))
+            return torch.from_numpy(
+                stratified(
+                    self.kinds,
+                    self.global_rows[rows],
+                    high,
+                    self.step,
+                    second=name == "teacher_depth",
+                )
+            )
         return torch.from_numpy((self._scalars(name, rows) * high).astype(np.int64))
 
     def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor:
@@ -71,13 +110,17 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def stratified(kinds: Sequence[int], rows: np.ndarray, high: int, step: int, *, second: bool) -> np.ndarray:
-    """Whole numbers below `high` for rows of the global batch: in every kind of row each number equally often, but for at most one row.
+def stratified(
+    kinds: Sequence[int], rows: np.ndarray, high: int, step: int, *, second: bool
+) -> np.ndarray:
+    """Whole numbers below `high` for rows of the global batch: in every kind of row each number
+    equally often, but for at most one row.
 
-    Row i of a kind gets (i + shift) mod high, or, if `second`, (i + i//high + shift) mod high: over high^2 rows every pair of both occurs
-    once. The images, noises and times of rows are random already, so that nothing else needs to be. shift is constant where the rows of a
-    kind divide evenly, and otherwise moves with the step, so that over high^2 steps every number and pair is as frequent as any other. Rows
-    have the same numbers in whatever parts the batch is computed.
+    Row i of a kind gets (i + shift) mod high, or, if `second`, (i + i//high + shift) mod high: over
+    high^2 rows every pair of both occurs once. The images, noises and times of rows are random
+    already, so that nothing else needs to be. shift is constant where the rows of a kind divide
+    evenly, and otherwise moves with the step, so that over high^2 steps every number and pair is as
+    frequent as any other. Rows have the same numbers in whatever parts the batch is computed.
     """
     sizes = np.asarray(kinds)
     ends = np.cumsum(sizes)
@@ -89,6 +132,9 @@ def stratified(kinds: Sequence[int], rows: np.ndarray, high: int, step: int, *, 
 
 
 def global_rows(sizes: Sequence[int], part: int, parts: int) -> np.ndarray:
-    """Rows of the global batch that part `part` of `parts` equal parts holds, when every part has `sizes` rows of each kind."""
+    """Rows of the global batch that part `part` of `parts` equal parts holds, when every part has
+    `sizes` rows of each kind."""
     starts = np.cumsum([0, *sizes[:-1]])
-    return np.concatenate([parts * start + part * size + np.arange(size) for start, size in zip(starts, sizes)])
+    return np.concatenate(
+        [parts * start + part * size + np.arange(size) for start, size in zip(starts, sizes)]
+    )

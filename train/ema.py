@@ -1,4 +1,5 @@
-"""Averages of the weights while they are trained: the EMA, and power-function averages whose width can be chosen afterwards."""
+"""Averages of the weights while they are trained: the EMA, and power-function averages whose width
+can be chosen afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from odelt_fast.checkpoint import save_model
+from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.power_profile import exponent
@@ -21,7 +22,8 @@ SNAPSHOTS = "ema-snapshots"
 
 @torch.no_grad()
 def update_average(average: list[Tensor], live: list[Tensor], weight: Tensor) -> None:
-    """average <- average + weight (live - average), for each tensor. weight: a number on the device, 0 leaves the average as it is."""
+    """average <- average + weight (live - average), for each tensor. weight: a number on the
+    device, 0 leaves the average as it is."""
     difference = torch._foreach_sub(live, average)
     torch._foreach_mul_(difference, weight)
     torch._foreach_add_(average, difference)
@@ -35,26 +37,34 @@ def whole_model(config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
 
 
 class PowerAverages:
-    """Power-function averages of the weights (Karras et al. 2023, section 3): at update t every width has theta_s with weight
-    (s^(g+1) - (s-1)^(g+1)) / t^(g+1), s = 1..t, which beta = (1 - 1/t)^(g+1) gives step by step.
+    """Power-function averages of the weights (Karras et al. 2023, section 3): at update t every
+    width has theta_s with weight (s^(g+1) - (s-1)^(g+1)) / t^(g+1), s = 1..t, which beta = (1 -
+    1/t)^(g+1) gives step by step.
 
-    widths: sigma_rel, the standard deviation of the profile as a share of t. weights: name -> tensor, those of the run's start, sharded or
-    not.
+    widths: sigma_rel, the standard deviation of the profile as a share of t. weights: name ->
+    tensor, those of the run's start, sharded or not.
     """
 
-    def __init__(self, widths: Sequence[float], weights: Mapping[str, Tensor], config: DiTConfig) -> None:
+    def __init__(
+        self, widths: Sequence[float], weights: Mapping[str, Tensor], config: DiTConfig
+    ) -> None:
         self.config = config
-        self.averages = {width: {name: tensor.detach().clone() for name, tensor in weights.items()} for width in widths}
+        self.averages = {
+            width: {name: tensor.detach().clone() for name, tensor in weights.items()}
+            for width in widths
+        }
 
     def update(self, weights: list[Tensor], updates: Tensor, moved: Tensor) -> None:
-        """Takes in this process's part of the weights after update number `updates`, from 1; moved 0: this step made none."""
+        """Takes in this process's part of the weights after update number `updates`, from 1; moved
+        0: this step made none."""
         for width, average in self.averages.items():
             # 1 - beta, exact to rounding where beta is near 1
             share = -torch.expm1((exponent(width) + 1) * torch.log1p(-1 / updates.clamp(min=1)))
             update_average(local(average.values()), weights, share * moved)
 
     def save(self, folder: Path, main: bool) -> None:
-        """Writes each average, exactly, to `folder`/power-WIDTH. Every process must call it; the main one writes."""
+        """Writes each average, exactly, to `folder`/power-WIDTH. Every process must call it; the
+        main one writes."""
         for width, average in self.averages.items():
             whole = gather(average, main)
             if main:
@@ -65,22 +75,37 @@ class PowerAverages:
         for width, average in self.averages.items():
             file = folder / f"power-{width:g}" / "model.safetensors"
             if not file.is_file():
-                raise ValueError(f"{folder} holds no average of width {width:g}: resume with the --ema-widths that the run began with")
+                raise ValueError(
+                    f"{folder} holds no average of width {width:g}: resume with the --ema-widths"
+                    " that the run began with"
+                )
             scatter(load_file(file), average)
 
     def forget_snapshots(self, run: Path, step: int) -> None:
-        """Deletes the snapshots after `step`: of a run that starts there again, they are no part."""
+        """Deletes the snapshots after `step`: of a run that starts there again, they are no
+        part."""
         for folder in (run / SNAPSHOTS).glob("*/step-*"):
             if int(folder.name.removeprefix("step-")) > step:
                 shutil.rmtree(folder)
 
     def write_snapshots(self, run: Path, step: int, updates: int, main: bool) -> None:
-        """Adds a snapshot of each width, a model folder, for `post_hoc`. Every process must call it; the main one writes.
+        """Adds a snapshot of each width, a model folder, for `post_hoc`. Every process must call
+        it; the main one writes.
 
-        In float32: rounding to float16 (1e-4) would be the largest error of an average made of 20 snapshots (3e-6).
+        In float32: rounding to float16 (1e-4) would be the largest error of an average made of 20
+        snapshots (3e-6).
         """
         for width, average in self.averages.items():
             whole = gather(average, main)
             if main:
-                metadata = {"weights": "power-ema", "width": f"{width:g}", "step": str(step), "updates": str(updates)}
-                save_model(whole_model(self.config, whole), run / SNAPSHOTS / f"{width:g}" / f"step-{step}", metadata=metadata)
+                metadata = {
+                    "weights": "power-ema",
+                    "width": f"{width:g}",
+                    "step": str(step),
+                    "updates": str(updates),
+                }
+                save_model(
+                    whole_model(self.config, whole),
+                    run / SNAPSHOTS / f"{width:g}" / f"step-{step}",
+                    metadata=metadata,
+                )

@@ -1,4 +1,5 @@
-"""The state of a run and its step: batches, targets, update, averages, checkpoints. accelerate does devices, processes and precision."""
+"""The state of a run and its step: batches, targets, update, averages, checkpoints. accelerate does
+devices, processes and precision."""
 
 from __future__ import annotations
 
@@ -11,10 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoint import save_model
+from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.images import open_source
 from odelt_fast.model import DiT
-from odelt_fast.train.checkpoints import STATE_NAME, checkpoints, finish_writing, recover, start_writing, unfinished, written_whole
+from odelt_fast.train.checkpoints import (
+    STATE_NAME,
+    checkpoints,
+    finish_writing,
+    recover,
+    start_writing,
+    unfinished,
+    written_whole,
+)
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.data import Loader
 from odelt_fast.train.draws import StepDraws, global_rows, to_device
@@ -33,11 +42,18 @@ if TYPE_CHECKING:
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over every parameter."""
     betas = (config.adam_beta1, config.adam_beta2)
-    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=betas, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=config.learning_rate,
+        betas=betas,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
 
 
 def zero_gradients(parameters: list[Tensor]) -> None:
-    """Gradients start at zero, not None: as in the reference, a parameter that no row used is still decayed."""
+    """Gradients start at zero, not None: as in the reference, a parameter that no row used is still
+    decayed."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
@@ -49,7 +65,8 @@ def row_losses(model: Model, targets: Targets) -> Tensor:
 
 
 class Trainer:
-    """State of a run: live network, its averages, optimizer and the number of finished steps. `step()` does one update."""
+    """State of a run: live network, its averages, optimizer and the number of finished steps.
+    `step()` does one update."""
 
     def __init__(self, config: TrainConfig) -> None:
         try:
@@ -60,7 +77,8 @@ class Trainer:
 
         self.config = config
         trackers: Any = list(config.log_with)
-        # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run) are never used.
+        # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run)
+        # are never used.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator: Accelerator = Accelerator(
             kwargs_handlers=[unused],
@@ -70,10 +88,16 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.sharded, device = is_sharded(self.accelerator), self.accelerator.device
-        self.source = open_pairs(config, self.accelerator.state) if config.objective == "reflow" else open_source(config.data)
+        self.source = (
+            open_pairs(config, self.accelerator.state)
+            if config.objective == "reflow"
+            else open_source(config.data)
+        )
         _check_source(self.source, config)
         self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps
-        self.loader = Loader(self.source, config.seed, config.train_batch_size * self.parts, config.random_flip)
+        self.loader = Loader(
+            self.source, config.seed, config.train_batch_size * self.parts, config.random_flip
+        )
         torch.manual_seed(config.seed)
         model = DiT(config.model_config())
         self.teacher, remark = load_start(config, model)
@@ -88,12 +112,15 @@ class Trainer:
             # Independent depths make blocks of any number of rows; stratified ones of a few.
             for block in [*model.blocks, *self.ema.blocks]:
                 block.compile(dynamic=True if config.depth_sampling == "independent" else None)
-        self.live, self.optimizer = self.accelerator.prepare(model, build_optimizer(model.to(device), config))
+        self.live, self.optimizer = self.accelerator.prepare(
+            model, build_optimizer(model.to(device), config)
+        )
         self.model: DiT = self.accelerator.unwrap_model(self.live)
         if self.sharded:
             self.ema = shard(self.accelerator, self.ema)
             self.model.calls_every_block = self.ema.calls_every_block = True
-        # Kept, and not looked up again: a sharded network has other, whole parameters while they are gathered.
+        # Kept, and not looked up again: a sharded network has other, whole parameters while they
+        # are gathered.
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
         self.ema_weights: dict[str, Tensor] = dict(self.ema.named_parameters())
         zero_gradients(list(self.weights.values()))
@@ -104,7 +131,8 @@ class Trainer:
         self.skipped_in_a_row = torch.zeros((), device=device)
 
     def step(self) -> Tensor:
-        """One optimizer step; returns the losses of this process's rows (B,), on the device. ValueError where its memory is too small."""
+        """One optimizer step; returns the losses of this process's rows (B,), on the device.
+        ValueError where its memory is too small."""
         fixed, _, _ = device_memory(self.accelerator.device)
         try:
             return self._step()
@@ -114,7 +142,9 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        losses = [self._accumulate(step, part) for part in range(config.gradient_accumulation_steps)]
+        losses = [
+            self._accumulate(step, part) for part in range(config.gradient_accumulation_steps)
+        ]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -123,11 +153,15 @@ class Trainer:
         self.finished_steps += 1
         # A skipped step moves no average either: the state stays that of the last good step.
         live = local(self.weights.values())
-        update_average(local(self.ema_weights.values()), live, (1 - config.ema_decay_at(step)) * moved)
+        update_average(
+            local(self.ema_weights.values()), live, (1 - config.ema_decay_at(step)) * moved
+        )
         refresh(self.ema)
         self.power.update(live, self.finished_steps - self.skipped_steps, moved)
         if config.objective == "progressive" and self.teacher is not None:
-            before, after = (stage(done, config.steps, config.log2_steps) for done in (step, step + 1))
+            before, after = (
+                stage(done, config.steps, config.log2_steps) for done in (step, step + 1)
+            )
             if after > before:
                 self.teacher.load_state_dict(gather(self.ema_weights, keep=True))
         return torch.cat(losses)
@@ -139,11 +173,15 @@ class Trainer:
         part_index = self.accelerator.process_index * config.gradient_accumulation_steps + part
         rows = global_rows(sizes, part_index, self.parts)
         images, labels = (to_device(tensor, device) for tensor in self.loader.batch(step, rows))
-        kinds = [size * self.parts for size in sizes] if config.depth_sampling == "stratified" else None
+        kinds = (
+            [size * self.parts for size in sizes] if config.depth_sampling == "stratified" else None
+        )
         torch.manual_seed(_mix(config.seed, step, part_index))  # dropout
         networks = Networks(live=self.model, ema=self.ema, teacher=self.teacher)
         with self.accelerator.autocast():
-            targets = self.objective(networks, images, labels, StepDraws(config.seed, step, rows, kinds), step)
+            targets = self.objective(
+                networks, images, labels, StepDraws(config.seed, step, rows, kinds), step
+            )
         last = part == config.gradient_accumulation_steps - 1
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.live):
             with self.accelerator.autocast():
@@ -152,20 +190,28 @@ class Trainer:
         return losses.detach()
 
     def _skip_if_not_finite(self) -> Tensor:
-        """Has the optimizer leave out a step whose gradient is not finite, and counts such steps. 1 if so, else 0, on the device."""
-        norms = torch._foreach_norm(local(p.grad for p in self.weights.values() if p.grad is not None))
+        """Has the optimizer leave out a step whose gradient is not finite, and counts such steps. 1
+        if so, else 0, on the device."""
+        norms = torch._foreach_norm(
+            local(p.grad for p in self.weights.values() if p.grad is not None)
+        )
         bad = (~torch.isfinite(torch.stack(norms)).all()).float()
-        if self.accelerator.num_processes > 1:  # shards of one gradient may lie in several processes
+        if (
+            self.accelerator.num_processes > 1
+        ):  # shards of one gradient may lie in several processes
             bad = self.accelerator.reduce(bad).clamp(max=1)
-        if self.accelerator.scaler is None:  # in fp16 the loss scaler finds the same, and hands it to the optimizer
+        if (
+            self.accelerator.scaler is None
+        ):  # in fp16 the loss scaler finds the same, and hands it to the optimizer
             self.optimizer.optimizer.found_inf = bad
         self.skipped_steps += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
         return bad
 
     def check_skipped(self) -> int:
-        """Number of steps left out so far. After `max_skipped_steps` in a row: returns to the last good step, whose weights, averages and
-        optimizer are still there, saves it unless a checkpoint holds it, and raises ValueError. Every process must call it."""
+        """Number of steps left out so far. After `max_skipped_steps` in a row: returns to the last
+        good step, whose weights, averages and optimizer are still there, saves it unless a
+        checkpoint holds it, and raises ValueError. Every process must call it."""
         row, reached = int(self.skipped_in_a_row), self.finished_steps
         if row < self.config.max_skipped_steps:
             return int(self.skipped_steps)
@@ -173,21 +219,32 @@ class Trainer:
         self.skipped_steps -= row
         self.skipped_in_a_row.zero_()
         kept = checkpoints(self.config.output_dir)
-        if self.finished_steps and (not kept or int(kept[-1].name.removeprefix("checkpoint-")) < self.finished_steps):
+        if self.finished_steps and (
+            not kept or int(kept[-1].name.removeprefix("checkpoint-")) < self.finished_steps
+        ):
             kept = [self.save()]
-        problem = f"the loss was not finite in the last {row} steps, to step {reached}: lower the learning rate or check the data"
-        rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint, since no step was good"
+        problem = (
+            f"the loss was not finite in the last {row} steps, to step {reached}: lower the"
+            " learning rate or check the data"
+        )
+        rest = (
+            f"the newest checkpoint is {kept[-1]}"
+            if kept
+            else "there is no checkpoint, since no step was good"
+        )
         raise ValueError(f"{problem}; went back to step {self.finished_steps}, {rest}")
 
     def ema_model(self) -> DiT | None:
-        """The EMA network, whole, in the main process; None in others. Every process must call it."""
+        """The EMA network, whole, in the main process; None in others. Every process must call
+        it."""
         if not self.sharded:
             return self.ema if self.accelerator.is_main_process else None
         whole = gather(self.ema_weights, self.accelerator.is_main_process)
         return whole_model(self.model.config, whole).to(self.accelerator.device) if whole else None
 
     def save(self) -> Path:
-        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit. Raises ValueError when the disk refuses."""
+        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit. Raises
+        ValueError when the disk refuses."""
         folder = self.config.output_dir / f"checkpoint-{self.finished_steps}"
         main, ema = self.accelerator.is_main_process, self.ema_model()
         with written_whole(folder) if main else contextlib.nullcontext():
@@ -199,14 +256,18 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             if ema is not None:
                 save_model(ema, unfinished(folder) / "ema", metadata=self.metadata())
-                state = {"finished_steps": self.finished_steps, "skipped_steps": int(self.skipped_steps)}
+                state = {
+                    "finished_steps": self.finished_steps,
+                    "skipped_steps": int(self.skipped_steps),
+                }
                 (unfinished(folder) / STATE_NAME).write_text(json.dumps(state))
                 finish_writing(folder, self.config.checkpoints_total_limit)
             self.accelerator.wait_for_everyone()
         return folder
 
     def resume(self, name: str) -> bool:
-        """Continues from a checkpoint-N folder, or from the newest one for `latest`; False when `latest` finds none."""
+        """Continues from a checkpoint-N folder, or from the newest one for `latest`; False when
+        `latest` finds none."""
         if name == "latest":
             if self.accelerator.is_main_process:
                 recover(self.config.output_dir)
@@ -218,11 +279,15 @@ class Trainer:
         else:
             folder = Path(name)
             if not (folder / STATE_NAME).is_file():
-                raise ValueError(f"{folder} is not a checkpoint folder: give one named checkpoint-N, or latest")
+                raise ValueError(
+                    f"{folder} is not a checkpoint folder: give one named checkpoint-N, or latest"
+                )
         from safetensors.torch import load_file
 
         for weight in self.weights.values():
-            weight.grad = None  # of an optimizer with gradients, torch does not load the shards of its state
+            weight.grad = (
+                None  # of an optimizer with gradients, torch does not load the shards of its state
+            )
         self.accelerator.load_state(str(folder))
         zero_gradients(list(self.weights.values()))
         scatter(load_file(folder / "ema" / "model.safetensors"), self.ema_weights)
@@ -234,7 +299,12 @@ class Trainer:
         return True
 
     def metadata(self) -> dict[str, str]:
-        return {"weights": "ema", "ema_decay": str(self.config.ema_decay), "step": str(self.finished_steps), "recipe": self.config.recipe}
+        return {
+            "weights": "ema",
+            "ema_decay": str(self.config.ema_decay),
+            "step": str(self.finished_steps),
+            "recipe": self.config.recipe,
+        }
 
 
 def _check_source(source: Any, config: TrainConfig) -> None:
@@ -242,12 +312,15 @@ def _check_source(source: Any, config: TrainConfig) -> None:
         has, wants = getattr(source, name), getattr(config.model, name)
         if has != wants:
             raise ValueError(
-                f"the images of {config.data!r} have {name} {has}, the model {wants}: set --model.{name.replace('_', '-')} {has}"
+                f"the images of {config.data!r} have {name} {has}, the model {wants}: set"
+                f" --model.{name.replace('_', '-')} {has}"
             )
 
 
 def _mix(seed: int, step: int, part: int) -> int:
     """One 64-bit seed from three numbers (SplitMix64's finaliser over their combination)."""
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB) & (2**64 - 1)
+    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB) & (
+        2**64 - 1
+    )
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     return z ^ (z >> 31)

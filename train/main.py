@@ -15,28 +15,41 @@ from odelt_fast.train.recipes import RECIPES
 
 
 def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
-    """Options over the recipe that `--recipe` names. A value of the wrong type ends the process with one message on stderr and exit code 2;
-    an unknown option or an impossible combination raises ValueError."""
+    """Options over the recipe that `--recipe` names. A value of the wrong type ends the process
+    with one message on stderr and exit code 2; an unknown option or an impossible combination
+    raises ValueError."""
     recipe = "digits"
     for i, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == "--recipe":
             recipe = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-    default = RECIPES.get(recipe, RECIPES["digits"])  # an unknown name is refused below, with the allowed ones
+    default = RECIPES.get(
+        recipe, RECIPES["digits"]
+    )  # an unknown name is refused below, with the allowed ones
     config, unknown = tyro.cli(
-        TrainConfig, args=list(arguments), default=default, prog=prog, description=TrainConfig.__doc__, return_unknown_args=True
+        TrainConfig,
+        args=list(arguments),
+        default=default,
+        prog=prog,
+        description=TrainConfig.__doc__,
+        return_unknown_args=True,
     )
     if unknown:
         name = unknown[0].split("=")[0]
         options = [field.name for field in dataclasses.fields(TrainConfig)]
         options += [f"model.{field.name}" for field in dataclasses.fields(DiTConfig)]
-        near = difflib.get_close_matches(name.replace("_", "-"), [f"--{option.replace('_', '-')}" for option in options])
-        raise ValueError(f"train has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see --help")
+        near = difflib.get_close_matches(
+            name.replace("_", "-"), [f"--{option.replace('_', '-')}" for option in options]
+        )
+        raise ValueError(
+            f"train has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see --help"
+        )
     return config
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Trains; returns the exit code: 0, or 2 after a mistake in the options or the data, which is said in one line."""
+    """Trains; returns the exit code: 0, or 2 after a mistake in the options or the data, which is
+    said in one line."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         from odelt_fast.train.run import train

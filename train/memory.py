@@ -12,11 +12,14 @@ from odelt_fast.train.config import TrainConfig
 _USABLE = 0.92  # of the device's memory: the rest is the driver's, other libraries' and fragments
 
 
-def fitting_batch_size(batch: int, fixed: int, peak: int, capacity: int, allowed: Iterable[int]) -> int | None:
+def fitting_batch_size(
+    batch: int, fixed: int, peak: int, capacity: int, allowed: Iterable[int]
+) -> int | None:
     """The largest allowed batch size below `batch` whose step fits, None if none does.
 
-    fixed: bytes that lie on the device between steps (weights, gradients, optimizer, averages). peak: most bytes seen in a step of `batch`
-    rows; every row takes (peak - fixed)/batch. A step that failed did not reach its peak, which is then at least the capacity.
+    fixed: bytes that lie on the device between steps (weights, gradients, optimizer, averages).
+    peak: most bytes seen in a step of `batch` rows; every row takes (peak - fixed)/batch. A step
+    that failed did not reach its peak, which is then at least the capacity.
     """
     row = (max(peak, capacity) - fixed) / batch
     room = _USABLE * capacity - fixed
@@ -24,16 +27,24 @@ def fitting_batch_size(batch: int, fixed: int, peak: int, capacity: int, allowed
 
 
 def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
-    """Smaller batch sizes of one process, and the configuration with each: accumulation keeps the global batch and its kinds of rows."""
+    """Smaller batch sizes of one process, and the configuration with each: accumulation keeps the
+    global batch and its kinds of rows."""
     found = {}
     for parts in range(2, config.train_batch_size + 1):
         if config.train_batch_size % parts == 0:
-            size, accumulation = config.train_batch_size // parts, config.gradient_accumulation_steps * parts
+            size, accumulation = (
+                config.train_batch_size // parts,
+                config.gradient_accumulation_steps * parts,
+            )
             try:
-                smaller = replace(config, train_batch_size=size, gradient_accumulation_steps=accumulation)
+                smaller = replace(
+                    config, train_batch_size=size, gradient_accumulation_steps=accumulation
+                )
             except ValueError:  # its kinds of rows do not divide the size
                 continue
-            if {name: rows * parts for name, rows in smaller.row_sizes().items()} == config.row_sizes():
+            if {
+                name: rows * parts for name, rows in smaller.row_sizes().items()
+            } == config.row_sizes():
                 found[size] = smaller
     return found
 
@@ -46,13 +57,20 @@ def out_of_memory(config: TrainConfig, fixed: int, peak: int, capacity: int) -> 
     if capacity:
         problem += f" ({fixed / 2**30:.1f} of {capacity / 2**30:.1f} GiB are taken between steps)"
     if size is None:
-        return f"{problem}: no smaller batch would fit; use --mixed-precision bf16, a smaller model, or accelerate launch --use_fsdp"
+        return (
+            f"{problem}: no smaller batch would fit; use --mixed-precision bf16, a smaller model,"
+            " or accelerate launch --use_fsdp"
+        )
     accumulation = allowed[size].gradient_accumulation_steps
-    return f"{problem}: --train-batch-size {size} --gradient-accumulation-steps {accumulation} should fit, and keeps the global batch"
+    return (
+        f"{problem}: --train-batch-size {size} --gradient-accumulation-steps {accumulation} should"
+        " fit, and keeps the global batch"
+    )
 
 
 def device_memory(device: torch.device) -> tuple[int, int, int]:
-    """Bytes allocated now, most bytes allocated so far, and bytes of the device; zeros where there is no GPU."""
+    """Bytes allocated now, most bytes allocated so far, and bytes of the device; zeros where there
+    is no GPU."""
     if device.type != "cuda":
         return 0, 0, 0
     total = torch.cuda.get_device_properties(device).total_memory

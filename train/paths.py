@@ -1,4 +1,5 @@
-"""Probability paths of Table 1 of the paper: Gaussian p_t(x|z) from noise at t = 0 to data at t = 1, and their velocity (equation 4)."""
+"""Probability paths of Table 1 of the paper: Gaussian p_t(x|z) from noise at t = 0 to data at t =
+1, and their velocity (equation 4)."""
 
 from __future__ import annotations
 
@@ -10,18 +11,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from odelt_fast.probability_flow import LAST_TIME, vp_schedule
+from odelt_fast.solvers.probability_flow import LAST_TIME, vp_schedule
 
 
 class Path(ABC):
     """p_t(x|z) = N(mean, std^2). z is (x0, x1), or x1 alone: then x0 is not looked at.
 
-    Times t are (B,) in [0, 1]; x0 (noise), x1 (data), noise and x are (B, C, H, W), or of any shape that starts with B. Everything stays in
-    the dtype that comes in and is finite on the whole of [0, 1]. Training draws t from [0, last_time].
+    Times t are (B,) in [0, 1]; x0 (noise), x1 (data), noise and x are (B, C, H, W), or of any shape
+    that starts with B. Everything stays in the dtype that comes in and is finite on the whole of
+    [0, 1]. Training draws t from [0, last_time].
     """
 
     last_time: ClassVar[float] = 1.0
-    extra_noise: ClassVar[bool] = False  # std is above 0 although z holds x0: a sample needs noise that is independent of x0
+    extra_noise: ClassVar[bool] = (
+        False  # std is above 0 although z holds x0: a sample needs noise that is independent of x0
+    )
 
     @abstractmethod
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
@@ -44,11 +48,13 @@ class Path(ABC):
         return self.mean(t, x0, x1) + as_rows(self.std(t), x1) * noise
 
     def velocity(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
-        """The field of equation 4 at `sample(t, x0, x1, noise)`: sigma' noise + mu', which needs no division by sigma."""
+        """The field of equation 4 at `sample(t, x0, x1, noise)`: sigma' noise + mu', which needs no
+        division by sigma."""
         return as_rows(self.std_derivative(t), x1) * noise + self.mean_derivative(t, x0, x1)
 
     def field(self, t: Tensor, x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Equation 4: u_t(x|z) = (x - mu) sigma'/sigma + mu'. Where sigma is 0 the path is the point mu, and its velocity is mu'."""
+        """Equation 4: u_t(x|z) = (x - mu) sigma'/sigma + mu'. Where sigma is 0 the path is the
+        point mu, and its velocity is mu'."""
         std = self.std(t)
         positive = std > 0
         ratio = torch.where(positive, self.std_derivative(t) / torch.where(positive, std, 1), 0)
@@ -57,14 +63,17 @@ class Path(ABC):
 
 @dataclass(frozen=True)
 class VarianceExploding(Path):
-    """mu = x1, sigma falls geometrically from sigma_max at t = 0 to sigma_min at t = 1 (Song and Ermon 2019). Times [0, 1]."""
+    """mu = x1, sigma falls geometrically from sigma_max at t = 0 to sigma_min at t = 1 (Song and
+    Ermon 2019). Times [0, 1]."""
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"0 < sigma_min < sigma_max must hold, not {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                f"0 < sigma_min < sigma_max must hold, not {self.sigma_min} and {self.sigma_max}"
+            )
 
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         return x1
@@ -105,7 +114,8 @@ class VariancePreserving(Path):
 
 @dataclass(frozen=True)
 class FlowMatchingPath(Path):
-    """mu = t x1, sigma_t = 1 - (1 - sigma) t (Lipman et al. 2023). Times [0, 1]. shortcut-models' paths are this one with sigma = 1e-5."""
+    """mu = t x1, sigma_t = 1 - (1 - sigma) t (Lipman et al. 2023). Times [0, 1]. shortcut-models'
+    paths are this one with sigma = 1e-5."""
 
     sigma: float = 0.01
 
@@ -158,7 +168,8 @@ class IndependentCFM(Rectified):
 
 @dataclass(frozen=True)
 class Trigonometric(Path):
-    """mu = cos(pi t/2) x0 + sin(pi t/2) x1, sigma = 0: variance-preserving FM (Albergo and Vanden-Eijnden 2023). Times [0, 1]."""
+    """mu = cos(pi t/2) x0 + sin(pi t/2) x1, sigma = 0: variance-preserving FM (Albergo and
+    Vanden-Eijnden 2023). Times [0, 1]."""
 
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         angle = as_rows(0.5 * math.pi * t, x1)
@@ -177,9 +188,11 @@ class Trigonometric(Path):
 
 @dataclass(frozen=True)
 class UnitVariance(Path):
-    """Another path, seen through y_t = c x_t with c = 1/sqrt(1 + sigma_t^2), so that y_0 is close to unit noise however large sigma is.
+    """Another path, seen through y_t = c x_t with c = 1/sqrt(1 + sigma_t^2), so that y_0 is close
+    to unit noise however large sigma is.
 
-    A variance-exploding model trained on y starts from the same noise as every other model and needs no scaling of its input.
+    A variance-exploding model trained on y starts from the same noise as every other model and
+    needs no scaling of its input.
     """
 
     path: Path
@@ -205,7 +218,8 @@ class UnitVariance(Path):
 
 
 def training_path(name: str, sigma: float) -> Path:
-    """The path that a training run names; sigma is that of flow-matching and independent. Unit noise is where all of them start."""
+    """The path that a training run names; sigma is that of flow-matching and independent. Unit
+    noise is where all of them start."""
     match name:
         case "rectified":
             return Rectified()
@@ -219,7 +233,10 @@ def training_path(name: str, sigma: float) -> Path:
             return VariancePreserving()
         case "variance-exploding":
             return UnitVariance(VarianceExploding())
-    allowed = "rectified, flow-matching, independent, trigonometric, variance-preserving, variance-exploding"
+    allowed = (
+        "rectified, flow-matching, independent, trigonometric, variance-preserving,"
+        " variance-exploding"
+    )
     raise ValueError(f"no path {name!r}: use one of {allowed}")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from odelt_fast.config import PRESETS
 from odelt_fast.train.config import DEFAULT, TrainConfig
 
-# What the small sets share: short runs at a high learning rate, whose teacher must start to move early.
+# What the small sets share: short runs at a high learning rate, whose teacher must start to move
+# early.
 _SMALL = replace(
     DEFAULT,
     time_consistency_every=4,
@@ -19,8 +20,9 @@ _SMALL = replace(
     ema_warmup=True,
     sampling_steps=1000,
 )
-# Table 7 of the paper: 100K steps at 1e-4 and 100K at 1e-5, each with 5000 of warm-up and the last 10 % a cosine; AdamW (0.9, 0.999) with
-# weight decay 0.1; EMA 0.999. train_batch_size is the table's batch on one process: divide it by the number of processes.
+# Table 7 of the paper: 100K steps at 1e-4 and 100K at 1e-5, each with 5000 of warm-up and the last
+# 10 % a cosine; AdamW (0.9, 0.999) with weight decay 0.1; EMA 0.999. train_batch_size is the
+# table's batch on one process: divide it by the number of processes.
 _TABLE_7 = replace(
     DEFAULT,
     steps=200_000,
@@ -51,7 +53,8 @@ RECIPES: dict[str, TrainConfig] = {
         steps=22_000,
         train_batch_size=64,
     ),
-    # Sized for 10 to 15 minutes of one H200. 240 rows: the three depths and both kinds of consistency rows divide them evenly.
+    # Sized for 10 to 15 minutes of one H200. 240 rows: the three depths and both kinds of
+    # consistency rows divide them evenly.
     "cifar10": replace(
         _SMALL,
         recipe="cifar10",
@@ -73,7 +76,8 @@ RECIPES: dict[str, TrainConfig] = {
         output_dir=Path("runs/celebahq256-b"),
         train_batch_size=128,
     ),
-    # The table starts both from the shortcut-models checkpoint: convert it and name it with --init-from.
+    # The table starts both from the shortcut-models checkpoint: convert it and name it with
+    # --init-from.
     "imagenet256-b": replace(
         _TABLE_7,
         recipe="imagenet256-b",

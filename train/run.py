@@ -1,4 +1,5 @@
-"""A run from its first step to its last: logging, sample grids, checkpoints, snapshots, and the model that it leaves."""
+"""A run from its first step to its last: logging, sample grids, checkpoints, snapshots, and the
+model that it leaves."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from odelt_fast.checkpoint import save_model
+from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.hub import find_repository, upload
@@ -17,7 +18,8 @@ from odelt_fast.train.loop import Trainer
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs `config` to its last step; returns the folder with config.json and model.safetensors of the EMA weights."""
+    """Runs `config` to its last step; returns the folder with config.json and model.safetensors of
+    the EMA weights."""
     from tqdm import tqdm
 
     trainer = Trainer(config)
@@ -31,20 +33,34 @@ def train(config: TrainConfig) -> Path:
         if config.ema_widths:
             trainer.power.forget_snapshots(config.output_dir, trainer.finished_steps)
     accelerator.init_trackers("odelt-fast", config=_flat(config))
-    kinds = [kind for kind, size in config.row_sizes().items() for _ in range(size)] * config.gradient_accumulation_steps
-    bar = tqdm(total=config.steps, initial=trainer.finished_steps, disable=not main, unit="step", dynamic_ncols=True)
+    kinds = [
+        kind for kind, size in config.row_sizes().items() for _ in range(size)
+    ] * config.gradient_accumulation_steps
+    bar = tqdm(
+        total=config.steps,
+        initial=trainer.finished_steps,
+        disable=not main,
+        unit="step",
+        dynamic_ncols=True,
+    )
     while trainer.finished_steps < config.steps:
         losses = trainer.step()
         bar.update()
         done = trainer.finished_steps
         if done % config.logging_steps == 0 or done == config.steps:
-            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds) | {"skipped_steps": trainer.check_skipped()}
+            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds) | {
+                "skipped_steps": trainer.check_skipped()
+            }
             bar.set_postfix(loss=f"{values['loss']:.4f}")
-            accelerator.log(values | {"learning_rate": config.learning_rate_at(done - 1)}, step=done)
+            accelerator.log(
+                values | {"learning_rate": config.learning_rate_at(done - 1)}, step=done
+            )
         if config.sampling_steps and done % config.sampling_steps == 0:
             _log_grid(trainer)
         if config.ema_widths and (done % config.ema_snapshot_steps == 0 or done == config.steps):
-            trainer.power.write_snapshots(config.output_dir, done, done - int(trainer.skipped_steps), main)
+            trainer.power.write_snapshots(
+                config.output_dir, done, done - int(trainer.skipped_steps), main
+            )
         if done % config.checkpointing_steps == 0 or done == config.steps:
             trainer.save()
     bar.close()
@@ -67,9 +83,10 @@ def _loss_by_kind(losses: Sequence[float], kinds: Sequence[str]) -> dict[str, fl
 
 
 def _log_grid(trainer: Trainer) -> None:
-    """The paper's Figure 1 of the EMA network: rows l (longest first), columns T = 128, 4, 1, same noise."""
-    from odelt_fast.evaluation import sample_depths_by_steps
-    from odelt_fast.plots import depth_steps_picture
+    """The paper's Figure 1 of the EMA network: rows l (longest first), columns T = 128, 4, 1, same
+    noise."""
+    from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+    from odelt_fast.sampling.pictures import depth_steps_picture
 
     ema: DiT | None = trainer.ema_model()
     if ema is None:
@@ -88,4 +105,7 @@ def _flat(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     model = values.pop("model")
     plain = values | {f"model.{name}": value for name, value in model.items()}
-    return {name: value if isinstance(value, int | float | str | bool) else str(value) for name, value in plain.items()}
+    return {
+        name: value if isinstance(value, int | float | str | bool) else str(value)
+        for name, value in plain.items()
+    }

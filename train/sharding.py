@@ -1,4 +1,5 @@
-"""Networks whose weights are sharded over processes (FSDP2, through accelerate): shards, and whole tensors where they are needed."""
+"""Networks whose weights are sharded over processes (FSDP2, through accelerate): shards, and whole
+tensors where they are needed."""
 
 from __future__ import annotations
 
@@ -15,21 +16,26 @@ if TYPE_CHECKING:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether accelerate was launched to shard the weights; ValueError for FSDP version 1, whose flat parameters have no names."""
+    """Whether accelerate was launched to shard the weights; ValueError for FSDP version 1, whose
+    flat parameters have no names."""
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
         return False
     if plugin.fsdp_version != 2:
-        raise ValueError("weights are sharded by FSDP version 2: launch with --use_fsdp --fsdp_version 2")
+        raise ValueError(
+            "weights are sharded by FSDP version 2: launch with --use_fsdp --fsdp_version 2"
+        )
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    # accelerate's policy would hand the network bfloat16 times and residuals: autocast alone computes what one process does.
+    # accelerate's policy would hand the network bfloat16 times and residuals: autocast alone
+    # computes what one process does.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
     return True
 
 
 def shard(accelerator: Accelerator, model: DiT) -> DiT:
-    """Shards a second network as `Accelerator.prepare` shards the trained one, of which it allows one only."""
+    """Shards a second network as `Accelerator.prepare` shards the trained one, of which it allows
+    one only."""
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     sharded: DiT = fsdp2_prepare_model(accelerator, model)
@@ -37,7 +43,8 @@ def shard(accelerator: Accelerator, model: DiT) -> DiT:
 
 
 def refresh(model: Any) -> None:
-    """Has the next forward pass gather weights that were changed in their shards. FSDP keeps the root's gathered until a backward pass."""
+    """Has the next forward pass gather weights that were changed in their shards. FSDP keeps the
+    root's gathered until a backward pass."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -48,7 +55,8 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors, on the CPU, in the processes that `keep` them (the others get none). Every process must call it."""
+    """Whole tensors, on the CPU, in the processes that `keep` them (the others get none). Every
+    process must call it."""
     whole = {}
     for name, tensor in tensors.items():
         full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

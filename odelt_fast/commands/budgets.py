@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from odelt_fast.checks import parse_memory, parse_seconds
 from odelt_fast.commands.options import choose_dtype
-from odelt_fast.profiles import show_schedule
-from odelt_fast.quantities import memory, seconds
+from odelt_fast.planning.profile import show_schedule
 
 if TYPE_CHECKING:
     import torch
 
     from odelt_fast.commands.sample import Command
-    from odelt_fast.planner import Choice, Point
+    from odelt_fast.planning.planner import Choice, Point
 
 
 def limits(max_latency: str | None, max_memory: str | None) -> tuple[float | None, int | None]:
     """Seconds and bytes that the options ask for; ValueError that names the option."""
     found: list[Any] = []
-    for option, text, parse in (("--max-latency", max_latency, seconds), ("--max-memory", max_memory, memory)):
+    for option, text, parse in (
+        ("--max-latency", max_latency, parse_seconds),
+        ("--max-memory", max_memory, parse_memory),
+    ):
         try:
             found.append(None if text is None else parse(text))
         except ValueError as error:
@@ -56,9 +59,11 @@ def choice_json(choice: Choice) -> dict[str, Any]:
 
 
 def choose_for(options: Command) -> Choice | None:
-    """What `odelt-fast sample` runs within its budget; None if it has none. The budget is for a batch, of --batch-size or all images.
+    """What `odelt-fast sample` runs within its budget; None if it has none. The budget is for a
+    batch, of --batch-size or all images.
 
-    ValueError for options that the choice would contradict or whose effect on quality was not measured, and where nothing can be chosen.
+    ValueError for options that the choice would contradict or whose effect on quality was not
+    measured, and where nothing can be chosen.
     """
     max_latency, max_memory = limits(options.max_latency, options.max_memory)
     if max_latency is None and max_memory is None:
@@ -66,20 +71,45 @@ def choose_for(options: Command) -> Choice | None:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} goes with a budget: --max-latency or --max-memory")
         return None
-    plain: dict[str, Any] = {"depth": None, "steps": None, "solver": None, "depth_schedule": "", "rtol": 1e-2, "atol": 1e-2}
-    plain |= {"time_shift": 1.0, "error_norm": "per_sample", "trajectory": (), "invert": None, "interpolate": None}
+    plain: dict[str, Any] = {
+        "depth": None,
+        "steps": None,
+        "solver": None,
+        "depth_schedule": "",
+        "rtol": 1e-2,
+        "atol": 1e-2,
+    }
+    plain |= {
+        "time_shift": 1.0,
+        "error_norm": "per_sample",
+        "trajectory": (),
+        "invert": None,
+        "interpolate": None,
+    }
     for name, default in plain.items():
         if getattr(options, name) != default:
-            what = "is what a budget chooses" if name in list(plain)[:6] else "has no measured cost or quality"
-            raise ValueError(f"--{name.replace('_', '-')} {what}: leave it out, or --max-latency and --max-memory")
+            what = (
+                "is what a budget chooses"
+                if name in list(plain)[:6]
+                else "has no measured cost or quality"
+            )
+            raise ValueError(
+                f"--{name.replace('_', '-')} {what}: leave it out, or --max-latency and"
+                " --max-memory"
+            )
 
-    from odelt_fast.evidence import find_evidence
+    from odelt_fast.planning.evidence import find_evidence
 
     device = device_of(options.device)
     evidence = find_evidence(options.model, device, options.profile, options.quality)
     precision = str(choose_dtype(options.dtype, device.type)).removeprefix("torch.")
     batch = min(options.num_images, options.batch_size or options.num_images)
-    asked = {"batch": batch, "precision": precision, "guidance_scale": options.guidance_scale, "metric": options.metric}
+    asked = {
+        "batch": batch,
+        "precision": precision,
+        "guidance_scale": options.guidance_scale,
+        "metric": options.metric,
+    }
     return evidence.choose(max_latency, max_memory, **asked)
 
 
@@ -87,6 +117,14 @@ def as_options(point: Point) -> dict[str, Any]:
     """The options of `odelt-fast sample` that run a candidate."""
     operation = point.operation
     schedule = show_schedule(operation.schedule)
-    found: dict[str, Any] = {"depth": None if schedule else operation.depth, "depth_schedule": schedule, "solver": operation.solver}
+    found: dict[str, Any] = {
+        "depth": None if schedule else operation.depth,
+        "depth_schedule": schedule,
+        "solver": operation.solver,
+    }
     found |= {"steps": operation.steps, "batch_size": point.batch}
-    return found if operation.tolerance is None else {**found, "rtol": operation.tolerance, "atol": operation.tolerance}
+    return (
+        found
+        if operation.tolerance is None
+        else {**found, "rtol": operation.tolerance, "atol": operation.tolerance}
+    )

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """Build the native operators (C++ and CUDA) now, instead of at first use, and show where they are."""
+    """Build the native operators (C++ and CUDA) now, instead of at first use, and show where they
+    are."""
 
     cuda: bool = True
     """Build the CUDA library too, where there is an nvcc; a GPU is not needed."""
@@ -21,11 +22,14 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     import time
 
-    from odelt_fast import native
+    from odelt_fast.engine.native import build as native
 
     for library in native.LIBRARIES if options.cuda else native.LIBRARIES[:1]:
         if library == "cuda" and native.cuda_toolkit() is None:
-            print("cuda: left out, there is no nvcc (install the CUDA toolkit, or set CUDA_HOME to its folder)")
+            print(
+                "cuda: left out, there is no nvcc (install the CUDA toolkit, or set CUDA_HOME to"
+                " its folder)"
+            )
             continue
         start = time.perf_counter()
         try:

@@ -8,12 +8,13 @@ from typing import Literal
 
 import tyro
 
-from odelt_fast.outputs import check_folder
+from odelt_fast.files import check_folder
 
 
 @dataclass(frozen=True)
 class Command:
-    """Turn a checkpoint of the reference implementation (.pkl) into a model folder. Nothing in the file is executed."""
+    """Turn a checkpoint of the reference implementation (.pkl) into a model folder. Nothing in the
+    file is executed."""
 
     file: tyro.conf.Positional[Path]
     """The checkpoint."""
@@ -34,16 +35,31 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     if not options.file.is_file():
-        raise ValueError(f"{options.file} {'is not a file' if options.file.exists() else 'does not exist'}: give the reference's .pkl file")
+        raise ValueError(
+            f"{options.file} {'is not a file' if options.file.exists() else 'does not exist'}: give"
+            " the reference's .pkl file"
+        )
     if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is not a folder: give a new or empty folder, or a model folder to replace")
-    if options.out.exists() and any(options.out.iterdir()) and not (options.out / "config.json").is_file():
-        raise ValueError(f"--out {options.out} holds other files: give a new or empty folder, or a model folder to replace")
-    nearest = next(folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir())
+        raise ValueError(
+            f"--out {options.out} is not a folder: give a new or empty folder, or a model folder to"
+            " replace"
+        )
+    if (
+        options.out.exists()
+        and any(options.out.iterdir())
+        and not (options.out / "config.json").is_file()
+    ):
+        raise ValueError(
+            f"--out {options.out} holds other files: give a new or empty folder, or a model folder"
+            " to replace"
+        )
+    nearest = next(
+        folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir()
+    )
     check_folder("--out", options.out, nearest)
 
-    from odelt_fast.checkpoint import save_model
-    from odelt_fast.conversion import convert_reference_checkpoint
+    from odelt_fast.checkpoints.folder import save_model
+    from odelt_fast.checkpoints.reference import convert_reference_checkpoint
 
     model = convert_reference_checkpoint(
         options.file,
@@ -56,6 +72,12 @@ def run(options: Command) -> None:
     )
     save_model(model, options.out, metadata={"weights": options.weights})
     config = model.config
-    print(f"{options.out}: {options.weights} weights, {sum(p.numel() for p in model.parameters()):,} parameters")
+    print(
+        f"{options.out}: {options.weights} weights, {sum(p.numel() for p in model.parameters()):,}"
+        " parameters"
+    )
     print(" ".join(f"{name}={value}" for name, value in config.to_dict().items()))
-    print(f"runs at depth {', '.join(map(str, config.depths))}: odelt-fast sample --model {options.out}")
+    print(
+        f"runs at depth {', '.join(map(str, config.depths))}: odelt-fast sample --model"
+        f" {options.out}"
+    )

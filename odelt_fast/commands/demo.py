@@ -12,12 +12,14 @@ _FIRST_SECONDS = 5.0  # spent on latencies for the plot before the page is there
 
 @dataclass(frozen=True)
 class Command:
-    """Serve a page to play with a model in a browser: dials for l and T, pictures with what they cost, quality against latency."""
+    """Serve a page to play with a model in a browser: dials for l and T, pictures with what they
+    cost, quality against latency."""
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     quality: Text = None
-    """Folder of odelt-fast evaluate, or its results.json, for the plot; by default the quality.json in the model's folder."""
+    """Folder of odelt-fast evaluate, or its results.json, for the plot; by default the quality.json
+    in the model's folder."""
     metric: Text = None
     """What to plot of it, as the table names it; its first metric by default."""
     num_images: int = 10
@@ -29,7 +31,8 @@ class Command:
     dtype: Dtype = "auto"
     """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine only; 0.0.0.0 from every network it is in."""
+    """Address to listen on. The default is reached from this machine only; 0.0.0.0 from every
+    network it is in."""
     port: int = 7860
     """0: any free one."""
     waiting: int = 16
@@ -45,34 +48,58 @@ def run(options: Command) -> None:
     if not 1 <= options.waiting <= 1000:
         raise ValueError(f"--waiting must be from 1 to 1000, not {options.waiting}")
     if not 0 < options.max_seconds <= 3600:
-        raise ValueError(f"--max-seconds must be above 0 and at most 3600, not {options.max_seconds:g}")
+        raise ValueError(
+            f"--max-seconds must be above 0 and at most 3600, not {options.max_seconds:g}"
+        )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-    from odelt_fast.demo import build_page, import_gradio
-    from odelt_fast.demo_app import LOOPBACK, serve
-    from odelt_fast.http_limits import listen
+    from odelt_fast.demo.app import LOOPBACK, serve
+    from odelt_fast.demo.page import build_page, import_gradio
+    from odelt_fast.serving.http_limits import listen
 
     import_gradio()
     with listen(options.host, options.port) as listener:
-        from odelt_fast.checkpoint import read_config
-        from odelt_fast.demo_studio import Studio, measured_settings
-        from odelt_fast.evidence import find_quality
-        from odelt_fast.measuring import model_hash
+        from odelt_fast.checkpoints.folder import read_config
+        from odelt_fast.demo.studio import Studio, measured_settings
+        from odelt_fast.evaluation.measuring import model_hash
+        from odelt_fast.planning.evidence import find_quality
 
-        table = find_quality(options.model, read_config(options.model), model_hash(options.model), options.quality)
+        table = find_quality(
+            options.model, read_config(options.model), model_hash(options.model), options.quality
+        )
         if table is None and options.metric is not None:
-            raise ValueError(f"--metric {options.metric}: {options.model} has no table of quality, give --quality")
+            raise ValueError(
+                f"--metric {options.metric}: {options.model} has no table of quality, give"
+                " --quality"
+            )
         metric = None if table is None else table.metric(options.metric)
         model = load(options.model, options.device, options.dtype, None)
         decoder = load_decoder(options.decoder, model)
         if decoder is None and model.config.channels not in (1, 3):
-            raise ValueError(f"{options.model} makes latents of {model.config.channels} channels: give the --decoder of them")
-        studio = Studio(model, decoder=decoder, num_images=options.num_images, max_seconds=options.max_seconds)
-        known = None if table is None or metric is None else measured_settings(model.config, table, metric)
+            raise ValueError(
+                f"{options.model} makes latents of {model.config.channels} channels: give the"
+                " --decoder of them"
+            )
+        studio = Studio(
+            model, decoder=decoder, num_images=options.num_images, max_seconds=options.max_seconds
+        )
+        known = (
+            None
+            if table is None or metric is None
+            else measured_settings(model.config, table, metric)
+        )
         studio.measure(known or (), _FIRST_SECONDS)
-        quality = None if known is None else {setting.cost_key: value for setting, value in known.items()}
-        blocks = build_page(studio, options.model, quality=quality, metric=metric, waiting=options.waiting)
+        quality = (
+            None if known is None else {setting.cost_key: value for setting, value in known.items()}
+        )
+        blocks = build_page(
+            studio, options.model, quality=quality, metric=metric, waiting=options.waiting
+        )
         host, port = listener.getsockname()[:2]
         reach = "" if host in LOOPBACK else ", to be reached by other machines too"
-        print(f"http://{f'[{host}]' if ':' in host else host}:{port} shows {options.model}{reach}; Ctrl-C ends it", flush=True)
+        print(
+            f"http://{f'[{host}]' if ':' in host else host}:{port} shows {options.model}{reach};"
+            " Ctrl-C ends it",
+            flush=True,
+        )
         serve(blocks, listener)

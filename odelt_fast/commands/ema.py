@@ -8,17 +8,19 @@ from pathlib import Path
 import tyro
 
 from odelt_fast.commands.options import Whole
-from odelt_fast.outputs import check_folder
+from odelt_fast.files import check_folder
 
 
 @dataclass(frozen=True)
 class Command:
-    """Make the average of the weights with any width, after training, from the snapshots that `odelt-fast train --ema-widths` stored."""
+    """Make the average of the weights with any width, after training, from the snapshots that
+    `odelt-fast train --ema-widths` stored."""
 
     run: tyro.conf.Positional[Path]
     """Output folder of the run."""
     width: float
-    """Width sigma_rel of the wanted average: the standard deviation of its weights over the run, as a share of the run up to its step."""
+    """Width sigma_rel of the wanted average: the standard deviation of its weights over the run, as
+    a share of the run up to its step."""
     out: Path
     """Folder to write: new, empty, or a model folder, which is replaced."""
     step: Whole = None
@@ -29,15 +31,31 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     if not options.run.is_dir():
         raise ValueError(f"{options.run} is not a folder: give the output folder of a run")
-    if options.out.exists() and (not options.out.is_dir() or (any(options.out.iterdir()) and not (options.out / "config.json").is_file())):
-        raise ValueError(f"--out {options.out} holds other files: give a new or empty folder, or a model folder to replace")
-    nearest = next(folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir())
+    if options.out.exists() and (
+        not options.out.is_dir()
+        or (any(options.out.iterdir()) and not (options.out / "config.json").is_file())
+    ):
+        raise ValueError(
+            f"--out {options.out} holds other files: give a new or empty folder, or a model folder"
+            " to replace"
+        )
+    nearest = next(
+        folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir()
+    )
     check_folder("--out", options.out, nearest)
 
-    from odelt_fast.checkpoint import save_model
+    from odelt_fast.checkpoints.folder import save_model
     from odelt_fast.train.post_hoc import reconstruct
 
     model, made, error = reconstruct(options.run, options.width, options.step)
-    metadata = {"weights": "power-ema", "width": f"{made.width:g}", "step": str(made.step), "updates": str(made.updates)}
+    metadata = {
+        "weights": "power-ema",
+        "width": f"{made.width:g}",
+        "step": str(made.step),
+        "updates": str(made.updates),
+    }
     save_model(model, options.out, metadata=metadata)
-    print(f"{options.out}: width {made.width:g} at step {made.step}; the profile of its weights is within {error:.1e} of the wanted one")
+    print(
+        f"{options.out}: width {made.width:g} at step {made.step}; the profile of its weights is"
+        f" within {error:.1e} of the wanted one"
+    )

@@ -10,10 +10,12 @@ from odelt_fast.commands.options import Device, Dtype, Whole
 
 @dataclass(frozen=True)
 class Command:
-    """Encode images, and their mirror images, into shards of VAE latents that `odelt-fast train --data` reads. A killed run continues."""
+    """Encode images, and their mirror images, into shards of VAE latents that `odelt-fast train
+    --data` reads. A killed run continues."""
 
     data: str
-    """Images: a folder of class folders, a Parquet file or a folder of them, or the id of a Hugging Face data set."""
+    """Images: a folder of class folders, a Parquet file or a folder of them, or the id of a Hugging
+    Face data set."""
     out: Path
     """Folder of the shards and their manifest."""
     vae: str = "stabilityai/sd-vae-ft-mse"
@@ -29,7 +31,8 @@ class Command:
     device: Device = "auto"
     """auto: a CUDA GPU if there is one, else the CPU."""
     dtype: Dtype = "float32"
-    """Arithmetic of the VAE; auto: bfloat16 where the device computes in it. Latents are stored in float16."""
+    """Arithmetic of the VAE; auto: bfloat16 where the device computes in it. Latents are stored in
+    float16."""
 
 
 def run(options: Command) -> None:
@@ -37,7 +40,9 @@ def run(options: Command) -> None:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {options.batch_size}")
     if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is not a folder: give a new folder, or one of an earlier run")
+        raise ValueError(
+            f"--out {options.out} is not a folder: give a new folder, or one of an earlier run"
+        )
 
     import torch
 
@@ -45,10 +50,16 @@ def run(options: Command) -> None:
     from odelt_fast.images import open_source
     from odelt_fast.images.encode import encode_images, vae_encoder
 
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if options.device == "auto" else options.device
+    device = (
+        ("cuda" if torch.cuda.is_available() else "cpu")
+        if options.device == "auto"
+        else options.device
+    )
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
-    source = open_source(options.data, image_size=options.image_size, channels=3, split=options.split)
+    source = open_source(
+        options.data, image_size=options.image_size, channels=3, split=options.split
+    )
     encoder = vae_encoder(options.vae, device, choose_dtype(options.dtype, device))
     encode_images(
         source,
@@ -60,4 +71,7 @@ def run(options: Command) -> None:
         shard_length=options.shard_length,
         device=device,
     )
-    print(f"{options.out}: {len(source)} images of {source.num_classes} classes: odelt-fast train --data {options.out}")
+    print(
+        f"{options.out}: {len(source)} images of {source.num_classes} classes: odelt-fast train"
+        f" --data {options.out}"
+    )

@@ -12,7 +12,8 @@ from odelt_fast.commands.options import choose_dtype
 
 @dataclass(frozen=True)
 class Command:
-    """Show versions, devices, the dtype that auto would choose, and which backends, attentions and extras can run, or why not."""
+    """Show versions, devices, the dtype that auto would choose, and which backends, attentions and
+    extras can run, or why not."""
 
     json: bool = False
     """Print one JSON object instead of text."""
@@ -24,7 +25,11 @@ def run(options: Command) -> None:
     if options.json:
         print(json.dumps(found))
         return
-    print("odelt-fast {odelt-fast}, python {python}, torch {torch}, numpy {numpy}".format_map(found["versions"]))
+    print(
+        "odelt-fast {odelt-fast}, python {python}, torch {torch}, numpy {numpy}".format_map(
+            found["versions"]
+        )
+    )
     print(f"cpu: {found['cpu']['threads']} threads, --dtype auto is {found['cpu']['dtype']}")
     for index, card in enumerate(found["cuda"]):
         print(f"cuda:{index}: {card['name']}, --dtype auto is {card['dtype']}")
@@ -36,7 +41,14 @@ def run(options: Command) -> None:
     for line in (*found["packages"], *found["native"]):
         print(line)
     for extra, missing in found["extras"].items():
-        print(f"extra {extra}: " + (f"not installed ({', '.join(missing)}): pip install 'odelt-fast[{extra}]'" if missing else "installed"))
+        print(
+            f"extra {extra}: "
+            + (
+                f"not installed ({', '.join(missing)}): pip install 'odelt-fast[{extra}]'"
+                if missing
+                else "installed"
+            )
+        )
     print(f"bundled models: {', '.join(found['bundled_models']) or 'none'}")
 
 
@@ -47,9 +59,9 @@ def facts() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from odelt_fast import native
-    from odelt_fast.backends import describe_attentions, describe_package, why_not_device
-    from odelt_fast.checkpoint import bundled_models
+    from odelt_fast.checkpoints.folder import bundled_models
+    from odelt_fast.engine.native import build as native
+    from odelt_fast.engine.operators import describe_attentions, describe_package, why_not_device
 
     def card(index: int) -> dict[str, Any]:
         device = torch.device("cuda", index)
@@ -61,10 +73,18 @@ def facts() -> dict[str, Any]:
             "attention": describe_attentions(device, torch.bfloat16, 64),
         }
 
-    versions = {"odelt-fast": __version__, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions = {
+        "odelt-fast": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
     return {
         "versions": versions,
-        "cpu": {"threads": torch.get_num_threads(), "dtype": str(choose_dtype("auto", "cpu")).removeprefix("torch.")},
+        "cpu": {
+            "threads": torch.get_num_threads(),
+            "dtype": str(choose_dtype("auto", "cpu")).removeprefix("torch."),
+        },
         "cuda": [card(index) for index in range(torch.cuda.device_count())],
         "packages": [describe_package(package) for package in ("triton", "flash-attn", "xformers")],
         "native": native.describe(),
@@ -74,7 +94,8 @@ def facts() -> dict[str, Any]:
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """Extra of this package -> the packages of it that are not installed; empty if this package itself is not (run from its sources)."""
+    """Extra of this package -> the packages of it that are not installed; empty if this package
+    itself is not (run from its sources)."""
     import importlib.metadata
     import re
 

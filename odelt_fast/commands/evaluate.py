@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import tyro
 
 from odelt_fast.commands.options import Device, Dtype, Number, choose_dtype
-from odelt_fast.evaluation_settings import Evaluation
-from odelt_fast.outputs import check_folder
+from odelt_fast.evaluation.settings import Evaluation
+from odelt_fast.files import check_folder
 
 Text = Annotated[
     str | None,
@@ -29,19 +29,24 @@ Text = Annotated[
 
 @dataclass(frozen=True)
 class Command(Evaluation):
-    """Measure quality, latency and memory of a model over depths, time steps and solvers, as tables (JSON and Markdown).
+    """Measure quality, latency and memory of a model over depths, time steps and solvers, as tables
+    (JSON and Markdown).
 
-    The same command goes on where it was interrupted. Several GPUs: torchrun --nproc-per-node 4 -m odelt_fast.cli evaluate ...
+    The same command goes on where it was interrupted. Several GPUs: torchrun --nproc-per-node 4 -m
+    odelt_fast.cli evaluate ...
     """
 
     data: Text = None
-    """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's id."""
+    """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's
+    id."""
     stats: Text = None
-    """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as odelt-fast stats writes."""
+    """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
+    odelt-fast stats writes."""
     guidance_scale: Number = None
     """w in v_null + w (v_label - v_null). Guided steps are two evaluations."""
     inception_weights: Text = None
-    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors); looked for in torch's cache by default."""
+    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors);
+    looked for in torch's cache by default."""
     decoder: Text = None
     """For models of latents: autoencoder, a folder or Hub id (stabilityai/sd-vae-ft-mse)."""
     out: Path = Path("evaluation")
@@ -55,7 +60,8 @@ class Command(Evaluation):
     """No progress bar."""
 
     def __post_init__(self) -> None:
-        """Nothing: `evaluation_of` validates, and its errors are one line; here they would be the parser's."""
+        """Nothing: `evaluation_of` validates, and its errors are one line; here they would be the
+        parser's."""
 
 
 def run(options: Command) -> None:
@@ -69,13 +75,19 @@ def run(options: Command) -> None:
 
     import torch
 
-    from odelt_fast.evaluation import Evaluator
-    from odelt_fast.results import to_markdown
+    from odelt_fast.evaluation.evaluator import Evaluator
+    from odelt_fast.evaluation.results import to_markdown
 
     gpu = options.device != "cpu" and torch.cuda.is_available()
     dtype = choose_dtype(options.dtype, "cuda" if gpu else "cpu")
     try:
-        evaluator = Evaluator(settings, options.out, device=options.device, dtype=dtype, show=not (options.quiet or options.json))
+        evaluator = Evaluator(
+            settings,
+            options.out,
+            device=options.device,
+            dtype=dtype,
+            show=not (options.quiet or options.json),
+        )
     except ValueError:
         if made:
             with contextlib.suppress(OSError):  # another process's, or not empty
@@ -86,7 +98,9 @@ def run(options: Command) -> None:
     except torch.OutOfMemoryError as error:
         raise MemoryError from error
     if evaluator.processes.index == 0:
-        text = f"{to_markdown(results)}\n{options.out / 'results.md'}, {options.out / 'results.json'}"
+        text = (
+            f"{to_markdown(results)}\n{options.out / 'results.md'}, {options.out / 'results.json'}"
+        )
         print(json.dumps(results) if options.json else text)
 
 

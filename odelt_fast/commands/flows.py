@@ -1,4 +1,5 @@
-"""What `odelt-fast sample` draws besides images from a seed: states on the way, images to noise and back, images between two seeds."""
+"""What `odelt-fast sample` draws besides images from a seed: states on the way, images to noise and
+back, images between two seeds."""
 
 from __future__ import annotations
 
@@ -7,20 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odelt_fast.profiles import parse_schedule
+from odelt_fast.planning.profile import parse_schedule
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from odelt_fast.commands.sample import Command
-    from odelt_fast.sampler import Sampler
+    from odelt_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """images (N, C, H, W): what --npz calls arr_0. tiles (M, C, H, W): what the picture shows, `columns` a row (None: about square).
-    arrays: what --npz holds besides. remark: a line for the user."""
+    """images (N, C, H, W): what --npz calls arr_0. tiles (M, C, H, W): what the picture shows,
+    `columns` a row (None: about square). arrays: what --npz holds besides. remark: a line for the
+    user."""
 
     images: Tensor
     labels: np.ndarray | None
@@ -32,7 +34,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plan:
-    """A drawing that has been checked and not begun: its number of tiles, columns, steps that the progress bar counts, and how to draw."""
+    """A drawing that has been checked and not begun: its number of tiles, columns, steps that the
+    progress bar counts, and how to draw."""
 
     tiles: int
     columns: int | None
@@ -53,12 +56,21 @@ def check_options(options: Command) -> None:
     given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
-    if any(not 0 <= time <= 1 for time in options.trajectory) or list(options.trajectory) != sorted(options.trajectory):
-        raise ValueError(f"--trajectory must be rising times from 0 (noise) to 1 (data), not {' '.join(map(str, options.trajectory))}")
-    if options.interpolate is not None and not all(0 <= seed < 2**64 for seed in options.interpolate):
+    if any(not 0 <= time <= 1 for time in options.trajectory) or list(options.trajectory) != sorted(
+        options.trajectory
+    ):
+        raise ValueError(
+            "--trajectory must be rising times from 0 (noise) to 1 (data), not"
+            f" {' '.join(map(str, options.trajectory))}"
+        )
+    if options.interpolate is not None and not all(
+        0 <= seed < 2**64 for seed in options.interpolate
+    ):
         raise ValueError("--interpolate: seeds go from 0 to 2^64 - 1")
     if options.frames < 2:
-        raise ValueError(f"--frames must be at least 2, the two seeds' own images, not {options.frames}")
+        raise ValueError(
+            f"--frames must be at least 2, the two seeds' own images, not {options.frames}"
+        )
     if options.interpolate is not None and len(options.labels) > 1:
         raise ValueError(f"--interpolate draws one class, not {len(options.labels)} --labels")
 
@@ -68,7 +80,12 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
     count, steps = options.num_images, sampler.steps
     if options.trajectory:
         times = options.trajectory
-        return Plan(count * len(times), len(times), count * steps, lambda update: _trajectory(options, sampler, labels, update))
+        return Plan(
+            count * len(times),
+            len(times),
+            count * steps,
+            lambda update: _trajectory(options, sampler, labels, update),
+        )
     if options.interpolate is not None:
         frames, (seed_a, seed_b) = options.frames, options.interpolate
         label = None if labels is None else int(labels[0])
@@ -76,10 +93,14 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
         def between(update: Callable[[int], None]) -> Drawing:
             import numpy as np
 
-            from odelt_fast.flow_map import interpolate
-            from odelt_fast.sampler import drawn_labels
+            from odelt_fast.sampling.flow_map import interpolate
+            from odelt_fast.sampling.sampler import drawn_labels
 
-            chosen = int(drawn_labels(seed_a, [0], sampler.model.config.num_classes)[0]) if label is None else label
+            chosen = (
+                int(drawn_labels(seed_a, [0], sampler.model.config.num_classes)[0])
+                if label is None
+                else label
+            )
             images = interpolate(sampler, seed_a, seed_b, frames, chosen, progress=update)
             return Drawing(images, np.full(frames, chosen), images, frames)
 
@@ -87,7 +108,12 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
     if options.invert is not None:
         images, found, _ = data_images(options.invert, sampler, count)
         chosen = labels[: len(images)] if labels is not None else found
-        return Plan(3 * len(images), 3, 2 * len(images) * steps, lambda update: _invert(sampler, images, chosen, update))
+        return Plan(
+            3 * len(images),
+            3,
+            2 * len(images) * steps,
+            lambda update: _invert(sampler, images, chosen, update),
+        )
 
     def draw(update: Callable[[int], None]) -> Drawing:
         images = sampler(num_images=count, labels=labels, seed=options.seed, progress=update)
@@ -96,14 +122,17 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
     return Plan(count, None, count * steps, draw)
 
 
-def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, np.ndarray | None, float | None]:
-    """The first `count` images (N, C, H, W) of an image file or of what `open_source` opens, at the model's size; their labels where their
-    classes can be those of the model (None: the null label is to be used); the distance between levels (`quantisation_step`)."""
+def data_images(
+    data: Path, sampler: Sampler, count: int
+) -> tuple[Tensor, np.ndarray | None, float | None]:
+    """The first `count` images (N, C, H, W) of an image file or of what `open_source` opens, at the
+    model's size; their labels where their classes can be those of the model (None: the null label
+    is to be used); the distance between levels (`quantisation_step`)."""
     import torch
 
     from odelt_fast.images import open_source
     from odelt_fast.images.pixels import decode_failure, decode_image
-    from odelt_fast.likelihood import quantisation_step
+    from odelt_fast.sampling.likelihood import quantisation_step
 
     config = sampler.model.config
     if data.is_file() and data.suffix != ".parquet" and config.channels in (1, 3):
@@ -112,7 +141,11 @@ def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, np.nd
         except Exception as error:  # Pillow's readers raise most kinds
             raise ValueError(f"{data} cannot be read: {decode_failure(error)}") from None
         return torch.from_numpy(pixels[None] / 127.5 - 1).float(), None, 1 / 127.5
-    pixelwise: dict[str, Any] = {"image_size": config.image_size, "channels": config.channels} if config.channels in (1, 3) else {}
+    pixelwise: dict[str, Any] = (
+        {"image_size": config.image_size, "channels": config.channels}
+        if config.channels in (1, 3)
+        else {}
+    )
     source = open_source(str(data), **pixelwise)
     if source.channels != config.channels or source.image_size != config.image_size:
         has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
@@ -122,33 +155,59 @@ def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, np.nd
     return torch.from_numpy(images), fitting, quantisation_step(source)
 
 
-def _trajectory(options: Command, sampler: Sampler, labels: np.ndarray | None, update: Callable[[int], None]) -> Drawing:
+def _trajectory(
+    options: Command, sampler: Sampler, labels: np.ndarray | None, update: Callable[[int], None]
+) -> Drawing:
     import numpy as np
 
-    from odelt_fast.flow_map import trajectory
+    from odelt_fast.sampling.flow_map import trajectory
 
-    solution = trajectory(sampler, options.trajectory, options.num_images, labels, options.seed, progress=update)
+    solution = trajectory(
+        sampler, options.trajectory, options.num_images, labels, options.seed, progress=update
+    )
     assert solution.trajectory is not None
     states = solution.trajectory.transpose(0, 1)  # (N, S, C, H, W): an image's states side by side
-    arrays = {"trajectory": states.permute(0, 1, 3, 4, 2).cpu().numpy(), "times": np.array(options.trajectory)}
-    return Drawing(_decoded(sampler, solution.x), labels, _decoded(sampler, states.flatten(0, 1)), states.shape[1], arrays)
+    arrays = {
+        "trajectory": states.permute(0, 1, 3, 4, 2).cpu().numpy(),
+        "times": np.array(options.trajectory),
+    }
+    return Drawing(
+        _decoded(sampler, solution.x),
+        labels,
+        _decoded(sampler, states.flatten(0, 1)),
+        states.shape[1],
+        arrays,
+    )
 
 
-def _invert(sampler: Sampler, images: Tensor, labels: np.ndarray | None, update: Callable[[int], None]) -> Drawing:
+def _invert(
+    sampler: Sampler, images: Tensor, labels: np.ndarray | None, update: Callable[[int], None]
+) -> Drawing:
     import numpy as np
     import torch
 
-    from odelt_fast.flow_map import invert
+    from odelt_fast.sampling.flow_map import invert
 
     found = invert(sampler, images, labels, progress=update)
     tiles = torch.stack([images.to(found.noise), found.noise, found.images], 1)
-    arrays: dict[str, Any] = {"noise": found.noise.permute(0, 2, 3, 1).cpu().numpy(), "error": found.error.cpu().numpy()}
+    arrays: dict[str, Any] = {
+        "noise": found.noise.permute(0, 2, 3, 1).cpu().numpy(),
+        "error": found.error.cpu().numpy(),
+    }
     remark = (
-        f"originals, their noise, and what it becomes: error {found.error.mean():.2g} (root mean square; at most {found.error.max():.2g})"
+        f"originals, their noise, and what it becomes: error {found.error.mean():.2g} (root mean"
+        f" square; at most {found.error.max():.2g})"
     )
     null = np.full(len(images), sampler.model.config.num_classes)
     chosen = null if labels is None else labels
-    return Drawing(_decoded(sampler, found.images), chosen, _decoded(sampler, tiles.flatten(0, 1)), 3, arrays, remark)
+    return Drawing(
+        _decoded(sampler, found.images),
+        chosen,
+        _decoded(sampler, tiles.flatten(0, 1)),
+        3,
+        arrays,
+        remark,
+    )
 
 
 def _decoded(sampler: Sampler, states: Tensor) -> Tensor:

@@ -11,17 +11,19 @@ import tyro
 
 from odelt_fast.commands.flows import data_images, depth_schedule
 from odelt_fast.commands.options import Device, Dtype, File, Number, Whole, load, plural
-from odelt_fast.outputs import check_target, write_whole
+from odelt_fast.files import check_target, write_whole
 
 
 @dataclass(frozen=True)
 class Command:
-    """Measure log p of images under a model, in bits per dimension: the flow is followed from data to noise with its divergence."""
+    """Measure log p of images under a model, in bits per dimension: the flow is followed from data
+    to noise with its divergence."""
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     data: Path = Path("digits")
-    """Images: a file, or what training's --data takes (digits, a folder, a Parquet file, a data set, latents)."""
+    """Images: a file, or what training's --data takes (digits, a folder, a Parquet file, a data
+    set, latents)."""
     num_images: int = 16
     """Images to measure, from the first on."""
     depth: Whole = None
@@ -45,13 +47,16 @@ class Command:
     error_norm: Literal["per_sample", "batch"] = "per_sample"
     """As in `sample`."""
     probes: int = 1
-    """Random probes of Hutchinson's estimate of the divergence, each a backward pass; more give a smaller error."""
+    """Random probes of Hutchinson's estimate of the divergence, each a backward pass; more give a
+    smaller error."""
     probe: Literal["rademacher", "gaussian"] = "rademacher"
     """Kind of probe: numbers +-1, or normal ones."""
     exact: bool = False
-    """Exact divergence, without probes: a backward pass for every number of an image, so for small images only."""
+    """Exact divergence, without probes: a backward pass for every number of an image, so for small
+    images only."""
     seed: int = 0
-    """Of probes and of the noise that dequantises pixels, from 0 to 2^64 - 1. That of image i depends on the seed and i alone."""
+    """Of probes and of the noise that dequantises pixels, from 0 to 2^64 - 1. That of image i
+    depends on the seed and i alone."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "float32"
@@ -59,7 +64,8 @@ class Command:
     batch_size: Whole = None
     """Images at a time; by the size of the model's input by default."""
     npz: File = None
-    """Arrays: log_prob (nats), error (over the probes), bits_per_dimension, labels, noise (N, H, W, C)."""
+    """Arrays: log_prob (nats), error (over the probes), bits_per_dimension, labels, noise (N, H, W,
+    C)."""
     json: bool = False
     """Print one JSON object instead of text."""
     quiet: bool = False
@@ -84,12 +90,29 @@ def run(options: Command) -> None:
     import torch
     from tqdm import tqdm
 
-    from odelt_fast.likelihood import dequantise, log_likelihood
-    from odelt_fast.sampler import Sampler
+    from odelt_fast.sampling.likelihood import dequantise, log_likelihood
+    from odelt_fast.sampling.sampler import Sampler
 
-    model = load(options.model, options.device, options.dtype, max(depth for _, depth in schedule) if schedule else options.depth)
-    names = ("depth", "steps", "solver", "rtol", "atol", "max_steps", "error_norm", "guidance_scale", "batch_size")
-    sampler = Sampler(model, **{name: getattr(options, name) for name in names}, depth_schedule=schedule)
+    model = load(
+        options.model,
+        options.device,
+        options.dtype,
+        max(depth for _, depth in schedule) if schedule else options.depth,
+    )
+    names = (
+        "depth",
+        "steps",
+        "solver",
+        "rtol",
+        "atol",
+        "max_steps",
+        "error_norm",
+        "guidance_scale",
+        "batch_size",
+    )
+    sampler = Sampler(
+        model, **{name: getattr(options, name) for name in names}, depth_schedule=schedule
+    )
     images, found, step = data_images(options.data, sampler, options.num_images)
     labels = None if options.null_label else found
     count = len(images)
@@ -97,7 +120,12 @@ def run(options: Command) -> None:
         images = dequantise(images, step, options.seed)
     hidden = True if options.quiet or options.json else None
     try:
-        with tqdm(total=None if sampler.adaptive else count * options.steps, unit="step", leave=False, disable=hidden) as bar:
+        with tqdm(
+            total=None if sampler.adaptive else count * options.steps,
+            unit="step",
+            leave=False,
+            disable=hidden,
+        ) as bar:
             measured = log_likelihood(
                 sampler,
                 images,
@@ -124,18 +152,50 @@ def run(options: Command) -> None:
     spread = float(bits.std(ddof=1) / count**0.5) if count > 1 else None
     log_prob, evaluations = float(measured.log_prob.mean()), sampler.stats["evaluations_per_image"]
     if options.json:
-        numbers = {"num_images": count, "bits_per_dimension": float(bits.mean()), "standard_error": spread, "log_prob": log_prob}
-        told = {"model": options.model, "data": str(options.data), **numbers, "levels_apart": step, "depth": about["depth"]}
+        numbers = {
+            "num_images": count,
+            "bits_per_dimension": float(bits.mean()),
+            "standard_error": spread,
+            "log_prob": log_prob,
+        }
+        told = {
+            "model": options.model,
+            "data": str(options.data),
+            **numbers,
+            "levels_apart": step,
+            "depth": about["depth"],
+        }
         settings = {name: about[name] for name in ("solver", "steps", "device", "dtype")}
-        print(json.dumps({**told, **settings, "exact": options.exact, "probes": options.probes, "evaluations_per_image": evaluations}))
+        print(
+            json.dumps(
+                {
+                    **told,
+                    **settings,
+                    "exact": options.exact,
+                    "probes": options.probes,
+                    "evaluations_per_image": evaluations,
+                }
+            )
+        )
         return
     margin = "" if spread is None else f" +- {spread:.3f} (standard error over images)"
-    print(f"{bits.mean():.4f}{margin} bits per dimension: {plural(count, 'image')} of {options.data} under {options.model}")
-    levels = "the density of numbers that are not quantised" if step is None else f"dequantised levels, {step:.4g} apart"
-    print(f"log p {log_prob:.2f} nats an image; {levels}; {'p(x)' if labels is None else 'p(x | class)'}")
+    print(
+        f"{bits.mean():.4f}{margin} bits per dimension: {plural(count, 'image')} of {options.data}"
+        f" under {options.model}"
+    )
+    levels = (
+        "the density of numbers that are not quantised"
+        if step is None
+        else f"dequantised levels, {step:.4g} apart"
+    )
+    print(
+        f"log p {log_prob:.2f} nats an image; {levels};"
+        f" {'p(x)' if labels is None else 'p(x | class)'}"
+    )
     how = "exact divergence" if options.exact else plural(options.probes, f"{options.probe} probe")
     print(
-        f"depth {about['depth']}, {about['solver']}, {how}, {evaluations:.0f} evaluations an image on {about['device']} in {about['dtype']}"
+        f"depth {about['depth']}, {about['solver']}, {how}, {evaluations:.0f} evaluations an image"
+        f" on {about['device']} in {about['dtype']}"
     )
     if options.npz is not None:
         print(options.npz)

@@ -10,8 +10,8 @@ import tyro
 if TYPE_CHECKING:
     import torch
 
-    from odelt_fast.decoder import Decoder
     from odelt_fast.model import DiT
+    from odelt_fast.sampling.decoder import Decoder
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,7 +19,8 @@ Labels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="LABEL...", help_behav
 
 
 def _optional(kind: type, metavar: str) -> Any:
-    """Parses an option that has a value or is left out; tyro's own way would offer the value None and explain both in every error."""
+    """Parses an option that has a value or is left out; tyro's own way would offer the value None
+    and explain both in every error."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -39,7 +40,7 @@ def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
     """The model (DiT) that the options ask for. ValueError for a device that is not there."""
     import torch
 
-    from odelt_fast.checkpoint import load_model
+    from odelt_fast.checkpoints.folder import load_model
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
@@ -49,22 +50,29 @@ def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
 
 
 def load_decoder(name: str | None, model: DiT) -> Decoder | None:
-    """The decoder of --decoder, on the model's device; ValueError if it takes other latents than the model makes."""
+    """The decoder of --decoder, on the model's device; ValueError if it takes other latents than
+    the model makes."""
     if name is None:
         return None
     import torch
 
-    from odelt_fast import decoder as decoders
+    from odelt_fast.sampling import decoder as decoders
 
     # float16 overflows in the usual autoencoders.
-    found = decoders.load_decoder(name, model.device, torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
+    found = decoders.load_decoder(
+        name, model.device, torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    )
     if found.latent_channels != model.config.channels:
-        raise ValueError(f"--decoder {name} takes latents of {found.latent_channels} channels, the model makes {model.config.channels}")
+        raise ValueError(
+            f"--decoder {name} takes latents of {found.latent_channels} channels, the model makes"
+            f" {model.config.channels}"
+        )
     return found
 
 
 def choose_dtype(name: Dtype, device: str) -> torch.dtype:
-    """The dtype of --dtype: auto is bfloat16 where the device computes in it (GPUs; CPUs with AVX512-BF16 or AMX), else float32."""
+    """The dtype of --dtype: auto is bfloat16 where the device computes in it (GPUs; CPUs with
+    AVX512-BF16 or AMX), else float32."""
     import torch
 
     if name != "auto":

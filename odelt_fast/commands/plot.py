@@ -10,8 +10,8 @@ import tyro
 
 from odelt_fast.commands.evaluate import Text
 from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, load
-from odelt_fast.outputs import check_target, picture_formats, save_picture, write_whole
-from odelt_fast.results import read_results
+from odelt_fast.evaluation.results import read_results
+from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Command:
     """Draw a picture of a model over its two dials, or a figure of evaluations (--results)."""
 
     kind: tyro.conf.Positional[Literal["grid", "pareto", "scaling", "ablation"]]
-    """grid: images of --model, depths (rows) by time steps (columns), same noise and labels. Of --results: pareto, quality against latency
-    with the frontier; scaling, latency and memory against l; ablation, quality against T of several evaluations, and their table."""
+    """grid: images of --model, depths (rows) by time steps (columns), same noise and labels. Of
+    --results: pareto, quality against latency with the frontier; scaling, latency and memory
+    against l; ablation, quality against T of several evaluations, and their table."""
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     out: File = None
@@ -37,7 +38,9 @@ class Command:
     guidance_scale: Number = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    results: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH...", help_behavior_hint="")] = ()
+    results: Annotated[
+        tuple[Path, ...], tyro.conf.arg(metavar="PATH...", help_behavior_hint="")
+    ] = ()
     """Folders of odelt-fast evaluate, or their results.json."""
     names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
     """What to call each of --results; their model's folder by default."""
@@ -59,13 +62,16 @@ def run(options: Command) -> None:
 def _draw_figure(options: Command, out: Path) -> None:
     check_target("--out", out, (".png", ".jpg", ".webp", ".pdf", ".svg"))
     if not options.results:
-        raise ValueError(f"plot {options.kind} draws evaluations: give --results, the folders of odelt-fast evaluate")
+        raise ValueError(
+            f"plot {options.kind} draws evaluations: give --results, the folders of odelt-fast"
+            " evaluate"
+        )
     results = [read_results(path) for path in options.results]
     names = options.names or [Path(result["settings"]["model"]).name for result in results]
     if len(names) != len(results):
         raise ValueError(f"--names: {len(names)} names for {len(results)} --results")
 
-    from odelt_fast import figures
+    from odelt_fast.evaluation import charts as figures
 
     if options.kind == "pareto":
         figure = figures.pareto(results, names, options.metric, options.paper)
@@ -81,14 +87,24 @@ def _draw_figure(options: Command, out: Path) -> None:
 def _draw_grid(options: Command, out: Path) -> None:
     check_target("--out", out, picture_formats())
 
-    from odelt_fast.evaluation import sample_depths_by_steps
-    from odelt_fast.plots import depth_steps_picture
+    from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+    from odelt_fast.sampling.pictures import depth_steps_picture
 
-    labels = [options.labels[i % len(options.labels)] for i in range(options.num_images)] if options.labels else None
+    labels = (
+        [options.labels[i % len(options.labels)] for i in range(options.num_images)]
+        if options.labels
+        else None
+    )
     model = load(options.model, options.device, options.dtype, None)
     depths = sorted(options.depths or model.config.depths, reverse=True)
     cells = sample_depths_by_steps(
-        model, depths, options.steps, options.num_images, labels=labels, seed=options.seed, guidance_scale=options.guidance_scale
+        model,
+        depths,
+        options.steps,
+        options.num_images,
+        labels=labels,
+        seed=options.seed,
+        guidance_scale=options.guidance_scale,
     )
     save_picture(out, depth_steps_picture(cells, depths, options.steps))
     print(f"{out}: depths by time steps of {options.model}")

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from odelt_fast.checks import show_memory, show_seconds
 from odelt_fast.commands.options import Device, File, Number, Text, choose_dtype, plural
-from odelt_fast.profiles import Profile, default_path
-from odelt_fast.quantities import show_memory, show_seconds
+from odelt_fast.planning.profile import Profile, default_path
 
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
@@ -19,29 +19,40 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 
 @dataclass(frozen=True)
 class Command:
-    """Measure latency and peak memory of a model on this machine, for odelt-fast plan and odelt-fast sample --max-latency.
+    """Measure latency and peak memory of a model on this machine, for odelt-fast plan and
+    odelt-fast sample --max-latency.
 
-    Run it when nothing else runs: operations take turns, warm. It goes on where it was interrupted, and adds to what it measured before.
+    Run it when nothing else runs: operations take turns, warm. It goes on where it was interrupted,
+    and adds to what it measured before.
     """
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     depths: Annotated[tuple[int, ...], Wholes] = ()
-    """Active blocks l. By default, if steps and solvers are left out too, what the model's table of quality has; else all depths."""
+    """Active blocks l. By default, if steps and solvers are left out too, what the model's table of
+    quality has; else all depths."""
     steps: Annotated[tuple[int, ...], Wholes] = ()
     """Time steps T. Default: the table's; else 1, 4 and 128."""
-    solvers: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    solvers: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+    ] = ()
     """As in odelt-fast sample. Default: the table's; else euler."""
-    tolerances: Annotated[tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_behavior_hint="")] = (1e-2,)
+    tolerances: Annotated[
+        tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_behavior_hint="")
+    ] = (1e-2,)
     """rtol and atol of solvers that choose their own steps."""
     batches: Annotated[tuple[int, ...], Wholes] = (1, 4, 16)
-    """Images at a time. A batch between two of these takes the cost of the larger one as a bound; above the largest nothing is known."""
-    dtypes: Annotated[tuple[Precision, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ("auto",)
+    """Images at a time. A batch between two of these takes the cost of the larger one as a bound;
+    above the largest nothing is known."""
+    dtypes: Annotated[
+        tuple[Precision, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+    ] = ("auto",)
     """float32, bfloat16, float16, fp8 (GPU: lossy); auto is what odelt-fast sample takes."""
     guidance_scale: Number = None
     """w of guided steps, which cost two evaluations; every w but 0 and 1 costs the same."""
     quality: Text = None
-    """Folder of odelt-fast evaluate, or its results.json, in place of the quality.json in the model's folder."""
+    """Folder of odelt-fast evaluate, or its results.json, in place of the quality.json in the
+    model's folder."""
     profile: File = None
     """Where to keep it. Default: a file of this machine and model in the cache folder."""
     seconds: float = 10.0
@@ -58,10 +69,17 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     for name in ("batches", "steps"):
-        if any(value < 1 for value in getattr(options, name)) or (name == "batches" and not options.batches):
-            raise ValueError(f"--{name} must be at least 1, not {' '.join(map(str, getattr(options, name))) or 'nothing'}")
+        if any(value < 1 for value in getattr(options, name)) or (
+            name == "batches" and not options.batches
+        ):
+            raise ValueError(
+                f"--{name} must be at least 1, not"
+                f" {' '.join(map(str, getattr(options, name))) or 'nothing'}"
+            )
     if not all(0 < tolerance < 1e3 for tolerance in options.tolerances):
-        raise ValueError(f"--tolerances must be above 0, not {' '.join(map(str, options.tolerances))}")
+        raise ValueError(
+            f"--tolerances must be above 0, not {' '.join(map(str, options.tolerances))}"
+        )
     if not options.dtypes:
         raise ValueError("--dtypes must have at least one value")
     if not 0 <= options.seconds < 1e6:
@@ -69,10 +87,10 @@ def run(options: Command) -> None:
 
     import torch
 
-    from odelt_fast.checkpoint import read_config
+    from odelt_fast.checkpoints.folder import read_config
     from odelt_fast.commands.budgets import device_of
-    from odelt_fast.evidence import find_quality, this_machine
-    from odelt_fast.profiling import Grid, Profiler, operations_of
+    from odelt_fast.planning.evidence import find_quality, this_machine
+    from odelt_fast.planning.profiler import Grid, Profiler, operations_of
 
     device = device_of(options.device)
     config, machine = read_config(options.model), this_machine(device)
@@ -85,11 +103,16 @@ def run(options: Command) -> None:
         quality = find_quality(options.model, config, profiler.weights, options.quality)
         operations = tuple(quality.operations(options.guidance_scale)) if quality else ()
     depths = [config.check_depth(depth) for depth in options.depths or config.depths]
-    operations = operations or operations_of(depths, options.solvers or ("euler",), options.steps or (1, 4, 128), options.tolerances)
-    precisions = dict.fromkeys(
-        str(choose_dtype("auto", device.type)).removeprefix("torch.") if name == "auto" else name for name in options.dtypes
+    operations = operations or operations_of(
+        depths, options.solvers or ("euler",), options.steps or (1, 4, 128), options.tolerances
     )
-    grid = Grid(operations, tuple(dict.fromkeys(options.batches)), tuple(precisions), options.guidance_scale)
+    precisions = dict.fromkeys(
+        str(choose_dtype("auto", device.type)).removeprefix("torch.") if name == "auto" else name
+        for name in options.dtypes
+    )
+    grid = Grid(
+        operations, tuple(dict.fromkeys(options.batches)), tuple(precisions), options.guidance_scale
+    )
     say = None if options.quiet or options.json else lambda line: print(line, file=sys.stderr)
     try:
         found = profiler.run(grid, say or (lambda line: None))
@@ -99,14 +122,23 @@ def run(options: Command) -> None:
         print(json.dumps({"path": str(path), **asdict(found)}))
         return
     print(table(found))
-    print(f"{path}: {plural(len(found.measurements), 'measurement')} of {options.model} on {found.machine.device}")
+    print(
+        f"{path}: {plural(len(found.measurements), 'measurement')} of {options.model} on"
+        f" {found.machine.device}"
+    )
 
 
 def table(profile: Profile) -> str:
     """The measurements, one row each."""
-    lines = ["| batch | operation | precision | latency (10 % to 90 %) | peak memory |", "|---|---|---|---|---|"]
+    lines = [
+        "| batch | operation | precision | latency (10 % to 90 %) | peak memory |",
+        "|---|---|---|---|---|",
+    ]
     for m in sorted(profile.measurements, key=lambda m: (m.precision, m.batch, m.latency)):
         guided = "" if m.guidance_scale is None else f", w = {m.guidance_scale:g}"
         spread = f"{show_seconds(m.latency)} ({show_seconds(m.low)} to {show_seconds(m.high)})"
-        lines.append(f"| {m.batch} | {m.operation}{guided} | {m.precision} | {spread} | {show_memory(m.peak_memory)} |")
+        lines.append(
+            f"| {m.batch} | {m.operation}{guided} | {m.precision} | {spread} |"
+            f" {show_memory(m.peak_memory)} |"
+        )
     return "\n".join(lines)

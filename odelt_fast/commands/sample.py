@@ -12,12 +12,23 @@ import tyro
 
 from odelt_fast.commands.budgets import as_options, choice_json, choose_for
 from odelt_fast.commands.flows import check_options, depth_schedule, plan
-from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole, load, load_decoder, plural
-from odelt_fast.outputs import check_target, picture_formats, save_picture, try_out, write_whole
+from odelt_fast.commands.options import (
+    Device,
+    Dtype,
+    File,
+    Labels,
+    Number,
+    Text,
+    Whole,
+    load,
+    load_decoder,
+    plural,
+)
+from odelt_fast.files import check_target, picture_formats, save_picture, try_out, write_whole
 
 if TYPE_CHECKING:
-    from odelt_fast.planner import Choice
-    from odelt_fast.sampler import Sampler
+    from odelt_fast.planning.planner import Choice
+    from odelt_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -29,29 +40,35 @@ class Command:
     depth: Whole = None
     """Active blocks l, one of the model's depths; all by default."""
     steps: Whole = None
-    """Time steps T; 4 by default. Shortcut models make good images with few (1, 4); plain flow models want 128."""
+    """Time steps T; 4 by default. Shortcut models make good images with few (1, 4); plain flow
+    models want 128."""
     max_latency: Text = None
-    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the best within it by the measurements of
-    odelt-fast profile and evaluate. For a warm call; starting, decoding and writing files come on top."""
+    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the
+    best within it by the measurements of odelt-fast profile and evaluate. For a warm call;
+    starting, decoding and writing files come on top."""
     max_memory: Text = None
     """Budget for weights, inputs and activations, such as 2GB (KB, MB, GB, or MiB, GiB)."""
     profile: File = None
     """Of a budget: file of odelt-fast profile; by default that of this machine and model."""
     quality: Text = None
-    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json in the model's folder."""
+    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json
+    in the model's folder."""
     metric: Text = None
     """Of a budget: what counts as quality, as the table names it; its first metric by default."""
     num_images: int = 16
     """Images to draw. The noise of image i depends on the seed and i alone."""
     labels: Labels = ()
-    """Classes, repeated in turn if fewer than images; the number of classes is the null label. Drawn from the seed by default."""
+    """Classes, repeated in turn if fewer than images; the number of classes is the null label.
+    Drawn from the seed by default."""
     seed: int = 0
     """From 0 to 2^64 - 1."""
     guidance_scale: Number = None
-    """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them, other values cost twice as much."""
+    """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them,
+    other values cost twice as much."""
     solver: Text = None
-    """With --steps equal steps: euler (the default), midpoint, heun2, ralston, kutta3, rk4, rk38, or fixed:NAME. Choosing their own steps:
-    dopri5, tsit5, bosh3, dop853, adaptive_heun. torchdiffeq:NAME is torchdiffeq's."""
+    """With --steps equal steps: euler (the default), midpoint, heun2, ralston, kutta3, rk4, rk38,
+    or fixed:NAME. Choosing their own steps: dopri5, tsit5, bosh3, dop853, adaptive_heun.
+    torchdiffeq:NAME is torchdiffeq's."""
     rtol: float = 1e-2
     """Relative error that an adaptive solver allows itself in a step."""
     atol: float = 1e-2
@@ -61,21 +78,27 @@ class Command:
     error_norm: Literal["per_sample", "batch"] = "per_sample"
     """Whether an adaptive solver chooses steps for each image, or the same for a whole batch."""
     depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
-    """Depths that change with time, in place of --depth: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and 12 from there on. Adaptive solvers need
-    --error-norm batch for it."""
+    """Depths that change with time, in place of --depth: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
+    12 from there on. Adaptive solvers need --error-norm batch for it."""
     time_shift: float = 1.0
     """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
-    trajectory: Annotated[tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")] = ()
-    """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz holds them as `trajectory`."""
+    trajectory: Annotated[
+        tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")
+    ] = ()
+    """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz
+    holds them as `trajectory`."""
     invert: Annotated[File, tyro.conf.arg(metavar="IMAGES")] = None
-    """Carry images (a file, or what training's --data takes) to noise and back instead of drawing: originals, noise, reconstructions."""
-    interpolate: Annotated[tuple[int, int] | None, tyro.conf.arg(metavar="SEED_A SEED_B", help_behavior_hint="")] = None
+    """Carry images (a file, or what training's --data takes) to noise and back instead of drawing:
+    originals, noise, reconstructions."""
+    interpolate: Annotated[
+        tuple[int, int] | None, tyro.conf.arg(metavar="SEED_A SEED_B", help_behavior_hint="")
+    ] = None
     """Draw a row of images on the way from the noise of one seed to that of another."""
     frames: int = 8
     """Images of --interpolate, both ends included."""
     decoder: Text = None
-    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as stabilityai/sd-vae-ft-mse, or madebyollin/taesd for
-    fast previews."""
+    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as
+    stabilityai/sd-vae-ft-mse, or madebyollin/taesd for fast previews."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -83,9 +106,11 @@ class Command:
     batch_size: Whole = None
     """Images at a time; by the size of the model's input by default. Changes no picture."""
     out: File = None
-    """Picture of all images in a grid (.png, .jpg, ...). Default: samples.png, or none if --npz is given."""
+    """Picture of all images in a grid (.png, .jpg, ...). Default: samples.png, or none if --npz is
+    given."""
     npz: File = None
-    """Arrays for evaluators: arr_0 images (N, H, W, C) uint8 (latents: float32, as they are), arr_1 labels."""
+    """Arrays for evaluators: arr_0 images (N, H, W, C) uint8 (latents: float32, as they are), arr_1
+    labels."""
     json: bool = False
     """Print one JSON object instead of text."""
     quiet: bool = False
@@ -101,7 +126,10 @@ def run(options: Command) -> None:
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
     if len(options.labels) > options.num_images:
-        raise ValueError(f"--labels: {len(options.labels)} labels for {options.num_images} images: raise --num-images")
+        raise ValueError(
+            f"--labels: {len(options.labels)} labels for {options.num_images} images: raise"
+            " --num-images"
+        )
     check_options(options)
     schedule = depth_schedule(options.depth_schedule)
     if schedule and options.depth is not None:
@@ -120,10 +148,15 @@ def run(options: Command) -> None:
     import torch
     from tqdm import tqdm
 
-    from odelt_fast.plots import image_grid, to_uint8
-    from odelt_fast.sampler import Sampler, drawn_labels
+    from odelt_fast.sampling.pictures import image_grid, to_uint8
+    from odelt_fast.sampling.sampler import Sampler, drawn_labels
 
-    model = load(options.model, options.device, options.dtype, max(depth for _, depth in schedule) if schedule else options.depth)
+    model = load(
+        options.model,
+        options.device,
+        options.dtype,
+        max(depth for _, depth in schedule) if schedule else options.depth,
+    )
     decoder = load_decoder(options.decoder, model)
     sampler = Sampler(
         model,
@@ -141,26 +174,41 @@ def run(options: Command) -> None:
         decoder=decoder,
     )
     config = model.config
-    channels, side = (decoder.channels, config.image_size * decoder.factor) if decoder else (config.channels, config.image_size)
-    labels: np.ndarray | None = np.resize(options.labels, options.num_images) if options.labels else None
+    channels, side = (
+        (decoder.channels, config.image_size * decoder.factor)
+        if decoder
+        else (config.channels, config.image_size)
+    )
+    labels: np.ndarray | None = (
+        np.resize(options.labels, options.num_images) if options.labels else None
+    )
     planned = plan(options, sampler, labels)
     if picture is not None:
         blank = np.broadcast_to(np.uint8(0), (planned.tiles, side, side, channels))
         try_out("--out", picture, image_grid(blank, planned.columns))
     hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
     try:
-        with tqdm(total=None if sampler.adaptive else planned.steps, unit="step", leave=False, disable=hidden) as bar:
+        with tqdm(
+            total=None if sampler.adaptive else planned.steps,
+            unit="step",
+            leave=False,
+            disable=hidden,
+        ) as bar:
             drawing = planned.draw(bar.update)
     except torch.OutOfMemoryError as error:
         raise MemoryError from error
     written = []
     if options.npz is not None:
         images = drawing.images
-        arrays = to_uint8(images) if channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
+        arrays = (
+            to_uint8(images) if channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
+        )
         labels = drawing.labels
         if labels is None:
             labels = drawn_labels(options.seed, range(len(images)), config.num_classes)
-        write_whole(options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels, **drawing.arrays))
+        write_whole(
+            options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels, **drawing.arrays)
+        )
         written.append(options.npz)
     if picture is not None:
         save_picture(picture, image_grid(to_uint8(drawing.tiles), drawing.columns))
@@ -170,24 +218,49 @@ def run(options: Command) -> None:
         print(drawing.remark)
 
 
-def report(options: Command, sampler: Sampler, blocks: int, written: Sequence[Path], chosen: Choice | None) -> None:
+def report(
+    options: Command, sampler: Sampler, blocks: int, written: Sequence[Path], chosen: Choice | None
+) -> None:
     """Prints what was drawn, where it is, and what it cost (without loading the model)."""
     about, count = sampler.explain(), sampler.stats["images"]
     evaluations, seconds = sampler.stats["evaluations_per_image"], sampler.stats["seconds"] / count
     if options.json:
-        numbers = {"num_images": count, "evaluations": sampler.stats["evaluations"], "seconds_per_image": seconds}
+        numbers = {
+            "num_images": count,
+            "evaluations": sampler.stats["evaluations"],
+            "seconds_per_image": seconds,
+        }
         if chosen:
             about["choice"] = choice_json(chosen)
-        print(json.dumps({"files": list(map(str, written)), "model": options.model, "seed": options.seed, **numbers, **about}))
+        print(
+            json.dumps(
+                {
+                    "files": list(map(str, written)),
+                    "model": options.model,
+                    "seed": options.seed,
+                    **numbers,
+                    **about,
+                }
+            )
+        )
         return
     print(f"{' and '.join(map(str, written))}: {plural(count, 'image')} of {options.model}")
     if chosen:
         print(chosen.why)
     used = f"{about['live_blocks']} of {plural(blocks, 'block')}"
     if sampler.adaptive:
-        taken = [a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)]
-        steps = f"{min(taken)} to {max(taken)} steps" if min(taken) < max(taken) else plural(taken[0], "step")
+        taken = [
+            a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)
+        ]
+        steps = (
+            f"{min(taken)} to {max(taken)} steps"
+            if min(taken) < max(taken)
+            else plural(taken[0], "step")
+        )
     else:
         steps = plural(sampler.steps, "step")
     print(f"depth {about['depth']} ({used}), {steps} of {about['solver']}")
-    print(f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on {about['device']} in {about['dtype']}")
+    print(
+        f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on"
+        f" {about['device']} in {about['dtype']}"
+    )

@@ -12,17 +12,19 @@ from odelt_fast.commands.options import Device, Dtype, File, Text, Whole, load, 
 
 if TYPE_CHECKING:
     from odelt_fast.model import DiT
-    from odelt_fast.service import Plan
+    from odelt_fast.serving.service import Plan
 
 
 @dataclass(frozen=True)
 class Command:
-    """Answer requests for images over HTTP, several requests in one batch: POST /generate, GET / says what may be asked."""
+    """Answer requests for images over HTTP, several requests in one batch: POST /generate, GET /
+    says what may be asked."""
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
     host: str = "127.0.0.1"
-    """Address to listen on. The default is reached from this machine alone; there is no authentication."""
+    """Address to listen on. The default is reached from this machine alone; there is no
+    authentication."""
     port: int = 8000
     """0: a free one, which is printed."""
     decoder: Text = None
@@ -30,13 +32,16 @@ class Command:
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
-    """auto: bfloat16 on a GPU, float32 on a CPU, where images are within one level of 255 of those that `odelt-fast sample` draws."""
+    """auto: bfloat16 on a GPU, float32 on a CPU, where images are within one level of 255 of those
+    that `odelt-fast sample` draws."""
     depth: Whole = None
     """Load no more than these active blocks."""
     profile: File = None
-    """Of deadlines: file of odelt-fast profile, from which they get depth and steps; by default that of this machine and model."""
+    """Of deadlines: file of odelt-fast profile, from which they get depth and steps; by default
+    that of this machine and model."""
     quality: Text = None
-    """Of deadlines: folder of odelt-fast evaluate, or its results.json, in place of the quality.json in the model's folder."""
+    """Of deadlines: folder of odelt-fast evaluate, or its results.json, in place of the
+    quality.json in the model's folder."""
     max_batch: Whole = None
     """Images that are drawn at a time, at most: 32 on a CPU, 128 on a GPU by default."""
     max_images: int = 64
@@ -44,7 +49,8 @@ class Command:
     max_steps: int = 128
     """Time steps of a request, at most."""
     max_evaluations: int = 8192
-    """Network evaluations of a request, at most: images x steps x stages of the solver, twice with guidance."""
+    """Network evaluations of a request, at most: images x steps x stages of the solver, twice with
+    guidance."""
     max_queue: int = 1024
     """Images that wait, at most: then requests get 429."""
     max_client: int = 1024
@@ -63,17 +69,26 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     for name in ("shutdown", "max_connections"):
         if getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}"
+            )
     try:
-        from odelt_fast import server
-        from odelt_fast.http_limits import HttpLimits, listen
-        from odelt_fast.service import Limits, Service
+        from odelt_fast.serving import server
+        from odelt_fast.serving.http_limits import HttpLimits, listen
+        from odelt_fast.serving.service import Limits, Service
     except ImportError as missing:
         raise ValueError(str(missing)) from None
-    limits = Limits(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)})
+    limits = Limits(
+        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)}
+    )
     with listen(options.host, options.port) as listener:
         on_cpu = device_of(options.device).type == "cpu"
-        model = load(options.model, options.device, "float32" if options.dtype == "auto" and on_cpu else options.dtype, options.depth)
+        model = load(
+            options.model,
+            options.device,
+            "float32" if options.dtype == "auto" and on_cpu else options.dtype,
+            options.depth,
+        )
 
         def say(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
@@ -81,7 +96,13 @@ def run(options: Command) -> None:
         plan = find_plan(options, model)
         if isinstance(plan, str):
             say(f"deadlines choose no depth and steps: {plan}")
-        service = Service(model, limits, name=options.model, decoder=load_decoder(options.decoder, model), plan=plan)
+        service = Service(
+            model,
+            limits,
+            name=options.model,
+            decoder=load_decoder(options.decoder, model),
+            plan=plan,
+        )
         service.warm_up()
         host, port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -89,20 +110,31 @@ def run(options: Command) -> None:
         def started() -> None:
             print(f"{options.model} on {model.device}: {url} (Ctrl-C stops it)", flush=True)
 
-        http = HttpLimits(max_connections=options.max_connections, shutdown_seconds=options.shutdown)
-        server.run(service, listener, limits=http, log=say if options.log else None, on_start=started)
+        http = HttpLimits(
+            max_connections=options.max_connections, shutdown_seconds=options.shutdown
+        )
+        server.run(
+            service, listener, limits=http, log=say if options.log else None, on_start=started
+        )
     print("stopped", flush=True)
 
 
 def find_plan(options: Command, model: DiT) -> Plan | str:
-    """What turns deadlines into depth and steps, or why nothing does. ValueError for files that were asked for and cannot be used."""
-    from odelt_fast.evidence import deadline_planner
+    """What turns deadlines into depth and steps, or why nothing does. ValueError for files that
+    were asked for and cannot be used."""
+    from odelt_fast.planning.evidence import deadline_planner
 
     precision = str(model.dtype).removeprefix("torch.")
     try:
         if model.max_depth < model.config.depth:
             raise ValueError("profiles may choose blocks that --depth leaves out")
-        plan = deadline_planner(options.model, model.device, precision=precision, profile=options.profile, quality=options.quality)
+        plan = deadline_planner(
+            options.model,
+            model.device,
+            precision=precision,
+            profile=options.profile,
+            quality=options.quality,
+        )
         plan(1, None, 1e6)  # a profile of another precision is found out here
         return plan
     except ValueError as error:

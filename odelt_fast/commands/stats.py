@@ -8,12 +8,13 @@ from typing import Literal
 
 from odelt_fast.commands.evaluate import Text
 from odelt_fast.commands.options import Device, Whole, plural
-from odelt_fast.outputs import check_target, write_whole
+from odelt_fast.files import check_target, write_whole
 
 
 @dataclass(frozen=True)
 class Command:
-    """Write mean and covariance of the features of real images (.npz with mu and sigma), for odelt-fast evaluate --stats and others."""
+    """Write mean and covariance of the features of real images (.npz with mu and sigma), for
+    odelt-fast evaluate --stats and others."""
 
     data: str = "digits"
     """Real images, as for training: digits, a folder, a Parquet file, a data set's id."""
@@ -21,11 +22,14 @@ class Command:
     split: str = "train"
     """Part of --data."""
     image_size: Whole = None
-    """Side that images are brought to before the feature network sees them: that of the model's. Their own by default."""
+    """Side that images are brought to before the feature network sees them: that of the model's.
+    Their own by default."""
     features: str = "inception"
-    """Feature network: inception, a file, or the bundled digits, mnist, cifar10, whose distances are no FID."""
+    """Feature network: inception, a file, or the bundled digits, mnist, cifar10, whose distances
+    are no FID."""
     inception_weights: Text = None
-    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors); looked for in torch's cache by default."""
+    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors);
+    looked for in torch's cache by default."""
     trust_features: bool = False
     """Let --features be a TorchScript file: a program that may read and write files."""
     protocol: Literal["reference", "adm"] = "reference"
@@ -47,18 +51,30 @@ def run(options: Command) -> None:
 
     from tqdm import tqdm
 
-    from odelt_fast.comparison import statistics_of
-    from odelt_fast.features import load_features
+    from odelt_fast.evaluation.comparison import statistics_of
+    from odelt_fast.evaluation.features import load_features
+    from odelt_fast.evaluation.measuring import Processes
+    from odelt_fast.evaluation.metrics import write_statistics
     from odelt_fast.images import open_source
-    from odelt_fast.measuring import Processes
-    from odelt_fast.metrics import write_statistics
 
     device = Processes.of_this_run(options.device).device
-    network = load_features(options.features, device, inception_weights=options.inception_weights, trust=options.trust_features)
+    network = load_features(
+        options.features,
+        device,
+        inception_weights=options.inception_weights,
+        trust=options.trust_features,
+    )
     channels = 1 if network.channels == 1 else None
-    source = open_source(options.data, image_size=options.image_size or network.image_size, channels=channels, split=options.split)
+    source = open_source(
+        options.data,
+        image_size=options.image_size or network.image_size,
+        channels=channels,
+        split=options.split,
+    )
     network.check_images(source.channels, source.image_size)
-    with tqdm(total=len(source), unit="image", leave=False, disable=True if options.quiet else None) as bar:
+    with tqdm(
+        total=len(source), unit="image", leave=False, disable=True if options.quiet else None
+    ) as bar:
         statistics = statistics_of(
             source,
             network,
@@ -69,4 +85,7 @@ def run(options: Command) -> None:
             advance=bar.update,
         )
     write_whole(options.out, lambda file: write_statistics(file, statistics))
-    print(f"{options.out}: mean and covariance of {network.dimensions} {network.name} of {plural(len(source), 'image')} of {options.data}")
+    print(
+        f"{options.out}: mean and covariance of {network.dimensions} {network.name} of"
+        f" {plural(len(source), 'image')} of {options.data}"
+    )

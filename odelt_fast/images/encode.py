@@ -1,4 +1,5 @@
-"""Images to shards of VAE posterior moments, in the layout that `latents` reads. A killed run continues at its last shard."""
+"""Images to shards of VAE posterior moments, in the layout that `latents` reads. A killed run
+continues at its last shard."""
 
 from __future__ import annotations
 
@@ -12,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from odelt_fast.images.latents import FORMAT, MANIFEST_NAME, SCALE, SETTINGS_NAME, labels_name, map_array, moments_name, read_json
+from odelt_fast.images.latents import (
+    FORMAT,
+    MANIFEST_NAME,
+    SCALE,
+    SETTINGS_NAME,
+    labels_name,
+    map_array,
+    moments_name,
+    read_json,
+)
 from odelt_fast.images.pixels import locked, one_line, write_atomically
 from odelt_fast.images.sources import ImageSource
 
@@ -24,12 +34,15 @@ Encoder = Callable[["Tensor"], tuple["Tensor", "Tensor"]]
 
 
 class LatentWriter:
-    """Appends moments to shards of `shard_length` samples; `completed` samples are there already, from a run with the same settings.
+    """Appends moments to shards of `shard_length` samples; `completed` samples are there already,
+    from a run with the same settings.
 
-    A shard appears under its name complete or not at all, its labels before it; manifest.json, which makes the folder readable, comes last.
-    facts: what else must be equal for a run to continue (the encoder, the labels), kept in the manifest. One writer at a time.
+    A shard appears under its name complete or not at all, its labels before it; manifest.json,
+    which makes the folder readable, comes last. facts: what else must be equal for a run to
+    continue (the encoder, the labels), kept in the manifest. One writer at a time.
 
-    ValueError if the folder holds latents of other settings, or for moments that cannot be stored; OSError if a file cannot be written.
+    ValueError if the folder holds latents of other settings, or for moments that cannot be stored;
+    OSError if a file cannot be written.
     """
 
     def __init__(
@@ -46,10 +59,25 @@ class LatentWriter:
     ) -> None:
         if shard_length < 1:
             raise ValueError(f"shard_length must be at least 1, not {shard_length}")
-        self.folder, self.shard_length, self.class_names = Path(folder), shard_length, tuple(class_names)
+        self.folder, self.shard_length, self.class_names = (
+            Path(folder),
+            shard_length,
+            tuple(class_names),
+        )
         self._shape = (copies, 2, channels, size, size)
-        own = {"format": FORMAT, "version": 1, "channels": channels, "size": size, "copies": copies, "scale": scale}
-        settings = own | {"class_names": list(class_names), "shard_length": shard_length, "facts": dict(facts or {})}
+        own = {
+            "format": FORMAT,
+            "version": 1,
+            "channels": channels,
+            "size": size,
+            "copies": copies,
+            "scale": scale,
+        }
+        settings = own | {
+            "class_names": list(class_names),
+            "shard_length": shard_length,
+            "facts": dict(facts or {}),
+        }
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.finished = (self.folder / MANIFEST_NAME).is_file()
         started = self.folder / (MANIFEST_NAME if self.finished else SETTINGS_NAME)
@@ -64,8 +92,14 @@ class LatentWriter:
         found = read_json(started)
         for name, value in self._settings.items():
             if found.get(name) != value:
-                text = f"its {name} is {one_line(json.dumps(found.get(name)))}, here it is {one_line(json.dumps(value))}"
-                raise ValueError(f"{self.folder} holds other latents ({text}): choose another folder or remove it")
+                text = (
+                    f"its {name} is {one_line(json.dumps(found.get(name)))}, here it is"
+                    f" {one_line(json.dumps(value))}"
+                )
+                raise ValueError(
+                    f"{self.folder} holds other latents ({text}): choose another folder or"
+                    " remove it"
+                )
         if self.finished:
             self._lengths = [shard["length"] for shard in found["shards"]]
             return
@@ -88,17 +122,31 @@ class LatentWriter:
         return sum(len(labels) for _, labels in self._pending)
 
     def append(self, moments: np.ndarray, labels: np.ndarray) -> None:
-        """Adds samples: moments (n, copies, 2, C, S, S), mean and standard deviation, stored as float16; labels (n,) integer."""
+        """Adds samples: moments (n, copies, 2, C, S, S), mean and standard deviation, stored as
+        float16; labels (n,) integer."""
         if moments.shape != (len(labels), *self._shape):
-            raise ValueError(f"moments of shape {moments.shape} for {len(labels)} labels; {('n', *self._shape)} is needed")
+            raise ValueError(
+                f"moments of shape {moments.shape} for {len(labels)} labels; {('n', *self._shape)}"
+                " is needed"
+            )
         labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu" or ((labels < 0) | (labels >= len(self.class_names))).any():
+        if (
+            labels.dtype.kind not in "iu"
+            or ((labels < 0) | (labels >= len(self.class_names))).any()
+        ):
             raise ValueError(f"labels must be whole numbers from 0 to {len(self.class_names) - 1}")
         with np.errstate(over="ignore"):
             stored = moments.astype(np.float16)
         if not np.isfinite(stored).all():
-            row = self.completed + self._waiting + int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(1))[0])
-            raise ValueError(f"the encoder made values for image {row} that float16 cannot hold: run it in float32 or bfloat16")
+            row = (
+                self.completed
+                + self._waiting
+                + int(np.flatnonzero(~np.isfinite(stored).reshape(len(stored), -1).all(1))[0])
+            )
+            raise ValueError(
+                f"the encoder made values for image {row} that float16 cannot hold: run it in"
+                " float32 or bfloat16"
+            )
         self._pending.append((stored, labels.astype(np.int64)))
         while self._waiting >= self.shard_length:
             self._write_shard(self.shard_length)
@@ -111,7 +159,10 @@ class LatentWriter:
             self._write_shard(self._waiting)
         if not self._lengths:
             raise ValueError("no latents were written")
-        shards = [{"moments": moments_name(i), "labels": labels_name(i), "length": n} for i, n in enumerate(self._lengths)]
+        shards = [
+            {"moments": moments_name(i), "labels": labels_name(i), "length": n}
+            for i, n in enumerate(self._lengths)
+        ]
         manifest = self._settings | {"count": self.completed, "shards": shards}
         write_atomically(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
         (self.folder / SETTINGS_NAME).unlink(missing_ok=True)
@@ -151,12 +202,15 @@ def encode_images(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Path:
-    """Encodes every image of a source, and its mirror image if the source may be flipped, into `folder`; returns the folder.
+    """Encodes every image of a source, and its mirror image if the source may be flipped, into
+    `folder`; returns the folder.
 
-    encoder: images (B, C, H, W) float32 in [-1, 1] on `device` -> mean and standard deviation (B, c, s, s) of the posterior. Run again
-    after a kill, it continues at the last complete shard; on a finished folder it does nothing.
+    encoder: images (B, C, H, W) float32 in [-1, 1] on `device` -> mean and standard deviation (B,
+    c, s, s) of the posterior. Run again after a kill, it continues at the last complete shard; on a
+    finished folder it does nothing.
 
-    ValueError for a folder with other latents, an encoder that gives something else, or files that cannot be written.
+    ValueError for a folder with other latents, an encoder that gives something else, or files that
+    cannot be written.
     """
     from tqdm import tqdm
 
@@ -176,10 +230,20 @@ def encode_images(
     with bar, locked(folder / ".lock"), ThreadPoolExecutor(1) as reader:
         try:
             writer = LatentWriter(
-                folder, channels, size, source.class_names, copies=copies, scale=scale, shard_length=shard_length, facts=facts
+                folder,
+                channels,
+                size,
+                source.class_names,
+                copies=copies,
+                scale=scale,
+                shard_length=shard_length,
+                facts=facts,
             )
             bar.update(writer.completed)
-            batches = [np.arange(at, min(at + batch_size, count)) for at in range(writer.completed, count, batch_size)]
+            batches = [
+                np.arange(at, min(at + batch_size, count))
+                for at in range(writer.completed, count, batch_size)
+            ]
             upcoming = reader.submit(source.read_many, batches[0]) if batches else None
             for following in [*batches[1:], None]:
                 if upcoming is None:
@@ -190,11 +254,16 @@ def encode_images(
                 bar.update(len(labels))
             writer.finish()
         except OSError as error:
-            raise ValueError(f"the latents cannot be written to {folder}: {one_line(error)}; run again to continue") from None
+            raise ValueError(
+                f"the latents cannot be written to {folder}: {one_line(error)}; run again to"
+                " continue"
+            ) from None
     return folder
 
 
-def _encode(images: np.ndarray, encoder: Encoder, device: str | torch.device, copies: int) -> np.ndarray:
+def _encode(
+    images: np.ndarray, encoder: Encoder, device: str | torch.device, copies: int
+) -> np.ndarray:
     """Moments (B, copies, 2, c, s, s) float32 of images (B, C, H, W)."""
     import torch
 
@@ -203,15 +272,24 @@ def _encode(images: np.ndarray, encoder: Encoder, device: str | torch.device, co
         moments = []
         for view in (batch, batch.flip(-1))[:copies]:
             mean, std = encoder(view)
-            if mean.shape != std.shape or mean.dim() != 4 or len(mean) != len(view) or mean.shape[2] != mean.shape[3]:
+            if (
+                mean.shape != std.shape
+                or mean.dim() != 4
+                or len(mean) != len(view)
+                or mean.shape[2] != mean.shape[3]
+            ):
                 shapes = f"{tuple(mean.shape)} and {tuple(std.shape)}"
-                raise ValueError(f"the encoder must give mean and standard deviation ({len(view)}, c, s, s), not {shapes}")
+                raise ValueError(
+                    f"the encoder must give mean and standard deviation ({len(view)}, c, s, s), not"
+                    f" {shapes}"
+                )
             moments.append(torch.stack([mean, std], dim=1).float())
         return torch.stack(moments, dim=1).cpu().numpy()
 
 
 class VaeEncoder:
-    """The encoder of a diffusers AutoencoderKL: images (B, 3, H, W) in [-1, 1] -> mean, standard deviation (B, c, H/8, W/8) float32."""
+    """The encoder of a diffusers AutoencoderKL: images (B, 3, H, W) in [-1, 1] -> mean, standard
+    deviation (B, c, H/8, W/8) float32."""
 
     def __init__(self, vae: Any, name: str) -> None:
         self.vae, self.name = vae, name
@@ -219,28 +297,38 @@ class VaeEncoder:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[1] != 3:
-            raise ValueError(f"the VAE {self.name} encodes 3 channels, the images have {images.shape[1]}: open them with 3 channels")
+            raise ValueError(
+                f"the VAE {self.name} encodes 3 channels, the images have {images.shape[1]}: open"
+                " them with 3 channels"
+            )
         posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
 
 
 def vae_encoder(
-    name: str = "stabilityai/sd-vae-ft-mse", device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    name: str = "stabilityai/sd-vae-ft-mse",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> VaeEncoder:
-    """Loads the encoder of an AutoencoderKL from a Hub id or a folder, safetensors only; `scale` of the result is the scale of its latents.
+    """Loads the encoder of an AutoencoderKL from a Hub id or a folder, safetensors only; `scale` of
+    the result is the scale of its latents.
 
     dtype None: float32. ValueError in one line where diffusers is missing or cannot load it.
     """
     try:
         import diffusers
     except ImportError:
-        raise ValueError("encoding with a VAE needs diffusers: pip install odelt-fast[diffusers]") from None
+        raise ValueError(
+            "encoding with a VAE needs diffusers: pip install odelt-fast[diffusers]"
+        ) from None
     try:
         autoencoder: Any = diffusers.AutoencoderKL
         vae = autoencoder.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True)
     except Exception as error:  # its errors come from many packages
         raise ValueError(f"the VAE {str(name)!r} cannot be loaded: {one_line(error)}") from None
     if getattr(vae.config, "shift_factor", None):
-        raise ValueError(f"the VAE {str(name)!r} shifts its latents (shift_factor), which is not supported")
+        raise ValueError(
+            f"the VAE {str(name)!r} shifts its latents (shift_factor), which is not supported"
+        )
     vae.decoder = None
     return VaeEncoder(vae.eval().requires_grad_(False).to(device), str(name))

@@ -31,22 +31,33 @@ class FileStore:
         digest = hashlib.sha256(str(self.folder.resolve()).encode())
         for path in self.paths:
             facts = os.stat(os.path.join(self.folder, path))
-            digest.update(f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode(errors="surrogateescape"))
+            digest.update(
+                f"{path}\0{facts.st_size} {facts.st_mtime_ns}\0".encode(errors="surrogateescape")
+            )
         return digest.hexdigest()
 
 
 def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Image files, labels (N,) int64 and class names of a folder of class folders, or of one folder of images (one class).
+    """Image files, labels (N,) int64 and class names of a folder of class folders, or of one folder
+    of images (one class).
 
-    Labels are the positions of the class folders in sorted order; images may lie in folders below them; hidden files are no images.
-    ValueError for a class folder without images, for images beside class folders, and for a split that the folder does not have.
+    Labels are the positions of the class folders in sorted order; images may lie in folders below
+    them; hidden files are no images. ValueError for a class folder without images, for images
+    beside class folders, and for a split that the folder does not have.
     """
     folder = _split_folder(folder, split)
-    entries = sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    entries = sorted(
+        (entry for entry in os.scandir(folder) if not entry.name.startswith(".")),
+        key=lambda entry: entry.name,
+    )
     classes = [entry.name for entry in entries if entry.is_dir()]
-    loose = [entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)]
+    loose = [
+        entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)
+    ]
     if loose and classes:
-        raise ValueError(f"{folder} has images outside its class folders, such as {loose[0]}: move them into one")
+        raise ValueError(
+            f"{folder} has images outside its class folders, such as {loose[0]}: move them into one"
+        )
     if loose:
         return FileStore(folder, loose), np.zeros(len(loose), np.int64), (folder.resolve().name,)
     paths: list[str] = []
@@ -54,27 +65,42 @@ def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str,
     for label, name in enumerate(classes):
         found = _images_below(folder, name)
         if not found:
-            raise ValueError(f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)})")
+            raise ValueError(
+                f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)})"
+            )
         paths += found
         labels += [label] * len(found)
     if not paths:
-        raise ValueError(f"{folder} has no images: a folder for each class is needed, with {', '.join(SUFFIXES)} files in it")
+        raise ValueError(
+            f"{folder} has no images: a folder for each class is needed, with {', '.join(SUFFIXES)}"
+            " files in it"
+        )
     return FileStore(folder, paths), np.array(labels, np.int64), tuple(classes)
 
 
 def _split_folder(folder: Path, split: str) -> Path:
-    """The sub-folder of a split, if the sub-folders of a folder are splits; else the folder itself, which is the split `train`."""
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    """The sub-folder of a split, if the sub-folders of a folder are splits; else the folder itself,
+    which is the split `train`."""
+    names = sorted(
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     splits = {name: name.lower() for name in names}
     if not names or not set(splits.values()) <= {"train", "test", "val", "valid", "validation"}:
         if split != "train":
-            raise ValueError(f"{folder} has no sub-folder for the split {split!r}: it is all of the split 'train'")
+            raise ValueError(
+                f"{folder} has no sub-folder for the split {split!r}: it is all of the split"
+                " 'train'"
+            )
         return folder
     wanted = ("val", "valid", "validation") if split in ("val", "valid", "validation") else (split,)
     for name, lower in splits.items():
         if lower in wanted:
             return folder / name
-    raise ValueError(f"{folder} has no sub-folder for the split {split!r}; it has {', '.join(names)}")
+    raise ValueError(
+        f"{folder} has no sub-folder for the split {split!r}; it has {', '.join(names)}"
+    )
 
 
 def _images_below(folder: Path, name: str) -> list[str]:
@@ -84,6 +110,10 @@ def _images_below(folder: Path, name: str) -> list[str]:
         folders[:] = [sub for sub in folders if not sub.startswith(".")]
         for file in files:
             path = os.path.join(place, file)
-            if file.lower().endswith(SUFFIXES) and not file.startswith(".") and os.path.isfile(path):
+            if (
+                file.lower().endswith(SUFFIXES)
+                and not file.startswith(".")
+                and os.path.isfile(path)
+            ):
                 found.append(os.path.relpath(path, folder))
     return sorted(found)

@@ -1,7 +1,9 @@
-"""Readers of VAE latents: our own shards of posterior moments, and the layouts of fast-DiT and REPA.
+"""Readers of VAE latents: our own shards of posterior moments, and the layouts of fast-DiT and
+REPA.
 
-Our layout: `manifest.json`; shards `moments-00000.npy` (n, copies, 2, C, S, S) float16, copies: the image and, if the source may be
-flipped, the mirrored image; 2: mean and standard deviation; beside each `labels-00000.npy` (n,) int64. Written by `encode`.
+Our layout: `manifest.json`; shards `moments-00000.npy` (n, copies, 2, C, S, S) float16, copies: the
+image and, if the source may be flipped, the mirrored image; 2: mean and standard deviation; beside
+each `labels-00000.npy` (n,) int64. Written by `encode`.
 """
 
 from __future__ import annotations
@@ -29,20 +31,25 @@ Moments = tuple[np.ndarray, np.ndarray | None]
 
 
 class LatentSource(ImageSource):
-    """Latents (C, S, S) by index: scale * (mean + std * noise), or scale * mean without noise or where a layout has no std."""
+    """Latents (C, S, S) by index: scale * (mean + std * noise), or scale * mean without noise or
+    where a layout has no std."""
 
     scale: float
 
     @abstractmethod
     def moments(self, index: int, flip: bool) -> Moments:
-        """Mean and standard deviation (C, S, S) float32 of the posterior, the latter None if unknown; any exception: unreadable."""
+        """Mean and standard deviation (C, S, S) float32 of the posterior, the latter None if
+        unknown; any exception: unreadable."""
 
     @abstractmethod
     def sample_name(self, index: int) -> str:
         """For messages."""
 
     def read_many(
-        self, indices: Sequence[int] | np.ndarray, flips: Sequence[bool] | np.ndarray | None = None, noise: Sequence[Noise] | None = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        flips: Sequence[bool] | np.ndarray | None = None,
+        noise: Sequence[Noise] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         indices = check_indices(indices, len(self))
         mirrored = np.zeros(len(indices), bool) if flips is None else np.asarray(flips, bool)
@@ -50,7 +57,9 @@ class LatentSource(ImageSource):
             raise ValueError(f"{self.name} has no latents of mirrored images: flip none")
         if len(mirrored) != len(indices) or (noise is not None and len(noise) != len(indices)):
             raise ValueError(f"{len(indices)} indices need as many flips and generators of noise")
-        latents = np.empty((len(indices), self.channels, self.image_size, self.image_size), np.float32)
+        latents = np.empty(
+            (len(indices), self.channels, self.image_size, self.image_size), np.float32
+        )
         labels = np.empty(len(indices), np.int64)
         for row, index in enumerate(indices):
 
@@ -69,14 +78,21 @@ class LatentSource(ImageSource):
 
 
 def open_latents(folder: Path) -> LatentSource:
-    """Opens a folder of latents of any known layout; ValueError in one line for what is none, or damaged."""
+    """Opens a folder of latents of any known layout; ValueError in one line for what is none, or
+    damaged."""
     if (folder / MANIFEST_NAME).is_file():
         return ShardedLatents(folder)
     if (folder / SETTINGS_NAME).is_file():
-        raise ValueError(f"the latents in {folder} are not finished: run `odelt-fast encode` again, it continues where it stopped")
+        raise ValueError(
+            f"the latents in {folder} are not finished: run `odelt-fast encode` again, it continues"
+            " where it stopped"
+        )
     features = sorted(path for path in folder.glob("*_features") if path.is_dir())
     if len(features) > 1:
-        raise ValueError(f"{folder} has {' and '.join(path.name for path in features)}: give a folder with one of them")
+        raise ValueError(
+            f"{folder} has {' and '.join(path.name for path in features)}: give a folder with one"
+            " of them"
+        )
     if features:
         return _open_fast_dit(folder, features[0])
     below = folder / "vae-sd"
@@ -96,25 +112,51 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """ValueError for a manifest that is damaged, of another format, or that names other files than its own shards."""
+        """ValueError for a manifest that is damaged, of another format, or that names other files
+        than its own shards."""
         values = read_json(path)
         if values.get("format") != FORMAT or values.get("version") != 1:
-            raise ValueError(f"{path} is no manifest of latents: its format must be {FORMAT!r}, version 1")
+            raise ValueError(
+                f"{path} is no manifest of latents: its format must be {FORMAT!r}, version 1"
+            )
         for name, most in (("channels", 4096), ("size", 4096), ("copies", 2)):
             if not _whole(values.get(name), 1, most):
-                raise ValueError(f"{path}: {name} must be a whole number from 1 to {most}, not {one_line(repr(values.get(name)))}")
+                raise ValueError(
+                    f"{path}: {name} must be a whole number from 1 to {most}, not"
+                    f" {one_line(repr(values.get(name)))}"
+                )
         scale, names, shards = values.get("scale"), values.get("class_names"), values.get("shards")
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < 1e6):
-            raise ValueError(f"{path}: scale must be a positive number, not {one_line(repr(scale))}")
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"{path}: scale must be a positive number, not {one_line(repr(scale))}"
+            )
+        if (
+            not isinstance(names, list)
+            or not names
+            or not all(isinstance(name, str) for name in names)
+        ):
             raise ValueError(f"{path}: class_names must be a list of at least one name")
         if not isinstance(shards, list) or not shards:
             raise ValueError(f"{path}: shards must be a list of at least one shard")
         for number, shard in enumerate(shards):
-            if not isinstance(shard, dict) or shard.get("moments") != moments_name(number) or not _whole(shard.get("length"), 1, 1 << 40):
-                raise ValueError(f"{path}: shard {number} must be named {moments_name(number)} and have a length, not {one_line(shard)}")
+            if (
+                not isinstance(shard, dict)
+                or shard.get("moments") != moments_name(number)
+                or not _whole(shard.get("length"), 1, 1 << 40)
+            ):
+                raise ValueError(
+                    f"{path}: shard {number} must be named {moments_name(number)} and have a"
+                    f" length, not {one_line(shard)}"
+                )
         lengths = tuple(shard["length"] for shard in shards)
-        return cls(values["channels"], values["size"], values["copies"], float(scale), tuple(names), lengths)
+        return cls(
+            values["channels"],
+            values["size"],
+            values["copies"],
+            float(scale),
+            tuple(names),
+            lengths,
+        )
 
 
 def moments_name(shard: int) -> str:
@@ -143,7 +185,8 @@ def _whole(value: object, least: int, most: int) -> bool:
 
 
 def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped .npy file; ValueError if it is damaged, pickled, or of another dtype or shape."""
+    """A memory-mapped .npy file; ValueError if it is damaged, pickled, or of another dtype or
+    shape."""
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
     except Exception as error:  # numpy's reader of headers raises most kinds
@@ -159,12 +202,19 @@ class ShardedLatents(LatentSource):
     def __init__(self, folder: Path) -> None:
         manifest = Manifest.read(folder / MANIFEST_NAME)
         self.name, self.folder, self.manifest = str(folder), folder, manifest
-        self.channels, self.image_size, self.scale = manifest.channels, manifest.size, manifest.scale
+        self.channels, self.image_size, self.scale = (
+            manifest.channels,
+            manifest.size,
+            manifest.scale,
+        )
         self.class_names, self.flippable = manifest.class_names, manifest.copies == 2
         self._starts = np.concatenate([[0], np.cumsum(manifest.lengths)])
         self._shards: list[np.ndarray] | None = None
         self._open()
-        labels = [map_array(folder / labels_name(i), np.int64, (length,)) for i, length in enumerate(manifest.lengths)]
+        labels = [
+            map_array(folder / labels_name(i), np.int64, (length,))
+            for i, length in enumerate(manifest.lengths)
+        ]
         self.labels = np.concatenate(labels)
         check_labels(self.labels, self.class_names, self.sample_name)
 
@@ -174,7 +224,10 @@ class ShardedLatents(LatentSource):
     def _open(self) -> list[np.ndarray]:
         shape = (self.manifest.copies, 2, self.channels, self.image_size, self.image_size)
         lengths = enumerate(self.manifest.lengths)
-        self._shards = [map_array(self.folder / moments_name(i), np.float16, (length, *shape)) for i, length in lengths]
+        self._shards = [
+            map_array(self.folder / moments_name(i), np.float16, (length, *shape))
+            for i, length in lengths
+        ]
         return self._shards
 
     def sample_name(self, index: int) -> str:
@@ -189,11 +242,14 @@ class ShardedLatents(LatentSource):
 
 
 class FileLatents(LatentSource):
-    """One .npy file a sample, of `shape`: mean and std stacked (2C, S, S) if `posterior`, else scaled latents ((1,) C, S, S)."""
+    """One .npy file a sample, of `shape`: mean and std stacked (2C, S, S) if `posterior`, else
+    scaled latents ((1,) C, S, S)."""
 
     flippable = False
 
-    def __init__(self, folder: Path, paths: Sequence[str], labels: Sequence[int], posterior: bool) -> None:
+    def __init__(
+        self, folder: Path, paths: Sequence[str], labels: Sequence[int], posterior: bool
+    ) -> None:
         seen: dict[bytes, tuple[tuple[int, ...], np.dtype]] = {}
         good: list[int] = []
         skipped: dict[str, str] = {}
@@ -207,24 +263,49 @@ class FileLatents(LatentSource):
                 skipped[path] = one_line(error)
                 continue
             if first is not None and shape != first:
-                raise ValueError(f"the latents have different shapes: {paths[good[0]]} is {first}, {path} is {shape}")
+                raise ValueError(
+                    f"the latents have different shapes: {paths[good[0]]} is {first}, {path} is"
+                    f" {shape}"
+                )
             first = shape
             good.append(row)
         if first is None:
-            raise ValueError(f"none of the {len(paths)} latents in {folder} can be read; {next(iter(skipped.items()), '')}")
+            raise ValueError(
+                f"none of the {len(paths)} latents in {folder} can be read;"
+                f" {next(iter(skipped.items()), '')}"
+            )
         depth, *sides = first[1:] if len(first) == 4 and first[0] == 1 else first
-        if len(sides) != 2 or sides[0] != sides[1] or not math.prod(first) or (posterior and depth % 2):
-            wanted = "(2C, S, S), mean and standard deviation" if posterior else "(C, S, S) or (1, C, S, S)"
-            raise ValueError(f"{folder / paths[good[0]]} has the shape {first}; {wanted}, is needed")
+        if (
+            len(sides) != 2
+            or sides[0] != sides[1]
+            or not math.prod(first)
+            or (posterior and depth % 2)
+        ):
+            wanted = (
+                "(2C, S, S), mean and standard deviation"
+                if posterior
+                else "(C, S, S) or (1, C, S, S)"
+            )
+            raise ValueError(
+                f"{folder / paths[good[0]]} has the shape {first}; {wanted}, is needed"
+            )
         self.name, self.folder, self.scale = str(folder), folder, SCALE if posterior else 1.0
         self.channels, self.image_size = (depth // 2 if posterior else depth), sides[0]
         every = np.array(labels, np.int64)
         check_labels(every, None, lambda row: paths[row])
-        self.class_names, self.labels, self.skipped = numbered_classes(every), every[good], list(skipped)
+        self.class_names, self.labels, self.skipped = (
+            numbered_classes(every),
+            every[good],
+            list(skipped),
+        )
         self._paths, self._posterior = [paths[row] for row in good], posterior
         if skipped:
             shown = ", ".join(f"{path} ({reason})" for path, reason in list(skipped.items())[:5])
-            warnings.warn(f"{len(skipped)} of {len(paths)} latents left out: {shown}{' ...' if len(skipped) > 5 else ''}", stacklevel=2)
+            warnings.warn(
+                f"{len(skipped)} of {len(paths)} latents left out:"
+                f" {shown}{' ...' if len(skipped) > 5 else ''}",
+                stacklevel=2,
+            )
 
     def sample_name(self, index: int) -> str:
         return self._paths[index]
@@ -237,8 +318,11 @@ class FileLatents(LatentSource):
         return array[0], (array[1] if self._posterior else None)
 
 
-def npy_header(path: Path, seen: dict[bytes, tuple[tuple[int, ...], np.dtype]]) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of a .npy file; ValueError if it is damaged, shorter than they say, or pickled. `seen`: headers met before."""
+def npy_header(
+    path: Path, seen: dict[bytes, tuple[tuple[int, ...], np.dtype]]
+) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of a .npy file; ValueError if it is damaged, shorter than they say, or
+    pickled. `seen`: headers met before."""
     with open(path, "rb") as file:
         head, size = file.read(128), file.seek(0, 2)
         if head in seen:
@@ -249,7 +333,11 @@ def npy_header(path: Path, seen: dict[bytes, tuple[tuple[int, ...], np.dtype]]) 
             version = np.lib.format.read_magic(file)
             if version not in ((1, 0), (2, 0)):
                 raise ValueError(f"version {version} of the npy format")
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             shape, _, dtype = read(file)
             offset = file.tell()
             if dtype.hasobject:
@@ -257,7 +345,10 @@ def npy_header(path: Path, seen: dict[bytes, tuple[tuple[int, ...], np.dtype]]) 
             if offset == 128:
                 seen[head] = shape, dtype
     if min(shape, default=0) < 0 or offset + math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"truncated: {size} bytes, {dtype} {shape} needs {offset + math.prod(shape) * dtype.itemsize}")
+        raise ValueError(
+            f"truncated: {size} bytes, {dtype} {shape} needs"
+            f" {offset + math.prod(shape) * dtype.itemsize}"
+        )
     return shape, dtype
 
 
@@ -266,7 +357,9 @@ def _open_fast_dit(folder: Path, features: Path) -> FileLatents:
     labels_folder = folder / (features.name.removesuffix("_features") + "_labels")
     if not labels_folder.is_dir():
         raise ValueError(f"{folder} has {features.name} but no {labels_folder.name} beside it")
-    names = sorted((path.name for path in features.glob("*.npy")), key=lambda name: (len(name), name))
+    names = sorted(
+        (path.name for path in features.glob("*.npy")), key=lambda name: (len(name), name)
+    )
     if not names:
         raise ValueError(f"{features} has no .npy files")
     seen: dict[bytes, tuple[tuple[int, ...], np.dtype]] = {}
@@ -278,29 +371,55 @@ def _open_fast_dit(folder: Path, features: Path) -> FileLatents:
                 raise ValueError(f"{dtype} {shape}, not one whole number")
             labels.append(int(np.load(labels_folder / name, allow_pickle=False).reshape(())))
         except (OSError, ValueError) as error:
-            raise ValueError(f"the label {labels_folder / name} cannot be read: {one_line(error)}") from None
-    return FileLatents(folder, [f"{features.name}/{name}" for name in names], _fit_int64(labels, names), posterior=False)
+            raise ValueError(
+                f"the label {labels_folder / name} cannot be read: {one_line(error)}"
+            ) from None
+    return FileLatents(
+        folder,
+        [f"{features.name}/{name}" for name in names],
+        _fit_int64(labels, names),
+        posterior=False,
+    )
 
 
 def _open_repa(folder: Path, features: Path) -> FileLatents:
-    """REPA: img-mean-std-*.npy, mean and standard deviation (2C, S, S), below a folder; dataset.json has their labels by path."""
-    paths = sorted(path.relative_to(features).as_posix() for path in features.rglob("img-mean-std-*.npy"))
+    """REPA: img-mean-std-*.npy, mean and standard deviation (2C, S, S), below a folder;
+    dataset.json has their labels by path."""
+    paths = sorted(
+        path.relative_to(features).as_posix() for path in features.rglob("img-mean-std-*.npy")
+    )
     if not paths:
         raise ValueError(f"{features} has no img-mean-std-*.npy files")
-    index = next((place / "dataset.json" for place in (features, folder) if (place / "dataset.json").is_file()), None)
+    index = next(
+        (
+            place / "dataset.json"
+            for place in (features, folder)
+            if (place / "dataset.json").is_file()
+        ),
+        None,
+    )
     if index is None:
         raise ValueError(f"{features} has no dataset.json with the labels")
     try:
         values = json.loads(index.read_text())
         pairs = values["labels"]
-        known: Mapping[str, Any] | None = None if pairs is None else {str(path).replace("\\", "/"): label for path, label in pairs}
+        known: Mapping[str, Any] | None = (
+            None
+            if pairs is None
+            else {str(path).replace("\\", "/"): label for path, label in pairs}
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} holds no list `labels` of pairs of path and label: {one_line(error)}") from None
+        raise ValueError(
+            f"{index} holds no list `labels` of pairs of path and label: {one_line(error)}"
+        ) from None
     if known is None:
         return FileLatents(features, paths, [0] * len(paths), posterior=True)
     for path in paths:
         if not _whole(known.get(path), -(1 << 62), 1 << 62):
-            raise ValueError(f"{index}: {path} has {'no label' if path not in known else f'the label {known[path]!r}, no whole number'}")
+            raise ValueError(
+                f"{index}: {path} has"
+                f" {'no label' if path not in known else f'the label {known[path]!r}, no whole number'}"
+            )
     return FileLatents(features, paths, [known[path] for path in paths], posterior=True)
 
 

@@ -15,14 +15,27 @@ from typing import Any
 import numpy as np
 
 from odelt_fast.images.pixels import Store, cache_folder, locked, one_line, write_atomically
-from odelt_fast.images.tables import Columns, check_image_type, find_columns, label_array, numbered_classes
+from odelt_fast.images.tables import (
+    Columns,
+    check_image_type,
+    find_columns,
+    label_array,
+    numbered_classes,
+)
 
-_IN_MEMORY = 1 << 30  # bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped
-_SPLITS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
+_IN_MEMORY = (
+    1 << 30
+)  # bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped
+_SPLITS = {
+    "train": "train|training",
+    "test": "test|testing|eval|evaluation",
+    "validation": "validation|valid|val|dev",
+}
 
 
 def split_of(path: str) -> str | None:
-    """The split that a file's path names as `datasets` understands it (train-00000-of-00001.parquet, test/0.parquet); None if none."""
+    """The split that a file's path names as `datasets` understands it
+    (train-00000-of-00001.parquet, test/0.parquet); None if none."""
     for part in reversed(path.split("/")):
         for split, words in _SPLITS.items():
             if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", part):
@@ -31,7 +44,8 @@ def split_of(path: str) -> str | None:
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """Parquet files of a split below a folder, sorted; all of them, as the split `train`, where no path names a split."""
+    """Parquet files of a split below a folder, sorted; all of them, as the split `train`, where no
+    path names a split."""
     files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     splits = {path: split_of(path.relative_to(folder).as_posix()) for path in files}
     if not any(splits.values()):
@@ -44,7 +58,8 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Images, labels (N,) int64 and class names of Parquet files with the same columns; ValueError in one line for what cannot be used."""
+    """Images, labels (N,) int64 and class names of Parquet files with the same columns; ValueError
+    in one line for what cannot be used."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -63,14 +78,22 @@ def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, .
             if found.label is None:
                 labels.append(np.zeros(pq.read_metadata(file).num_rows, np.int64))
             else:
-                labels.append(label_array(pq.ParquetFile(file).read(columns=[found.label])[found.label], found.class_names, str(file)))
+                labels.append(
+                    label_array(
+                        pq.ParquetFile(file).read(columns=[found.label])[found.label],
+                        found.class_names,
+                        str(file),
+                    )
+                )
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
     assert columns is not None
     together = np.concatenate(labels)
     if not len(together):
         raise ValueError(f"{files[0]} has no rows")
-    names = columns.class_names or (numbered_classes(together) if columns.label else (files[0].stem,))
+    names = columns.class_names or (
+        numbered_classes(together) if columns.label else (files[0].stem,)
+    )
     store = ParquetStore(files, columns.image, [len(part) for part in labels])
     try:
         store.open()
@@ -80,9 +103,11 @@ def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, .
 
 
 class ParquetStore:
-    """The image column of Parquet files as one run of bytes with offsets: in memory, or unpacked into the cache folder and memory-mapped.
+    """The image column of Parquet files as one run of bytes with offsets: in memory, or unpacked
+    into the cache folder and memory-mapped.
 
-    Opened on first use in each process. A row without bytes names a file, which must lie below the folder of its Parquet file.
+    Opened on first use in each process. A row without bytes names a file, which must lie below the
+    folder of its Parquet file.
     """
 
     def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
@@ -99,7 +124,10 @@ class ParquetStore:
         return int(self._ends[-1])
 
     def fingerprint(self) -> str:
-        facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        facts = [
+            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in self.files
+        ]
         return hashlib.sha256(json.dumps([self.column, facts]).encode()).hexdigest()
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -109,7 +137,11 @@ class ParquetStore:
     def name(self, row: int) -> str:
         index, inside = self._place(row)
         path = self._path(row)
-        return f"{path} (row {inside} of {self.files[index].name})" if path else f"row {inside} of {self.files[index].name}"
+        return (
+            f"{path} (row {inside} of {self.files[index].name})"
+            if path
+            else f"row {inside} of {self.files[index].name}"
+        )
 
     def encoded(self, row: int) -> bytes | str:
         if self._data is None:
@@ -135,7 +167,9 @@ class ParquetStore:
             found: list[Any] = [None] * len(self.files)
             for index, file in enumerate(self.files):
                 type_ = pq.read_schema(file).field(self.column).type
-                if pa.types.is_struct(type_) and any(field.name == "path" and pa.types.is_string(field.type) for field in type_):
+                if pa.types.is_struct(type_) and any(
+                    field.name == "path" and pa.types.is_string(field.type) for field in type_
+                ):
                     table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
                     found[index] = table[self.column].combine_chunks().field("path")
             self._paths = found
@@ -144,7 +178,8 @@ class ParquetStore:
         return None if paths is None else paths[inside].as_py()
 
     def open(self) -> None:
-        """Unpacks or maps the images; ValueError if the cache folder is needed and cannot be written."""
+        """Unpacks or maps the images; ValueError if the cache folder is needed and cannot be
+        written."""
         if sum(file.stat().st_size for file in self.files) <= _IN_MEMORY:
             memory = io.BytesIO()
             self._offsets = self._unpack(memory)
@@ -158,7 +193,9 @@ class ParquetStore:
                     self._unpack_into(content, offsets)
                 except OSError as error:
                     where = f"{base.parent} (choose another with ODELT_FAST_CACHE)"
-                    raise ValueError(f"the images cannot be unpacked into {where}: {one_line(error)}") from None
+                    raise ValueError(
+                        f"the images cannot be unpacked into {where}: {one_line(error)}"
+                    ) from None
         self._offsets = np.fromfile(offsets, np.int64)
         self._data = np.memmap(content, np.uint8, mode="r")
 
@@ -178,15 +215,25 @@ class ParquetStore:
             raise
 
     def _unpack(self, file: Any) -> np.ndarray:
-        """Writes all images one after another; returns where each begins, and the end (N + 1,) int64."""
+        """Writes all images one after another; returns where each begins, and the end (N + 1,)
+        int64."""
         import pyarrow.parquet as pq
         from tqdm import tqdm
 
         lengths = np.zeros(len(self) + 1, np.int64)
         row = 1
-        with tqdm(total=len(self), desc="unpacking images", unit="image", delay=2, disable=None, leave=False) as progress:
+        with tqdm(
+            total=len(self),
+            desc="unpacking images",
+            unit="image",
+            delay=2,
+            disable=None,
+            leave=False,
+        ) as progress:
             for source in self.files:
-                for batch in pq.ParquetFile(source).iter_batches(batch_size=256, columns=[self.column]):
+                for batch in pq.ParquetFile(source).iter_batches(
+                    batch_size=256, columns=[self.column]
+                ):
                     for item in batch.column(0).to_pylist():
                         content = (item.get("bytes") if isinstance(item, dict) else item) or b""
                         file.write(content)

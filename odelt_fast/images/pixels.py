@@ -1,4 +1,5 @@
-"""From encoded images to pixels: decoding, crop and resize, and the check that finds what cannot be decoded before it is needed."""
+"""From encoded images to pixels: decoding, crop and resize, and the check that finds what cannot be
+decoded before it is needed."""
 
 from __future__ import annotations
 
@@ -24,12 +25,15 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _EXIF_ORIENTATION = 0x0112
-_REMEMBERED_FROM = 2000  # images: below, a check takes less than a second or two and is not worth a file
+_REMEMBERED_FROM = (
+    2000  # images: below, a check takes less than a second or two and is not worth a file
+)
 _CHECK_VERSION = 1
 
 
 class Store(Protocol):
-    """Where encoded images lie. `encoded`: the bytes or the path of one; it may raise. `fingerprint`: changes when the data change."""
+    """Where encoded images lie. `encoded`: the bytes or the path of one; it may raise.
+    `fingerprint`: changes when the data change."""
 
     def __len__(self) -> int: ...
     def name(self, row: int) -> str: ...
@@ -39,26 +43,32 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """What a full decode of a store found. skipped: row -> reason. size: (width, height) of the first good image. grey: all images are."""
+    """What a full decode of a store found. skipped: row -> reason. size: (width, height) of the
+    first good image. grey: all images are."""
 
     count: int
     skipped: dict[int, str]
     size: tuple[int, int]
-    other: tuple[int, int, int, int] | None  # the first pair of rows of different sizes, as row, row, width, height of the second
+    other: (
+        tuple[int, int, int, int] | None
+    )  # the first pair of rows of different sizes, as row, row, width, height of the second
     grey: bool
 
 
 def one_line(error: object) -> str:
-    """The message of an error, or text from a file, as one printable line of at most 200 characters."""
+    """The message of an error, or text from a file, as one printable line of at most 200
+    characters."""
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
     return text if len(text) <= 200 else text[:197] + "..."
 
 
 def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
-    """Pixels (channels, S, S) uint8 of an encoded image (bytes, or a path): its centred square, resized to S = image_size (None: as it is).
+    """Pixels (channels, S, S) uint8 of an encoded image (bytes, or a path): its centred square,
+    resized to S = image_size (None: as it is).
 
-    The EXIF orientation is applied; transparent parts are laid over white; 16-bit grey keeps its upper 8 bits; of an animation, the first
-    frame. Any exception means that the image cannot be decoded: Pillow's readers raise most kinds of them.
+    The EXIF orientation is applied; transparent parts are laid over white; 16-bit grey keeps its
+    upper 8 bits; of an animation, the first frame. Any exception means that the image cannot be
+    decoded: Pillow's readers raise most kinds of them.
     """
     with _open_image(encoded) as image:
         orientation = _orientation(image)
@@ -68,7 +78,8 @@ def decode_image(encoded: bytes | str, image_size: int | None, channels: int) ->
 
 
 def resize_square(image: Image, image_size: int | None) -> Image:
-    """The centred square of an image at image_size x image_size: box-halved while twice too large, then bicubic (as ADM does)."""
+    """The centred square of an image at image_size x image_size: box-halved while twice too large,
+    then bicubic (as ADM does)."""
     from PIL.Image import Resampling
 
     side = min(image.size)
@@ -85,11 +96,15 @@ def resize_square(image: Image, image_size: int | None) -> Image:
 def _open_image(encoded: bytes | str) -> Image:
     from PIL import Image
 
-    image = Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS)
+    image = Image.open(
+        io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS
+    )
     # Pillow itself only warns up to twice its limit.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
-        raise ValueError(f"{image.width}x{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}")
+        raise ValueError(
+            f"{image.width}x{image.height} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS}"
+        )
     return image
 
 
@@ -105,8 +120,16 @@ def _orientation(image: Image) -> int:
 def _turn(image: Image, orientation: int) -> Image:
     from PIL.Image import Transpose
 
-    turns = (None, Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
-    turn = (*turns, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)[orientation - 1]
+    turns = (
+        None,
+        Transpose.FLIP_LEFT_RIGHT,
+        Transpose.ROTATE_180,
+        Transpose.FLIP_TOP_BOTTOM,
+        Transpose.TRANSPOSE,
+    )
+    turn = (*turns, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)[
+        orientation - 1
+    ]
     return image if turn is None else image.transpose(turn)
 
 
@@ -124,7 +147,8 @@ def _convert(image: Image, mode: str) -> Image:
 
 
 def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
-    """Width and height after orientation, and whether it is grey, of an image that decodes completely; any exception means it does not."""
+    """Width and height after orientation, and whether it is grey, of an image that decodes
+    completely; any exception means it does not."""
     with _open_image(encoded) as image:
         turned = _orientation(image) >= 5
         if image.format == "PNG":
@@ -136,17 +160,20 @@ def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
 
 
 def check_images(store: Store, *, one_size: bool) -> Check:
-    """Decodes every image of a store once, on all cores, and reports which cannot be; ValueError if `one_size` and two sizes are found, or
-    if no image is left.
+    """Decodes every image of a store once, on all cores, and reports which cannot be; ValueError if
+    `one_size` and two sizes are found, or if no image is left.
 
-    What was found is remembered in the cache folder while the data stay as they are. Of several processes one checks and the others wait.
+    What was found is remembered in the cache folder while the data stay as they are. Of several
+    processes one checks and the others wait.
     """
     if len(store) < _REMEMBERED_FROM:
         check = _check_all(store, one_size)
     else:
         import PIL
 
-        key = hashlib.sha256(f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}".encode()
+        ).hexdigest()[:32]
         path = cache_folder() / f"check-{key}.json"
         with locked(path.with_suffix(".lock")):
             remembered = _read_check(path, len(store))
@@ -156,7 +183,9 @@ def check_images(store: Store, *, one_size: bool) -> Check:
                     write_atomically(path, json.dumps(asdict(check)).encode())
     if len(check.skipped) == len(store):
         row, reason = next(iter(check.skipped.items()))
-        raise ValueError(f"none of the {len(store)} images can be decoded; {store.name(row)}: {reason}")
+        raise ValueError(
+            f"none of the {len(store)} images can be decoded; {store.name(row)}: {reason}"
+        )
     if one_size and check.other is not None:
         raise ValueError(_mixed_sizes(store, check.size, check.other))
     return check
@@ -165,8 +194,8 @@ def check_images(store: Store, *, one_size: bool) -> Check:
 def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, int, int, int]) -> str:
     first, second, width, height = other
     return (
-        f"the images have different sizes: {store.name(first)} is {size[0]}x{size[1]}, {store.name(second)} is {width}x{height}; "
-        "give an image size to bring them to"
+        f"the images have different sizes: {store.name(first)} is {size[0]}x{size[1]},"
+        f" {store.name(second)} is {width}x{height}; give an image size to bring them to"
     )
 
 
@@ -178,9 +207,14 @@ def _check_all(store: Store, one_size: bool) -> Check:
     other: tuple[int, int, int, int] | None = None
     grey = True
     chunk = 64
-    progress = tqdm(total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False)
+    progress = tqdm(
+        total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False
+    )
     with ThreadPoolExecutor(num_threads()) as pool, progress:
-        for rows in pool.map(lambda start: _check_rows(store, start, min(start + chunk, len(store))), range(0, len(store), chunk)):
+        for rows in pool.map(
+            lambda start: _check_rows(store, start, min(start + chunk, len(store))),
+            range(0, len(store), chunk),
+        ):
             for row, found in rows:
                 if isinstance(found, str):
                     skipped[row] = found
@@ -198,7 +232,9 @@ def _check_all(store: Store, one_size: bool) -> Check:
     return Check(len(store), skipped, first[1:] if first else (0, 0), other, grey)
 
 
-def _check_rows(store: Store, start: int, stop: int) -> list[tuple[int, tuple[int, int, bool] | str]]:
+def _check_rows(
+    store: Store, start: int, stop: int
+) -> list[tuple[int, tuple[int, int, bool] | str]]:
     results: list[tuple[int, tuple[int, int, bool] | str]] = []
     for row in range(start, stop):
         try:
@@ -222,7 +258,11 @@ def _read_check(path: Path, count: int) -> Check | None:
         skipped = {int(row): str(reason) for row, reason in values["skipped"].items()}
         width, height = map(int, values["size"])
         other = None if values["other"] is None else tuple(map(int, values["other"]))
-        if values["count"] != count or not all(0 <= row < count for row in skipped) or (other is not None and len(other) != 4):
+        if (
+            values["count"] != count
+            or not all(0 <= row < count for row in skipped)
+            or (other is not None and len(other) != 4)
+        ):
             return None
         return Check(count, skipped, (width, height), other, bool(values["grey"]))  # type: ignore[arg-type]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -231,12 +271,15 @@ def _read_check(path: Path, count: int) -> Check | None:
 
 def num_threads() -> int:
     """Cores that this process may use, at most 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return min(cores, 16)
 
 
 def cache_folder() -> Path:
-    """Where checks and unpacked data are kept: $ODELT_FAST_CACHE, else odelt-fast in $XDG_CACHE_HOME or ~/.cache."""
+    """Where checks and unpacked data are kept: $ODELT_FAST_CACHE, else odelt-fast in
+    $XDG_CACHE_HOME or ~/.cache."""
     chosen = os.environ.get("ODELT_FAST_CACHE")
     if chosen:
         return Path(chosen)
@@ -244,7 +287,8 @@ def cache_folder() -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name complete or not at all; OSError if it cannot be written."""
+    """Writes a file that appears under its name complete or not at all; OSError if it cannot be
+    written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -260,7 +304,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, which ends with the process. Without one (a folder that cannot be written), work is only done twice."""
+    """Holds an advisory lock, which ends with the process. Without one (a folder that cannot be
+    written), work is only done twice."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, ImportError):
             import fcntl

@@ -1,4 +1,5 @@
-"""What a source of labelled images or latents is: the interface of every reader, and what the readers share."""
+"""What a source of labelled images or latents is: the interface of every reader, and what the
+readers share."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ T = TypeVar("T")
 
 
 class ImageSource(ABC):
-    """Labelled images (or latents) of one size, by index. Reading is a pure function of its arguments; instances can be pickled.
+    """Labelled images (or latents) of one size, by index. Reading is a pure function of its
+    arguments; instances can be pickled.
 
-    name: for messages. image_size: side of the square. class_names: `num_classes` strings. labels: (N,) int64.
-    flippable: whether a mirrored image is still an image of its class. skipped: names of images that were left out as unreadable.
+    name: for messages. image_size: side of the square. class_names: `num_classes` strings. labels:
+    (N,) int64. flippable: whether a mirrored image is still an image of its class. skipped: names
+    of images that were left out as unreadable.
     """
 
     name: str
@@ -39,25 +42,35 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read_many(
-        self, indices: Sequence[int] | np.ndarray, flips: Sequence[bool] | np.ndarray | None = None, noise: Sequence[Noise] | None = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        flips: Sequence[bool] | np.ndarray | None = None,
+        noise: Sequence[Noise] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Images (B, C, H, W) float32, in [-1, 1] if they are pixels, and labels (B,) int64.
 
-        flips: which rows to mirror left to right (None: none). noise: one generator a row, which a source of latents uses to sample its
-        posterior (None: its mean); sources of pixels ignore it. IndexError for an index outside 0..len-1.
+        flips: which rows to mirror left to right (None: none). noise: one generator a row, which a
+        source of latents uses to sample its posterior (None: its mean); sources of pixels ignore
+        it. IndexError for an index outside 0..len-1.
         """
 
-    def read(self, index: int, *, flip: bool = False, noise: Noise | None = None) -> tuple[np.ndarray, int]:
+    def read(
+        self, index: int, *, flip: bool = False, noise: Noise | None = None
+    ) -> tuple[np.ndarray, int]:
         """One image (C, H, W) float32 and its label; arguments as in `read_many`."""
         images, labels = self.read_many([index], [flip], None if noise is None else [noise])
         return images[0], int(labels[0])
 
 
-def first_readable(source: ImageSource, index: int, read: Callable[[int], T], name: Callable[[int], str]) -> tuple[T, int]:
-    """What `read` makes of `index`, or of the next index at which it does not raise, and that index.
+def first_readable(
+    source: ImageSource, index: int, read: Callable[[int], T], name: Callable[[int], str]
+) -> tuple[T, int]:
+    """What `read` makes of `index`, or of the next index at which it does not raise, and that
+    index.
 
-    For what has become unreadable since it was checked (a lost disk block): named in `source.skipped` and in a warning. ValueError where
-    8 neighbours are unreadable: then the data are gone.
+    For what has become unreadable since it was checked (a lost disk block): named in
+    `source.skipped` and in a warning. ValueError where 8 neighbours are unreadable: then the data
+    are gone.
     """
     for offset in range(8):
         used = (index + offset) % len(source)
@@ -67,8 +80,13 @@ def first_readable(source: ImageSource, index: int, read: Callable[[int], T], na
             reason, lost = decode_failure(error), name(used)
         if lost not in source.skipped:
             source.skipped = [*source.skipped, lost]
-            warnings.warn(f"{lost} has become unreadable ({reason}): the next one is used instead", stacklevel=2)
-    raise ValueError(f"{source.name}: 8 neighbours have become unreadable, the last one {lost} ({reason})")
+            warnings.warn(
+                f"{lost} has become unreadable ({reason}): the next one is used instead",
+                stacklevel=2,
+            )
+    raise ValueError(
+        f"{source.name}: 8 neighbours have become unreadable, the last one {lost} ({reason})"
+    )
 
 
 def check_indices(indices: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
@@ -81,7 +99,8 @@ def check_indices(indices: Sequence[int] | np.ndarray, length: int) -> np.ndarra
 
 
 def flip_rows(images: np.ndarray, flips: Sequence[bool] | np.ndarray | None) -> np.ndarray:
-    """Mirrors, in place, the rows of images (B, C, H, W) that `flips` (B,) names; returns the images."""
+    """Mirrors, in place, the rows of images (B, C, H, W) that `flips` (B,) names; returns the
+    images."""
     if flips is not None:
         rows = np.flatnonzero(flips)
         images[rows] = images[rows, :, :, ::-1]

@@ -1,4 +1,5 @@
-"""Tables of images as Hugging Face `datasets` keeps them: a column of {bytes, path} and a column of labels; and its data sets by id."""
+"""Tables of images as Hugging Face `datasets` keeps them: a column of {bytes, path} and a column of
+labels; and its data sets by id."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _MAX_CLASSES = 10_000_000
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of images and of labels (None: the table has only images), and the class names if the table knows them."""
+    """Names of the columns of images and of labels (None: the table has only images), and the class
+    names if the table knows them."""
 
     image: str
     label: str | None
@@ -28,16 +30,29 @@ class Columns:
 
 
 def find_columns(schema: Any, where: str) -> Columns:
-    """Chooses the columns of an Arrow schema: by the types in its `huggingface` metadata, else by name; else ValueError with all names."""
+    """Chooses the columns of an Arrow schema: by the types in its `huggingface` metadata, else by
+    name; else ValueError with all names."""
     features = _features(schema)
     types = {name: feature.get("_type") for name, feature in features.items()}
     present = f"{where} has the columns {', '.join(map(one_line, schema.names)) or '(none)'}"
-    image = _choose(schema.names, [name for name in schema.names if types.get(name) == "Image"], IMAGE_COLUMNS)
+    image = _choose(
+        schema.names, [name for name in schema.names if types.get(name) == "Image"], IMAGE_COLUMNS
+    )
     if image is None:
-        raise ValueError(f"{present}; none (or more than one) can be the images: name that column {', '.join(IMAGE_COLUMNS)}")
-    label = _choose(schema.names, [name for name in schema.names if types.get(name) == "ClassLabel"], LABEL_COLUMNS)
+        raise ValueError(
+            f"{present}; none (or more than one) can be the images: name that column"
+            f" {', '.join(IMAGE_COLUMNS)}"
+        )
+    label = _choose(
+        schema.names,
+        [name for name in schema.names if types.get(name) == "ClassLabel"],
+        LABEL_COLUMNS,
+    )
     if label is None and len(schema.names) > 1:
-        raise ValueError(f"{present}; none (or more than one) can be the labels: name that column {', '.join(LABEL_COLUMNS)}")
+        raise ValueError(
+            f"{present}; none (or more than one) can be the labels: name that column"
+            f" {', '.join(LABEL_COLUMNS)}"
+        )
     names = features.get(label or "", {}).get("names")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         names = None
@@ -45,14 +60,16 @@ def find_columns(schema: Any, where: str) -> Columns:
 
 
 def _choose(names: Sequence[str], typed: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The one column of the right type; else the first that has a usual name, of those of the right type if there are any."""
+    """The one column of the right type; else the first that has a usual name, of those of the right
+    type if there are any."""
     if len(typed) == 1:
         return typed[0]
     return next((name for name in usual if name in (typed or names)), None)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """The features in the `huggingface` metadata of an Arrow schema; none where it is missing or damaged."""
+    """The features in the `huggingface` metadata of an Arrow schema; none where it is missing or
+    damaged."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -61,11 +78,15 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def label_array(column: Any, class_names: Sequence[str] | None, where: str) -> np.ndarray:
-    """Labels (N,) int64 of an Arrow column; ValueError naming the first row whose label is missing, negative or beyond the class names."""
+    """Labels (N,) int64 of an Arrow column; ValueError naming the first row whose label is missing,
+    negative or beyond the class names."""
     import pyarrow as pa
 
     if not pa.types.is_integer(column.type):
-        raise ValueError(f"{where}: the labels are of type {one_line(column.type)}; whole numbers from 0 are needed")
+        raise ValueError(
+            f"{where}: the labels are of type {one_line(column.type)}; whole numbers from 0 are"
+            " needed"
+        )
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise ValueError(f"{where}: row {row} has no label")
@@ -75,11 +96,14 @@ def label_array(column: Any, class_names: Sequence[str] | None, where: str) -> n
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str] | None, name: Any) -> None:
-    """ValueError for the first label that is no class: below 0, or not below the number of class names. `name` maps rows to text."""
+    """ValueError for the first label that is no class: below 0, or not below the number of class
+    names. `name` maps rows to text."""
     limit = _MAX_CLASSES if class_names is None else len(class_names)
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
-        raise ValueError(f"{name(int(wrong[0]))} has the label {labels[wrong[0]]}; allowed are 0 to {limit - 1}")
+        raise ValueError(
+            f"{name(int(wrong[0]))} has the label {labels[wrong[0]]}; allowed are 0 to {limit - 1}"
+        )
 
 
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
@@ -90,10 +114,14 @@ def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
 def check_image_type(type_: Any, where: str) -> None:
     import pyarrow as pa
 
-    if pa.types.is_struct(type_) and any(field.name == "bytes" and _is_binary(field.type) for field in type_):
+    if pa.types.is_struct(type_) and any(
+        field.name == "bytes" and _is_binary(field.type) for field in type_
+    ):
         return
     if not _is_binary(type_):
-        raise ValueError(f"{where} holds {one_line(type_)}; encoded images are needed: {{bytes, path}}, or bytes")
+        raise ValueError(
+            f"{where} holds {one_line(type_)}; encoded images are needed: {{bytes, path}}, or bytes"
+        )
 
 
 def _is_binary(type_: Any) -> bool:
@@ -103,14 +131,17 @@ def _is_binary(type_: Any) -> bool:
 
 
 def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Images, labels and class names of a data set by its Hub id (`user/name`, `user/name:config`) or of a folder that `save_to_disk` made.
+    """Images, labels and class names of a data set by its Hub id (`user/name`, `user/name:config`)
+    or of a folder that `save_to_disk` made.
 
     ValueError in one line where `datasets` cannot find, download or read it.
     """
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"opening {name!r} needs the package datasets: pip install 'odelt-fast[train]'") from None
+        raise ValueError(
+            f"opening {name!r} needs the package datasets: pip install 'odelt-fast[train]'"
+        ) from None
     try:
         if any(os.path.isfile(os.path.join(name, mark)) for mark in SAVED_MARKS):
             dataset = datasets.load_from_disk(name)
@@ -119,20 +150,30 @@ def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, .
             dataset = datasets.load_dataset(identifier, config or None, split=split)
     except Exception as error:  # its errors come from many packages
         told = f"the data set {name!r} (split {split!r}) cannot be loaded: {one_line(error)}"
-        raise ValueError(told if os.path.exists(name) else f"{told}; and no file or folder has this name") from None
+        raise ValueError(
+            told if os.path.exists(name) else f"{told}; and no file or folder has this name"
+        ) from None
     if isinstance(dataset, dict):
         if split not in dataset:
             raise ValueError(f"{name!r} has no split {split!r}; it has {', '.join(dataset)}")
         dataset = dataset[split]
     columns = find_columns(dataset.features.arrow_schema, name)
-    check_image_type(dataset.features.arrow_schema.field(columns.image).type, f"{name}: column {columns.image}")
+    check_image_type(
+        dataset.features.arrow_schema.field(columns.image).type, f"{name}: column {columns.image}"
+    )
     if not len(dataset):
         raise ValueError(f"{name!r} has no rows in its split {split!r}")
     if columns.label is None:
         labels = np.zeros(len(dataset), np.int64)
     else:
-        labels = label_array(dataset.select_columns([columns.label]).with_format("arrow")[:][columns.label], columns.class_names, name)
-    names = columns.class_names or (numbered_classes(labels) if columns.label else (name.rpartition("/")[2],))
+        labels = label_array(
+            dataset.select_columns([columns.label]).with_format("arrow")[:][columns.label],
+            columns.class_names,
+            name,
+        )
+    names = columns.class_names or (
+        numbered_classes(labels) if columns.label else (name.rpartition("/")[2],)
+    )
     return DatasetStore(dataset, columns.image, name), labels, names
 
 
@@ -144,7 +185,11 @@ class DatasetStore:
 
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self._dataset, self._column, self._title = dataset.select_columns([column]).with_format(None), column, title
+        self._dataset, self._column, self._title = (
+            dataset.select_columns([column]).with_format(None),
+            column,
+            title,
+        )
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -159,7 +204,11 @@ class DatasetStore:
 
     def encoded(self, row: int) -> bytes | str:
         item = self._dataset[row][self._column]
-        content = item if isinstance(item, bytes) else (item or {}).get("bytes") or (item or {}).get("path")
+        content = (
+            item
+            if isinstance(item, bytes)
+            else (item or {}).get("bytes") or (item or {}).get("path")
+        )
         if not content:
             raise ValueError("the row has no image")
         return content  # type: ignore[no-any-return]

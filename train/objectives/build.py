@@ -18,13 +18,16 @@ from odelt_fast.train.paths import training_path
 
 
 def build_objective(config: TrainConfig) -> Objective:
-    """The method that `config` names; in length consistency unless the network has one length, without labels if there is one class."""
+    """The method that `config` names; in length consistency unless the network has one length,
+    without labels if there is one class."""
     objective = _method(config)
     if config.model.num_classes == 1:
         objective = WithoutLabels(objective, null_label=1)
     if config.model.length_conditioned:
         sizes = config.row_sizes()
-        objective = LengthConsistency(objective, config.model.depths, sizes["length"], config.teacher_depth)
+        objective = LengthConsistency(
+            objective, config.model.depths, sizes["length"], config.teacher_depth
+        )
     return objective
 
 
@@ -39,7 +42,14 @@ def _method(config: TrainConfig) -> Objective:
         case "shortcut-models":
             return ShortcutModels(classes, rows, log2_steps, drop, scale, compat=compat)
         case "flow":
-            return FlowMatching(training_path(config.path, config.path_sigma), classes, log2_steps, drop, config.times, compat)
+            return FlowMatching(
+                training_path(config.path, config.path_sigma),
+                classes,
+                log2_steps,
+                drop,
+                config.times,
+                compat,
+            )
         case "live-reflow":
             return LiveReflow(classes, rows, log2_steps, drop, scale, compat=compat)
         case "reflow":

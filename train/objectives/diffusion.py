@@ -14,9 +14,11 @@ from odelt_fast.train.paths import VariancePreserving
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Noise prediction (Ho et al. 2020): x_t = alpha x1 + sigma eps, t = 0 noise, t = 1 data; the network says eps, not a velocity.
+    """Noise prediction (Ho et al. 2020): x_t = alpha x1 + sigma eps, t = 0 noise, t = 1 data; the
+    network says eps, not a velocity.
 
-    The loss is the plain mean squared error of eps. `odelt_fast.probability_flow.probability_flow_velocity` turns the output into the
+    The loss is the plain mean squared error of eps.
+    `odelt_fast.solvers.probability_flow.probability_flow_velocity` turns the output into the
     velocity of the ODE that samples it. times: "discrete", t = floor(T u)/T, or "continuous".
     """
 
@@ -26,7 +28,9 @@ class Diffusion:
     times: str = "discrete"
 
     @torch.no_grad()
-    def __call__(self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int) -> Targets:
+    def __call__(
+        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
+    ) -> Targets:
         batch, device = len(images), images.device
         every, path = slice(0, batch), VariancePreserving()
         y = dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)

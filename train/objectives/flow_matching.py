@@ -14,10 +14,12 @@ from odelt_fast.train.paths import Path
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Equation 5 of the paper: x_t ~ p_t(.|z), target u_t(x_t|z), step index log2 T (the network does not look at it).
+    """Equation 5 of the paper: x_t ~ p_t(.|z), target u_t(x_t|z), step index log2 T (the network
+    does not look at it).
 
-    times: "discrete", t = floor(T u)/T (ODE_T), or "continuous", t = u (ODE_t); both end at the path's last time. The reference's methods
-    are fm: FlowMatchingPath(0.01), icfm: IndependentCFM(0.01), rfm: Rectified(), naive: FlowMatchingPath(1e-5).
+    times: "discrete", t = floor(T u)/T (ODE_T), or "continuous", t = u (ODE_t); both end at the
+    path's last time. The reference's methods are fm: FlowMatchingPath(0.01), icfm:
+    IndependentCFM(0.01), rfm: Rectified(), naive: FlowMatchingPath(1e-5).
     """
 
     path: Path
@@ -25,10 +27,14 @@ class FlowMatching:
     log2_steps: int = 7
     label_dropout: float = 0.1
     times: str = "discrete"
-    compat: bool = False  # the reference: t is rounded, so that t = 1 occurs, and the noise around the mean is that of x0 again
+    # the reference: t is rounded, so that t = 1 occurs, and the noise around the mean is that of x0
+    # again
+    compat: bool = False
 
     @torch.no_grad()
-    def __call__(self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int) -> Targets:
+    def __call__(
+        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
+    ) -> Targets:
         batch, device, sections = len(images), images.device, 2**self.log2_steps
         every = slice(0, batch)
         y = dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)

@@ -1,0 +1,234 @@
+"""Latencies of the study's evaluations and the cost of its trainings, all variants in turn on one
+machine.
+
+`python -m benchmarks.study --latency-only` measures again and writes the tables, in about five
+minutes of one core. Latency: seconds for one batch of images, as the evaluations generate them,
+warm, without decoding. Runs of the same network whose solvers take equal steps cost the same,
+whatever their weights: one of them is timed (`twin`). What adaptive solvers cost depends on the
+weights: each is timed itself. The cost of a training step is counted in images that pass through
+the network, and measured in processor seconds of one thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Timer, device_record, host_timer, summary, take_turns, write_json
+from benchmarks.study.runs import BY_NAME, RUNS, Run
+
+if TYPE_CHECKING:
+    from benchmarks.study.study import Study
+    from odelt_fast.train.loop import Trainer
+
+_STEP_ROUNDS, _STEPS_A_ROUND = 8, 4
+_COUNTED_STEPS = 32  # of one batch, whose random depths and times make the count a mean
+_SHORT = 8  # time steps
+_GUIDED = "-guided"
+
+
+def twin(name: str) -> str:
+    """The evaluation whose equal steps cost the same as those of the evaluation `name`: same
+    network, same number of evaluations."""
+    if name not in BY_NAME:
+        return name  # guided, or a bundled model
+    return "shortcut" if BY_NAME[name].conventional else "odelt"
+
+
+def row_key(row: dict[str, Any]) -> str:
+    """Names a row of an evaluation's results in OUT/latency.json."""
+    at = f"T={row['steps']}" if row["steps"] is not None else f"tol={row['tolerance']:g}"
+    return f"l={row['depth']} {row['solver']} {at}"
+
+
+def latency_of(latency: dict[str, Any], name: str, row: dict[str, Any]) -> float | None:
+    """Median seconds of a batch of the row; None before the latency stage."""
+    timed = latency.get(name if row["steps"] is None else twin(name), {}).get(row_key(row))
+    return None if timed is None else timed["median_s"]
+
+
+def time_everything(study: Study) -> None:
+    """Writes OUT/latency.json: {"machine", "latency": {evaluation: {row: seconds}}, "training":
+    {run: costs}, "parameters": {l: number that is loaded to run the main model at l}}. Raises
+    ValueError if nothing has been evaluated."""
+    if not study.results():
+        raise ValueError(
+            f"{study.out} holds no finished evaluation to time: run the stages train and evaluate"
+            " first"
+        )
+    torch.manual_seed(0)
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    torch.set_num_threads(1)
+    try:
+        machine = {
+            **device_record(),
+            "load": load,
+        }  # of the minute before: about 0 on a quiet machine
+        latency, training = _latencies(study), _training_costs(study)
+    finally:
+        torch.set_num_threads(threads)
+    found = {
+        "machine": machine,
+        "latency": latency,
+        "training": training,
+        "parameters": _parameters(study),
+    }
+    write_json(study.out / "latency.json", found)
+
+
+# Sampling
+
+
+def _latencies(study: Study) -> dict[str, dict[str, Any]]:
+    timers: dict[str, Timer] = {}
+    bundled: dict[str, Timer] = {}
+    for name, results in study.results().items():
+        for row in results["rows"]:
+            if row["steps"] is None or name == twin(name):
+                chosen = timers if name.removesuffix(_GUIDED) in BY_NAME else bundled
+                chosen["\n".join((name, row_key(row)))] = _sampling_timer(
+                    study, name, results["settings"], row
+                )
+    # The bundled models are slower than all the rest together: their long rows are timed once,
+    # warmed up by the short ones.
+    short = {key: timer for key, timer in bundled.items() if int(key.rpartition("=")[2]) <= _SHORT}
+    samples = take_turns(short, 0, least=5) if short else {}
+    samples |= {key: [timer()] for key, timer in bundled.items() if key not in short}
+    samples |= take_turns(timers, study.options.seconds, least=3) if timers else {}
+    found: dict[str, dict[str, Any]] = {}
+    for key, values in samples.items():
+        name, row_name = key.split("\n")
+        found.setdefault(name, {})[row_name] = {**summary(values), "rounds": len(values)}
+    return found
+
+
+def _sampling_timer(
+    study: Study, name: str, settings: dict[str, Any], row: dict[str, Any]
+) -> Timer:
+    """Times one batch as the evaluation generated it: `Cell.sampler` for the row."""
+    from odelt_fast.checkpoints.folder import load_model
+    from odelt_fast.evaluation.cells import plan_cells
+    from odelt_fast.evaluation.measuring import Processes
+    from odelt_fast.evaluation.settings import Evaluation
+
+    evaluation = Evaluation(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in settings.items()
+        }
+    )
+    cells = plan_cells(replace(evaluation, seeds=1), [row["depth"]])
+    cell = next(
+        cell
+        for cell in cells
+        if (cell.solver, cell.steps, cell.tolerance)
+        == (row["solver"], row["steps"], row["tolerance"])
+    )
+    device = Processes.of_this_run(study.budget.device).device
+    run = name.removesuffix(_GUIDED)
+    model = load_model(
+        str(study.out / run) if run in BY_NAME else evaluation.model, device, depth=cell.depth
+    )
+    sampler = cell.sampler(model, evaluation)
+    config = model.config
+    noise = torch.randn(
+        evaluation.batch_size, config.channels, config.image_size, config.image_size, device=device
+    )
+    labels = np.arange(evaluation.batch_size) % config.num_classes
+    return host_timer(lambda: sampler(noise=noise, labels=labels, seed=0), device)
+
+
+def _parameters(study: Study) -> dict[str, int]:
+    from odelt_fast.checkpoints.folder import load_model
+
+    main, folder = BY_NAME["odelt"], study.out / "odelt"
+    if not study.trained(main):
+        return {}
+    return {
+        str(depth): sum(p.numel() for p in load_model(str(folder), depth=depth).parameters())
+        for depth in main.depths
+    }
+
+
+# Training
+
+
+def _training_costs(study: Study) -> dict[str, dict[str, float]]:
+    """Of every run that was trained (other seeds cost the same): "batch", its images; "seconds",
+    processor time of a step (median); and how often a step sends an image of its batch through all
+    blocks: "learnt", forward and backward, and "targets", forward alone."""
+    trainers = {
+        run.name: _trainer(study, run) for run in RUNS if study.trained(run) and run.repeats is None
+    }
+    passes = {name: _passes(trainer) for name, trainer in trainers.items()}
+
+    def timer(trainer: Trainer) -> Timer:
+        def timed() -> float:
+            start = time.process_time()
+            for _ in range(_STEPS_A_ROUND):
+                trainer.step()
+            return (time.process_time() - start) / _STEPS_A_ROUND
+
+        return timed
+
+    samples = (
+        take_turns(
+            {name: timer(trainer) for name, trainer in trainers.items()}, 0, least=_STEP_ROUNDS
+        )
+        if trainers
+        else {}
+    )
+    return {
+        name: {
+            "batch": trainers[name].config.train_batch_size,
+            "seconds": summary(values)["median_s"],
+            **passes[name],
+        }
+        for name, values in samples.items()
+    }
+
+
+def _trainer(study: Study, run: Run) -> Trainer:
+    from odelt_fast.train.loop import Trainer
+    from odelt_fast.train.main import parse
+
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # accelerate's, that no tracker is installed: none is wanted
+        return Trainer(replace(parse(study.training(run)), log_with=()))
+
+
+def _passes(trainer: Trainer) -> dict[str, float]:
+    networks = [
+        network for network in (trainer.model, trainer.ema, trainer.teacher) if network is not None
+    ]
+    with _counted(block for network in networks for block in network.blocks) as rows:
+        for _ in range(_COUNTED_STEPS):
+            trainer.step()
+    whole = _COUNTED_STEPS * trainer.config.train_batch_size * trainer.config.model.depth
+    return {name: count / whole for name, count in rows.items()}
+
+
+@contextmanager
+def _counted(blocks: Iterable[torch.nn.Module]) -> Iterator[dict[str, int]]:
+    """Counts the images that pass through blocks, those that gradients will pass back for apart."""
+    rows = {"learnt": 0, "targets": 0}
+
+    def count(block: torch.nn.Module, arguments: tuple[Any, ...], result: object) -> None:
+        rows["learnt" if torch.is_grad_enabled() else "targets"] += len(arguments[0])
+
+    handles = [block.register_forward_hook(count) for block in dict.fromkeys(blocks)]
+    try:
+        yield rows
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,458 @@
+"""Model folders: config.json + model.safetensors, written atomically, read with suspicion.
+
+A folder may come from anywhere: loading it ends in a model or in a CheckpointError of one line.
+Nothing in it is executed, and memory stays bounded by the size of its files: names, shapes and
+dtypes in the safetensors headers are compared with what config.json implies before anything is
+allocated; the model is built without storage first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.resources
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from odelt_fast.config import DiTConfig
+from odelt_fast.files import flush
+from odelt_fast.model import DiT
+
+CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = (
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
+_PARTIAL = ".partial"  # the folder, in the model's folder, of files that are being written
+_JSON_LIMIT = 1 << 20  # bytes of config.json and of the shard index
+_HEADER_LIMIT = 16 << 20  # bytes; 1024 blocks need 2 MiB
+_TABLE_FLOOR = (
+    16 << 20
+)  # bytes of position table that any model may have; above it, 4 times the size of its weights
+_STORED_DTYPES = ("F16", "BF16", "F32", "F64")
+Header = tuple[
+    dict[str, tuple[str, tuple[int, ...]]], str | None
+]  # name -> (dtype, shape); the hash of the configuration, if recorded
+_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class CheckpointError(ValueError):
+    """A model folder or checkpoint file that cannot be read or written; the message is one line
+    that names what is wrong."""
+
+
+def one_line(error: object) -> str:
+    """The message of an error, or any text from a file, as one printable line of at most 300
+    characters."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """CheckpointError naming `name` if a value of the tensor is infinite or NaN."""
+    if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
+        raise CheckpointError(
+            f"{name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}"
+        )
+
+
+def save_model(
+    model: DiT,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes config.json and model.safetensors into `folder` (made if missing) and returns it.
+
+    dtype: storage dtype of the weights (None: the model's own). metadata: strings kept in the
+    safetensors header (weights=ema, step=...).
+
+    A kill at any moment leaves a folder that loads either the old model or the new one, never a
+    mixture. Both files are written to a folder `.partial` inside and flushed; the rename of the
+    weights, which carry the hash of their configuration, is the commit; the configuration follows.
+    `load_model` takes the configuration in `.partial` if the weights are its own, so that the
+    moment between is safe too. One writer at a time: others wait for the folder's lock.
+
+    Raises ValueError for a truncated model or a bad dtype or metadata; CheckpointError, with the
+    folder's model as it was, for weights that are not finite and for files that cannot be written.
+    """
+    if dtype is not None and dtype not in _COMPUTE_DTYPES:
+        raise ValueError(
+            f"dtype {dtype} cannot store weights: use float16, bfloat16, float32 or float64"
+        )
+    if model.max_depth < model.config.depth or len(model.blocks) < model.config.depth:
+        raise ValueError(
+            f"a truncated model cannot be saved: {len(model.blocks)} of its {model.config.depth}"
+            " blocks are loaded"
+        )
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise ValueError(f"metadata must map strings to strings, not {one_line(metadata)}")
+    tensors = {
+        name: tensor.detach().to("cpu", dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    for name, tensor in tensors.items():
+        check_finite(name, tensor)
+    text = json.dumps(model.config.to_dict(), indent=2).encode() + b"\n"
+    header = {**(metadata or {}), "format": "pt", "config_sha256": hashlib.sha256(text).hexdigest()}
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder) as directory:
+            _finish_interrupted_save(folder)
+            partial = folder / _PARTIAL
+            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                partial.mkdir()
+                (partial / CONFIG_NAME).write_bytes(text)
+                save_file(tensors, partial / WEIGHTS_NAME, header)
+                # The writer of safetensors leaves files that only their owner can read.
+                (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
+                for path in (partial / CONFIG_NAME, partial / WEIGHTS_NAME, partial):
+                    flush(path)
+                os.fsync(directory)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            os.replace(partial / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+            os.fsync(directory)
+            os.replace(partial / CONFIG_NAME, folder / CONFIG_NAME)
+            os.fsync(directory)
+            partial.rmdir()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot write the model to {one_line(repr(str(folder)))}: {one_line(error)}"
+        ) from None
+    return folder
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Puts the configuration of the weights in its place, where a save was killed between its two
+    renames."""
+    pending = folder / _PARTIAL / CONFIG_NAME
+    with contextlib.suppress(CheckpointError):
+        if pending.is_file() and _read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
+            os.replace(pending, folder / CONFIG_NAME)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Descriptor of the folder, under an advisory lock that ends with the process; some network
+    file systems have none."""
+    import fcntl
+
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(directory, fcntl.LOCK_EX)
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Names of the models that come with the package, sorted."""
+    models = importlib.resources.files("odelt_fast").joinpath("models")
+    if not models.is_dir():
+        return ()
+    return tuple(
+        sorted(entry.name for entry in models.iterdir() if entry.joinpath(CONFIG_NAME).is_file())
+    )
+
+
+def load_model(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    depth: int | None = None,
+    *,
+    download: Mapping[str, Any] | None = None,
+) -> DiT:
+    """Loads a model, in eval mode, from a local folder, by a bundled name, or from the Hub
+    ("user/repo"); the first of these that fits.
+
+    dtype: of the weights, float32 if None whatever the file stores (what saves space on disk is not
+    what to compute in). depth: run at most at this length: only the blocks that it uses are read
+    from disk, longer lengths raise ValueError afterwards. download: how to get a Hub id: revision,
+    token, cache_dir, force_download, local_files_only, as in huggingface_hub. A folder holds
+    config.json and either model.safetensors or, for shards, model.safetensors.index.json; of a
+    saved pipeline, its subfolder `transformer` is taken.
+
+    Raises CheckpointError, in one line, for a name that is nothing of these and for files that are
+    missing, damaged, hostile or not finite; ValueError for a depth, dtype or device that cannot be.
+    """
+    if dtype is not None and dtype not in _COMPUTE_DTYPES:
+        raise ValueError(
+            f"dtype {dtype} cannot be computed in: use float16, bfloat16, float32 or float64"
+        )
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {one_line(error)}") from None
+    folder = find_folder(name, download)
+    shards = _shards(folder)
+    headers = {path: _read_header(path) for path in shards}
+    config = _folder_config(folder, {digest for _, digest in headers.values()})
+    config.check_depth(depth)
+    grid = config.image_size // config.patch_size
+    if grid * grid * config.hidden_size * 4 > _TABLE_FLOOR + 4 * sum(
+        path.stat().st_size for path in shards
+    ):
+        raise CheckpointError(
+            f"{one_line(repr(str(folder)))}: image_size {config.image_size} is out of all"
+            " proportion to the weights"
+        )
+    with WithoutStorage():
+        model = DiT(config)
+    _check_shapes(model, headers)
+    if depth is not None:
+        model.truncate(depth)
+    wanted = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for path, (entries, _) in headers.items():
+        with refusals(path), safe_open(path, "pt") as file:
+            for key in sorted(wanted.keys() & entries.keys()):
+                # A copy: views of the mapped file would change, or crash the process, with the
+                # file.
+                tensor = file.get_tensor(key).to(dtype or torch.float32, copy=True)
+                if tensor.shape != wanted[key].shape:
+                    raise ValueError(f"{key} changed while it was read")
+                check_finite(key, tensor)
+                state[key] = tensor
+    model.load_state_dict({key: tensor.to(device) for key, tensor in state.items()}, assign=True)
+    model.positions = model.positions.to(device)
+    return model.eval()
+
+
+class WithoutStorage(TorchFunctionMode):
+    """Parameters made inside have no storage and are not initialised; other tensors (the position
+    table) are real.
+
+    Unlike `torch.device("meta")`, this never runs an operation on a tensor without storage: those
+    cost a second of imports at first use.
+    """
+
+    _RANDOM = frozenset({"normal_", "uniform_", "xavier_uniform_", "kaiming_uniform_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        elif getattr(func, "__name__", "") in self._RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with the file at `path` becomes a CheckpointError that names it."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+        MemoryError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
+        raise CheckpointError(
+            f"{one_line(repr(str(path)))}: {one_line(error) or type(error).__name__}"
+        ) from None
+
+
+def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
+    """The local folder of a model: an existing folder, else a bundled model, else a download from
+    the Hub. Raises CheckpointError."""
+    if os.path.isdir(name):
+        return _transformer(Path(name))
+    if isinstance(name, str) and name in bundled_models():
+        return Path(str(importlib.resources.files("odelt_fast"))) / "models" / name
+    if isinstance(name, str) and re.fullmatch(
+        r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII
+    ):
+        return _transformer(_download(name, download or {}))
+    bundled = ", ".join(bundled_models()) or "none"
+    raise CheckpointError(
+        f"no model {one_line(repr(str(name)))}: give a folder that exists, a bundled name"
+        f" ({bundled}) or a Hub id (user/repo)"
+    )
+
+
+def read_config(name: str | Path) -> DiTConfig:
+    """The configuration of the model that `load_model` would load, without its weights. Raises
+    CheckpointError as `load_model` does."""
+    folder = find_folder(name)
+    return _folder_config(folder, {_read_header(path)[1] for path in _shards(folder)})
+
+
+def _transformer(folder: Path) -> Path:
+    """The folder itself, or the model in it if it is that of a pipeline."""
+    inner = folder / "transformer"
+    return (
+        inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).is_file() else folder
+    )
+
+
+def _download(name: str, options: Mapping[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    files = (
+        CONFIG_NAME,
+        INDEX_NAME,
+        "*.safetensors",
+        *(f"transformer/{file}" for file in (CONFIG_NAME, INDEX_NAME)),
+    )
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), **options))
+    # the client's own, its HTTP library's and the system's: all mean that there is no model
+    except Exception as error:
+        bundled = ", ".join(bundled_models()) or "none"
+        problem = f"is no folder here and cannot be had from the Hub ({one_line(error)})"
+        raise CheckpointError(f"{name!r} {problem}; bundled models: {bundled}") from None
+
+
+def _member(folder: Path, name: str) -> Path:
+    """The path of a regular file of the folder. Links may not leave it, except within the Hub's own
+    cache."""
+    path = folder / name
+    if not os.path.isfile(path):
+        problem = (
+            "it is not a regular file"
+            if os.path.exists(path)
+            else f"a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+        )
+        raise CheckpointError(f"no {name!r} in {one_line(repr(str(folder)))}: {problem}")
+    root, target = (Path(os.path.realpath(place)) for place in (folder, path))
+    snapshot = root.parent if root.name == "transformer" else root
+    cache = snapshot.parent.parent / "blobs" if snapshot.parent.name == "snapshots" else root
+    if not (target.is_relative_to(root) or target.is_relative_to(cache)):
+        raise CheckpointError(
+            f"{one_line(repr(str(path)))} is a link that leaves its folder: load the folder that it"
+            " points to"
+        )
+    return path
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], str]:
+    """A JSON object of at most 1 MiB without doubled keys or NaN, and its SHA-256."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return values
+
+    def constant(text: str) -> None:
+        raise ValueError(f"{text} is not a number that JSON has")
+
+    with refusals(path):
+        with path.open("rb") as file:
+            data = file.read(_JSON_LIMIT + 1)
+        if len(data) > _JSON_LIMIT:
+            raise ValueError(f"larger than {_JSON_LIMIT} bytes")
+        values = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
+        if not isinstance(values, dict):
+            raise ValueError("must be a JSON object")
+        return values, hashlib.sha256(data).hexdigest()
+
+
+def _read_config(path: Path) -> tuple[DiTConfig, str]:
+    """A configuration and the SHA-256 of its file."""
+    values, digest = _read_json(path)
+    with refusals(path):
+        return DiTConfig.from_dict(values), digest
+
+
+def _folder_config(folder: Path, digests: set[str | None]) -> DiTConfig:
+    """The configuration of the folder; that of an interrupted save if the weights, by the hash that
+    they carry, belong to it."""
+    if None not in digests and os.path.isfile(folder / _PARTIAL / CONFIG_NAME):
+        with contextlib.suppress(CheckpointError):
+            config, digest = _read_config(_member(folder, f"{_PARTIAL}/{CONFIG_NAME}"))
+            if digests == {digest}:
+                return config
+    return _read_config(_member(folder, CONFIG_NAME))[0]
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those of its index, whose names may only be plain
+    names in the folder."""
+    if os.path.exists(folder / WEIGHTS_NAME) or not os.path.exists(folder / INDEX_NAME):
+        return [_member(folder, WEIGHTS_NAME)]
+    path = _member(folder, INDEX_NAME)
+    weight_map = _read_json(path)[0].get("weight_map")
+    with refusals(path):
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("weight_map must map the tensors' names to file names")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not re.fullmatch(
+                r"\w[\w.-]{0,199}\.safetensors", name, re.ASCII
+            ):
+                raise ValueError(
+                    f"{one_line(repr(name))} is no name of a .safetensors file in the folder"
+                )
+    return [_member(folder, name) for name in sorted(set(weight_map.values()))]
+
+
+def _read_header(path: Path) -> Header:
+    """Name -> (dtype, shape) of each tensor in a safetensors file, and the hash of the
+    configuration that it was saved with."""
+    with refusals(path):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER_LIMIT:
+            raise ValueError(
+                f"header of {length} bytes, more than the {_HEADER_LIMIT} that are allowed"
+            )
+        with safe_open(path, "pt") as tensors:
+            names = tensors.keys()
+            slices = {name: tensors.get_slice(name) for name in names}
+            entries = {
+                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
+            }
+            return entries, (tensors.metadata() or {}).get("config_sha256")
+
+
+def _check_shapes(model: DiT, headers: Mapping[Path, Header]) -> None:
+    """CheckpointError that names the first tensor which is missing, unknown, doubled, of the wrong
+    shape or not of floating point."""
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    seen: set[str] = set()
+    for path, (entries, _) in headers.items():
+        with refusals(path):
+            for key, (dtype, shape) in sorted(entries.items()):
+                if key not in expected:
+                    raise ValueError(
+                        f"tensor {one_line(repr(key))} is none of this model's: it has"
+                        f" {model.config.depth} blocks"
+                    )
+                if key in seen:
+                    raise ValueError(f"tensor {key} is in another shard too")
+                if shape != expected[key]:
+                    raise ValueError(
+                        f"{key} has shape {one_line(shape)}, the configuration implies"
+                        f" {expected[key]}"
+                    )
+                if dtype not in _STORED_DTYPES:
+                    raise ValueError(
+                        f"{key} is stored as {dtype}, not as one of {', '.join(_STORED_DTYPES)}"
+                    )
+            seen |= entries.keys()
+            if path == list(headers)[-1] and seen != expected.keys():
+                raise ValueError(f"tensor {min(expected.keys() - seen)} is missing")

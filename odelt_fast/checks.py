@@ -1,0 +1,118 @@
+"""Values checked: whole numbers, numbers, text of strangers, times and amounts of memory as people
+write them (20ms, 2GB)."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+BYTES = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+
+def whole(name: str, value: Any, least: int = 1, most: int = 2**53) -> int:
+    """value, if it is a whole number from least to most; else ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(
+            f"{name} must be a whole number from {least} to {most}, not {shown(value)}"
+        )
+    return value
+
+
+def number(name: str, value: Any, least: float = -1e300, most: float = 1e300) -> float:
+    """value as a float, if it is a number from least to most; else ValueError."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not math.isfinite(value)
+        or not least <= value <= most
+    ):
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
+    return float(value)
+
+
+def text(name: str, value: Any, most: int = 300) -> str:
+    """value, if it is printable text of at most `most` characters; else ValueError."""
+    if not isinstance(value, str) or not value or len(value) > most or not value.isprintable():
+        raise ValueError(
+            f"{name} must be printable text of 1 to {most} characters, not {shown(value)}"
+        )
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value from a file in an error message: printable, of at most 60 characters."""
+    if isinstance(value, int) and abs(value) > 10**30:  # Python refuses to write the longest ones
+        return "a huge number"
+    said = "".join(c if c.isprintable() else " " for c in repr(value)[:200])
+    return said if len(said) <= 60 else said[:57] + "..."
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds that "20ms", "1.5 s" mean. ValueError without a unit, for other units, and for what
+    is not above 0."""
+    return _amount(text, SECONDS, ("us", "ms", "s", "min"), "20ms")
+
+
+def parse_memory(text: str) -> int:
+    """Bytes that "2GB" (10^9), "512MiB" (2^20) mean; capitals do not matter. ValueError as for
+    `parse_seconds`."""
+    least = _amount(
+        text, {unit.lower(): size for unit, size in BYTES.items()}, tuple(BYTES), "2GB", fold=True
+    )
+    return max(1, math.floor(least))
+
+
+def _amount(
+    text: str,
+    units: dict[str, float] | dict[str, int],
+    names: tuple[str, ...],
+    example: str,
+    fold: bool = False,
+) -> float:
+    found = re.fullmatch(
+        r"\s*(\d{1,18}(?:\.\d{0,18})?|\.\d{1,18})(?:[eE]([+-]?\d{1,2}))?\s*([^\W\d]{0,5})\s*", text
+    )
+    unit = found[3].lower() if found and fold else found[3] if found else ""
+    if not found or unit not in units:
+        raise ValueError(
+            f"must be a number and a unit ({', '.join(names)}), such as {example}, not"
+            f" {text[:60]!r}"
+        )
+    amount = float(found[1]) * 10.0 ** int(found[2] or 0) * units[unit]
+    if not amount > 0:
+        raise ValueError(f"must be above 0, not {text[:60]!r}")
+    return amount
+
+
+def show_seconds(value: float) -> str:
+    """Seconds with three digits and the unit that suits them."""
+    for limit, size, unit in ((1e-3, 1e-6, "us"), (1, 1e-3, "ms")):
+        if value < 0.9995 * limit:
+            return f"{value / size:.3g} {unit}"
+    return f"{value:.3g} s" if value < 999.5 else f"{value:.0f} s"
+
+
+def show_memory(value: float | None) -> str:
+    """Bytes with three digits and a unit of thousands."""
+    if value is None:
+        return "unknown"
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "KB")):
+        if value >= 0.9995 * size:
+            return (
+                f"{value / size:.3g} {unit}"
+                if value < 999.5 * size
+                else f"{value / size:.0f} {unit}"
+            )
+    return f"{value:.0f} B"

@@ -1,0 +1,1 @@
+"""The network prepared for sampling."""

@@ -1,0 +1,118 @@
+"""A whole adaptive solve on the engine: launches alone, or CUDA graphs of one attempted step,
+repeated by the GPU until all have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odelt_fast.engine.engine import Engine
+from odelt_fast.engine.graphs import Captured
+from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive, repeat
+from odelt_fast.solvers.adaptive import Limits
+from odelt_fast.solvers.probability_flow import probability_flow_velocity
+from odelt_fast.solvers.tableau import Tableau
+
+
+class AdaptiveTrajectory:
+    """x at t1 from x at t0: `trajectory(x, labels)` -> (x (B, C, H, W), counters (4, B)), by steps
+    that the samples choose.
+
+    x (B, C, H, W) float32; labels as for `Trajectory`. counters int64: status, accepted, rejected,
+    evaluations (`Solution`). Calling it launches the steps one by one; `CapturedSolve` is its form
+    as CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tableau: Tableau,
+        log2_steps: int,
+        depth: int,
+        guidance: float | None,
+        limits: Limits,
+        t0: float = 0.0,
+        t1: float = 1.0,
+    ) -> None:
+        self.engine, self.tableau, self.log2_steps, self.depth, self.guidance = (
+            engine,
+            tableau,
+            log2_steps,
+            depth,
+            guidance,
+        )
+        self.limits, self.t0, self.t1 = limits, t0, t1
+        with torch.inference_mode(False), torch.no_grad():
+            self.null = torch.tensor([engine.config.num_classes], device=engine.device)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two trajectories share that make the same launches for the same shapes and
+        guidance."""
+        return (self.tableau.name, self.limits, self.t0, self.t1, self.log2_steps, self.depth)
+
+    def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        solve = self.prepare(x, labels)
+        solve.start()
+        repeat(solve.attempt, solve.flag)
+        return solve.x, solve.counters
+
+    def prepare(self, x: Tensor, labels: Tensor | None = None) -> DeviceAdaptive:
+        """The solve from x, which is not copied: filled anew it can be solved again. labels are
+        read at every evaluation, too."""
+        engine, depth, guidance = (
+            self.engine,
+            self.depth,
+            self.guidance if labels is not None else None,
+        )
+        chosen, says_noise, shared = (
+            self.null if labels is None else labels,
+            engine.config.sampling == "diffusion",
+            self._shared,
+        )
+
+        def field(t: Tensor, state: Tensor, log2_steps: int) -> Tensor:
+            condition = engine.condition(t[:1].float() if shared else t.float(), log2_steps)
+            if guidance is not None and len(condition) > 1:
+                condition = torch.cat([condition, condition])
+            final = condition + engine.weights.label_embed(chosen)
+            said = engine.velocity(
+                state,
+                *engine.modulations(final + engine.length_rows(depth), final, depth),
+                depth,
+                guidance,
+            )
+            return probability_flow_velocity(said, state, t) if says_noise else said
+
+        times = {"t0": self.t0, "t1": self.t1}
+        return DeviceAdaptive(
+            field, x, self.log2_steps, self.tableau, **times, limits=self.limits, ops=engine.ops
+        )
+
+    @property
+    def _shared(self) -> bool:
+        return self.limits.error_norm == "batch"
+
+    def evaluations(self, attempts: int) -> int:
+        """Of the velocity, in a solve of that many attempted steps."""
+        return 2 + attempts * (self.tableau.stages - self.tableau.fsal)
+
+
+class CapturedSolve(Captured):
+    """An `AdaptiveTrajectory` as graphs: one launch for a whole solve where CUDA has while nodes
+    (`loop.fallback` None)."""
+
+    def _capture(
+        self, device: torch.device, pool: Any, capture: Callable[..., Any]
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        assert isinstance(self.function, AdaptiveTrajectory)
+        with torch.inference_mode(False), torch.no_grad():
+            self.solve = self.function.prepare(*self.inputs)  # type: ignore[arg-type]
+            self.loop = AdaptiveGraph(self.solve, pool, capture)
+        return self.loop.step, (self.solve.x, self.solve.counters)
+
+    def launch(self) -> None:
+        self.loop.replay()

@@ -1,0 +1,237 @@
+"""CUDA graphs: capture of a function that only launches, replay with new inputs, and a cache of
+such graphs with one memory pool.
+
+A graph replays into the tensors it was captured with, and graphs of one pool overwrite each
+other's: inputs are copied in, results copied out, and graphs of one cache never run at the same
+time. For graphs that CUDA itself repeats (a while node's body): `capture` with keep_graph=True,
+whose `raw_cuda_graph()` is the node's child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Function = Callable[..., tuple[Tensor, ...]]
+Inputs = Sequence[Tensor | None]
+MOST_GRAPHS = 32  # a graph of 128 steps and 12 blocks has 11 000 nodes
+
+
+class CaptureError(RuntimeError):
+    """A function could not be captured; the message is the reason."""
+
+
+def capture(
+    function: Callable[[], Any],
+    device: torch.device,
+    pool: Any = None,
+    warm_up: bool = True,
+    keep_graph: bool = True,
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """(graph, result): what `function()` launches, and the tensors it returned, which every replay
+    writes.
+
+    function must only launch: no host synchronisation, no copy from pageable memory. warm_up: run
+    it once before (compilation, library workspaces). keep_graph: `raw_cuda_graph()` stays valid,
+    for a while node or to count nodes. Raises CaptureError, with the stream and the allocator as
+    they were.
+    """
+    try:
+        graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            try:
+                if warm_up:
+                    function()
+            finally:
+                torch.cuda.synchronize(
+                    device
+                )  # what was launched reads memory that the caller may free
+            with _collector_paused():
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    result = function()
+                except BaseException:
+                    with contextlib.suppress(
+                        RuntimeError
+                    ):  # it only repeats that the capture is broken
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            if keep_graph:
+                graph.instantiate()
+    except torch.OutOfMemoryError as error:
+        raise CaptureError("out of memory") from error
+    except Exception as error:
+        raise CaptureError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+    return graph, result
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection inside: what it frees (graphs, events) may be forbidden during a
+    capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def node_count(graph: torch.cuda.CUDAGraph) -> int | None:
+    """Nodes of a graph captured with keep_graph=True; None where the CUDA runtime cannot be
+    asked."""
+    try:
+        runtime = ctypes.CDLL(
+            f"libcudart.so.{(torch.version.cuda or '').split('.')[0]}"
+        )  # the one that torch has loaded
+        count = ctypes.c_size_t()
+        code = runtime.cudaGraphGetNodes(
+            ctypes.c_void_p(graph.raw_cuda_graph()), None, ctypes.byref(count)
+        )
+    except (OSError, AttributeError, RuntimeError):
+        return None
+    return count.value if code == 0 else None
+
+
+class Captured:
+    """One graph with the tensors it reads and writes."""
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: Inputs,
+        device: torch.device,
+        pool: Any,
+        capture: Callable[..., Any],
+    ) -> None:
+        # Made outside the pool: graphs that share it may overwrite everything in it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [
+                None if given is None else given.detach().to(device, copy=True) for given in inputs
+            ]
+        self.labels: dict[int, Tensor] = {}
+        self.function = function  # holds the weights and tables that the graph reads
+        self.graph, self.outputs = self._capture(device, pool, capture)
+
+    def _capture(
+        self, device: torch.device, pool: Any, capture: Callable[..., Any]
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """(graph, what its replay writes)."""
+        return capture(lambda: self.function(*self.inputs), device, pool)
+
+    def launch(self) -> None:
+        """Computes `outputs` from what lies in `inputs`."""
+        self.graph.replay()
+
+    def replay(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        for i, (held, given) in enumerate(zip(self.inputs, inputs, strict=True)):
+            if held is None or given is None or self._holds(i, given):
+                continue
+            held.copy_(given, non_blocking=True)
+        self.launch()
+        with torch.inference_mode(False), torch.no_grad():
+            return tuple(output.clone() for output in self.outputs)
+
+    def _holds(self, i: int, given: Tensor) -> bool:
+        """Whether input i holds these values already: known for integers on the host (labels),
+        which often stay the same."""
+        if given.device.type != "cpu" or given.is_floating_point():
+            return False
+        if i in self.labels and torch.equal(self.labels[i], given):
+            return True
+        self.labels[i] = given.clone()
+        return False
+
+
+class GraphCache:
+    """Captured functions by key, at most `limit`, the least recently used dropped first; one memory
+    pool. Threads take turns."""
+
+    def __init__(
+        self, device: torch.device, limit: int = MOST_GRAPHS, capture: Callable[..., Any] = capture
+    ) -> None:
+        self.device, self.limit, self.capture = device, limit, capture
+        self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
+        self._seen: set[Hashable] = set()
+        self._pool: Any = None
+        self._stream: Any = None
+        self._lock = threading.Lock()
+
+    def run(
+        self,
+        key: Hashable,
+        function: Function,
+        inputs: Inputs,
+        at_once: bool = True,
+        kind: type[Captured] = Captured,
+    ) -> tuple[Tensor, ...]:
+        """function(*inputs) as new tensors, by replaying the graph of `key`, which is captured
+        first where there is none.
+
+        inputs: tensors of the key's shapes on any device, or None. at_once False: the first call of
+        a key launches without capturing, since what is done once gains nothing by it. kind: how the
+        function is captured. Raises CaptureError.
+        """
+        with self._lock, self._on_device():
+            if key not in self.graphs:
+                if not at_once and key not in self._seen:
+                    self._seen.add(key)
+                    return function(*place(inputs, self.device))
+                self._capture(key, function, inputs, kind)
+            self.graphs.move_to_end(key)
+            return self.graphs[key].replay(inputs)
+
+    def clear(self) -> None:
+        """Forgets all graphs; their memory is free again."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        self.graphs.clear()
+        self._seen.clear()
+        self._pool = None
+
+    def _capture(
+        self, key: Hashable, function: Function, inputs: Inputs, kind: type[Captured]
+    ) -> None:
+        while len(self.graphs) >= self.limit:
+            self.graphs.popitem(last=False)
+        if self._pool is None and self.device.type == "cuda":
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            self.graphs[key] = kind(function, inputs, self.device, self._pool, self.capture)
+        except (CaptureError, torch.OutOfMemoryError) as error:
+            # a half-captured graph may have left its mark on the pool; and memory may be short
+            self._clear()
+            if isinstance(error, CaptureError):
+                raise
+            raise CaptureError("out of memory") from error
+
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)  # the last replay, which used the same memory
+            self._stream = stream
+            yield
+
+
+def place(inputs: Inputs, device: torch.device) -> list[Tensor | None]:
+    """The inputs on the device."""
+    return [None if given is None else given.to(device) for given in inputs]

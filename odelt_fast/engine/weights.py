@@ -1,0 +1,187 @@
+"""A DiT's weights as the engine wants them: no dead blocks, the modulation of all blocks in one
+matrix, float8 where asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from odelt_fast.model import DiT
+
+LAYERS = ("qkv", "attention_out", "mlp_in", "mlp_out")
+FLOAT8_LAYERS = (
+    "qkv",
+    "mlp_in",
+    "mlp_out",
+)  # the output projection is too small to repay the quantisation of its input
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Weights of a matrix product: weight (columns, inner), bias (columns,); with `scale`
+    (columns,) float32 the weight is float8."""
+
+    weight: Tensor
+    bias: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(
+            tensor.nbytes for tensor in (self.weight, self.bias, self.scale) if tensor is not None
+        )
+
+
+@dataclass(frozen=True)
+class BlockLayers:
+    qkv: Layer
+    attention_out: Layer
+    mlp_in: Layer
+    mlp_out: Layer
+
+
+class Watched:
+    """Notices when parameters are written to, or moved (not: changes through `.data`, and
+    parameters that replace them)."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._versioned = [
+            parameter for parameter in self.parameters if not parameter.is_inference()
+        ]
+        self.update()
+
+    def _now(self) -> tuple[int, int]:
+        return sum(map(attrgetter("_version"), self._versioned)), self.parameters[0].data_ptr()
+
+    def update(self) -> None:
+        """From now on they count as unchanged."""
+        self._state = self._now()
+
+    def unchanged(self) -> bool:
+        return self._now() == self._state
+
+
+class PreparedWeights:
+    """Prepared from `model`, whose modulation weights become views of one stacked tensor: no weight
+    is held twice, but by float8 copies.
+
+    quantize: (columns, inner) -> (float8, scale of each row) for FLOAT8_LAYERS; None: all layers
+    stay in the model's dtype. It does not hold the model, so that what belongs to a model can be
+    kept beside it and goes with it.
+    """
+
+    def __init__(
+        self, given: DiT, quantize: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+    ) -> None:
+        model: Any = given
+        config = given.config
+        self._watched = Watched(list(given.parameters()))
+        blocks = model.blocks[: config.live_blocks(given.max_depth)]
+        self.modulation = stack_modulations(blocks, given)
+        self.blocks = [
+            BlockLayers(*(_layer(name, getattr(block, name), quantize) for name in LAYERS))
+            for block in blocks
+        ]
+        self.patch = Layer(
+            model.patch_embed.weight.detach().flatten(1), model.patch_embed.bias.detach()
+        )
+        self.final = _layer("", model.final_layer.out, None)
+        self.final_modulation = _layer("", model.final_layer.modulation, None)
+        self.time_embed, self.step_embed, self.label_embed = (
+            model.time_embed,
+            model.step_embed,
+            model.label_embed,
+        )
+        self.length_embed: Tensor | None = (
+            model.length_embed.weight.detach() if config.length_conditioned else None
+        )
+        self.group_steps: dict[
+            int, Tensor | None
+        ] = {}  # by depth: (1,) float32, rounded to the model's dtype as the model does
+        for depth in config.depths:
+            step = (
+                (config.depth_group / torch.tensor([depth], dtype=given.dtype))
+                .float()
+                .to(given.device)
+            )
+            self.group_steps[depth] = step if config.inner_step == "inverse_depth" else None
+        self._watched.update()
+
+    def is_current(self) -> bool:
+        """Whether the weights are still those they were prepared from, as far as `Watched` sees."""
+        return self._watched.unchanged()
+
+    def are_of(self, model: DiT) -> bool:
+        """Whether they were prepared from just this model's parameters as they are now."""
+        own = list(model.parameters())
+        return (
+            self.is_current()
+            and len(own) == len(self._watched.parameters)
+            and all(a is b for a, b in zip(self._watched.parameters, own))
+        )
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes of the weights in memory: of one live block (its modulation included), and of the
+        ends."""
+        each = sum(getattr(self.blocks[0], name).nbytes for name in LAYERS) if self.blocks else 0
+        ends = [
+            *self.time_embed.parameters(),
+            *self.step_embed.parameters(),
+            self.label_embed.weight,
+            self.length_embed,
+        ]
+        ends += [self.patch, self.final, self.final_modulation]
+        return {
+            "per_block": each + self.modulation.nbytes // max(1, len(self.blocks)),
+            "ends": sum(part.nbytes for part in ends if part is not None),
+        }
+
+
+def stack_modulations(blocks: Sequence[Any], like: DiT) -> Layer:
+    """The blocks' modulation weights one below the other, (blocks*6*D, D), and biases; the model's
+    own become views of them."""
+    if not blocks:
+        size, options = like.config.hidden_size, {"dtype": like.dtype, "device": like.device}
+        return Layer(torch.empty(0, size, **options), torch.empty(0, **options))  # type: ignore[call-overload]
+    stacks = []
+    for name in ("weight", "bias"):
+        parts = [getattr(block.modulation, name) for block in blocks]
+        stack = _adjoining(parts)
+        if stack is None:
+            stack = torch.cat([part.detach() for part in parts])
+            for part, view in zip(parts, stack.chunk(len(parts))):
+                part.data = view
+        stacks.append(stack)
+    return Layer(*stacks)
+
+
+def _layer(
+    name: str, linear: Any, quantize: Callable[[Tensor], tuple[Tensor, Tensor]] | None
+) -> Layer:
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    if quantize is None or name not in FLOAT8_LAYERS:
+        return Layer(weight, bias)
+    quantized, scale = quantize(weight)
+    return Layer(quantized, bias, scale)
+
+
+def _adjoining(parts: Sequence[Tensor]) -> Tensor | None:
+    """The tensor that contiguous parts of one shape lie in, one after the other; None if they do
+    not."""
+    first = parts[0].detach()
+    storage = first.untyped_storage().data_ptr()
+    for index, part in enumerate(parts):
+        in_order = (
+            part.untyped_storage().data_ptr() == storage
+            and part.data_ptr() == first.data_ptr() + index * first.nbytes
+        )
+        if not in_order or not part.is_contiguous():
+            return None
+    return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())

@@ -1,0 +1,1 @@
+"""Quality, latency and memory over depths, steps and solvers."""

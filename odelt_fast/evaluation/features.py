@@ -1,0 +1,406 @@
+"""Feature networks: images -> the vectors whose distributions are compared.
+
+`inception-v3` gives the FID of papers and needs weights that cannot be shipped. digits-features,
+mnist-features and cifar10-features are small classifiers that come with the package
+(benchmarks/train_features.py): distances in their features rank models of those data sets, carry
+their name everywhere, and are no FID.
+
+Two protocols turn images, float32 with data in [-1, 1], into a network's input. "reference": float
+images, bilinear to 299 x 299 without antialias, then clipped to [-1, 1], never rounded. "adm": 8
+bits, then TensorFlow 1's bilinear resize, as the evaluator of ADM does with `.npz` files. Small
+networks take images at their own size, clipped, and rounded to 8 bits under "adm".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from odelt_fast.checkpoints.folder import check_finite, one_line, refusals
+
+PROTOCOLS = ("reference", "adm")
+BUNDLED = ("digits", "mnist", "cifar10")
+INCEPTION_FILES = (
+    "weights-inception-2015-12-05-6726825d.pth",
+    "pt_inception-2015-12-05-6726825d.pth",
+)  # torch-fidelity's, pytorch-fid's
+_SIZE_LIMIT = 1 << 30  # bytes of a weights file
+_KEY = "odelt_fast_features"  # of the safetensors header
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """A small classifier: 3x3 residual stages of `widths` channels, halved between; the features
+    are the last stage's means.
+
+    The first convolution has the stride `stride`.
+    """
+
+    name: str
+    image_size: int
+    channels: int
+    widths: tuple[int, ...]
+    num_classes: int
+    stride: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = (self.image_size, self.channels, *self.widths, self.num_classes, self.stride)
+        if not self.widths or not all(
+            isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 4096 for n in numbers
+        ):
+            raise ValueError(
+                f"sizes of a feature network must be whole numbers from 1 to 4096, not {numbers}"
+            )
+        if (
+            not isinstance(self.name, str)
+            or not self.name.endswith("-features")
+            or len(self.name) > 64
+            or len(self.widths) > 8
+        ):
+            raise ValueError(
+                "a feature network has a name that ends in -features and at most 8 widths, not"
+                f" {one_line(self.name)}"
+            )
+
+
+class SmallNetwork(nn.Module):
+    """x (B, C, H, W) in [-1, 1] -> features (B, widths[-1]) and logits (B, num_classes)."""
+
+    def __init__(self, config: SmallConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = _convolution(config.channels, config.widths[0], config.stride)
+        self.stages = nn.ModuleList(
+            _Stage(a, b) for a, b in zip((config.widths[0], *config.widths[:-1]), config.widths)
+        )
+        self.head = nn.Linear(config.widths[-1], config.num_classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.stem(x))
+        for i, stage in enumerate(self.stages):
+            x = stage(F.max_pool2d(x, 2) if i else x)
+        features = x.mean((2, 3))
+        return features, self.head(features)
+
+
+class _Stage(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first, self.second = _convolution(channels, width), _convolution(width, width)
+        self.skip = (
+            nn.Conv2d(channels, width, 1, bias=False) if channels != width else nn.Identity()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.skip(x) + self.second(F.relu(self.first(x))))
+
+
+def _convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
+    )
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A network with what is known of it. `function`: prepared images -> features (B, dimensions)
+    float32, logits (B, K) or None.
+
+    name: in every table. distance: what the Frechet distance of its features is called. image_size,
+    channels: of the images that it takes (None: it resizes; grey images are repeated to RGB where 3
+    are wanted). fingerprint: hash of its weights, which ties statistics to it.
+    """
+
+    name: str
+    dimensions: int
+    image_size: int | None
+    channels: int
+    fingerprint: str
+    function: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+
+    @property
+    def distance(self) -> str:
+        return "FID" if self.name == "inception-v3" else f"{self.name} Frechet distance"
+
+    def check_images(self, channels: int, image_size: int) -> None:
+        """ValueError unless it can take such images."""
+        if channels not in (1, 3) or (channels == 3 and self.channels == 1):
+            raise ValueError(
+                f"{self.name} takes images of {self.channels} channels, not {channels}: latents"
+                " need --decoder"
+            )
+        if self.image_size not in (None, image_size):
+            raise ValueError(
+                f"{self.name} takes images of {self.image_size}x{self.image_size}, not"
+                f" {image_size}x{image_size}"
+            )
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor, protocol: str = "reference") -> tuple[Tensor, Tensor | None]:
+        """Images (B, C, H, W), data in [-1, 1] -> features (B, D) and logits (B, K) or None,
+        float32. ValueError for other sizes."""
+        self.check_images(images.shape[1], images.shape[-1])
+        if self.channels == 3 and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        prepare = resize_and_clip if self.image_size is None else lambda x: x.clamp(-1, 1)
+        if protocol == "adm":
+            prepare = (
+                resize_8_bit if self.image_size is None else lambda x: quantized(x) / 127.5 - 1
+            )
+        features, logits = self.function(prepare(images.float()))
+        return features.float(), None if logits is None else logits.float()
+
+
+def resize_and_clip(images: Tensor, size: int = 299) -> Tensor:
+    """The reference's protocol: (B, C, H, W) -> (B, C, size, size): bilinear at pixel centres, no
+    antialias, then clipped to [-1, 1]."""
+    return F.interpolate(
+        images, size=(size, size), mode="bilinear", align_corners=False, antialias=False
+    ).clamp(-1, 1)
+
+
+def quantized(images: Tensor) -> Tensor:
+    """(B, C, H, W) clipped to [-1, 1] -> whole numbers 0 to 255, as float32: `plots.to_uint8` on
+    the device."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round()
+
+
+def resize_8_bit(images: Tensor, size: int = 299) -> Tensor:
+    """ADM's protocol: 8 bits, TensorFlow 1's bilinear (pixel i of the output is at i * H / size of
+    the input), (x - 128) / 128."""
+    pixels = quantized(images)
+    for dim in (2, 3):
+        length = pixels.shape[dim]
+        at = torch.arange(size, device=pixels.device, dtype=torch.float32) * (length / size)
+        low = at.floor().long().clamp(max=length - 1)
+        weight = (at - low).reshape((size, 1) if dim == 2 else (1, size))
+        below, above = (
+            pixels.index_select(dim, low),
+            pixels.index_select(dim, (low + 1).clamp(max=length - 1)),
+        )
+        pixels = below + (above - below) * weight
+    return (pixels - 128) / 128
+
+
+def load_features(
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    inception_weights: str | Path | None = None,
+    trust: bool = False,
+) -> FeatureNetwork:
+    """A feature network: digits, mnist, cifar10 (bundled), inception, or a file.
+
+    inception: weights from `inception_weights`, else where torch-fidelity and pytorch-fid keep
+    theirs (their one state dict, .pth read by torch's restricted unpickler, or .safetensors). A
+    file: .safetensors of a small network (`save_features`) or of Inception's weights. With
+    trust=True also TorchScript (.pt, images (B, 3, H, W) in [-1, 1] -> features (B, D)): it is a
+    program, which may read and write files, so it is refused otherwise. Pickled modules are never
+    read.
+
+    Raises ValueError (CheckpointError) in one line: missing weights and where they are looked for,
+    damaged or foreign files.
+    """
+    if name in BUNDLED:
+        return _small(_bundled_path(str(name)), device)
+    if name == "inception":
+        return _inception(find_inception_weights(inception_weights), device)
+    path = Path(name)
+    if not path.is_file():
+        raise ValueError(
+            f"no feature network {one_line(repr(str(name)))}: give {', '.join(BUNDLED)}, inception"
+            " or a file"
+        )
+    if path.suffix == ".safetensors":
+        with refusals(path), safe_open(path, "pt") as file:
+            small = _KEY in (file.metadata() or {})
+        return _small(path, device) if small else _inception(path, device)
+    if path.suffix == ".pth":
+        return _inception(path, device)
+    if not trust:
+        raise ValueError(
+            f"{path} is not .safetensors: a TorchScript file is a program that may read and write"
+            " files; if it is yours, --trust-features"
+        )
+    return _torchscript(path, device)
+
+
+def bundled_for(channels: int, image_size: int) -> str | None:
+    """The bundled network that takes such images, if there is one."""
+    for name in BUNDLED:
+        if _bundled_path(name).is_file():
+            config = _configuration(_bundled_path(name))
+            if (config.channels, config.image_size) == (channels, image_size):
+                return name
+    return None
+
+
+def _bundled_path(name: str) -> Path:
+    return (
+        Path(str(importlib.resources.files("odelt_fast")))
+        / "models"
+        / "features"
+        / f"{name}.safetensors"
+    )
+
+
+def find_inception_weights(given: str | Path | None = None) -> Path:
+    """The file of Inception's weights: the one given, else one in torch.hub's cache. ValueError
+    saying where they were looked for."""
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"--inception-weights {given}: there is no such file")
+        return Path(given)
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in INCEPTION_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(
+        f"no Inception weights: give --inception-weights FILE ({INCEPTION_FILES[1]} of pytorch-fid,"
+        f" the same as torch-fidelity's {INCEPTION_FILES[0]}), or put it into {folder}"
+    )
+
+
+def save_features(network: SmallNetwork, path: Path, notes: Mapping[str, str]) -> None:
+    """Writes a small network as .safetensors in float16, with its configuration and `notes`
+    (strings) in the header."""
+    from safetensors.torch import save_file
+
+    state = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in network.state_dict().items()
+    }
+    kept = {
+        name: tensor.contiguous()
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+    save_file(kept, path, {**notes, _KEY: json.dumps(asdict(network.config))})
+    path.chmod(0o644)  # the writer of safetensors leaves files that only their owner can read
+
+
+def _configuration(path: Path) -> SmallConfig:
+    with refusals(path):
+        with safe_open(path, "pt") as file:
+            values: Any = json.loads((file.metadata() or {}).get(_KEY, "null"))
+        if not isinstance(values, dict) or not isinstance(values.get("widths"), list):
+            raise ValueError("is not a feature network: its header has no configuration")
+        return SmallConfig(**{**values, "widths": tuple(values["widths"])})
+
+
+def _small(path: Path, device: str | torch.device) -> FeatureNetwork:
+    config = _configuration(path)
+    with refusals(path):
+        with torch.device("meta"):
+            network = SmallNetwork(config).eval()
+        state = _read(path, network)
+        network.load_state_dict(state, strict=False, assign=True)
+        _forget_counts(network)
+    network.requires_grad_(False).to(device)
+    return FeatureNetwork(
+        config.name,
+        config.widths[-1],
+        config.image_size,
+        config.channels,
+        fingerprint(state),
+        network,
+    )
+
+
+def _inception(path: Path, device: str | torch.device) -> FeatureNetwork:
+    from odelt_fast.evaluation.inception import DIMENSIONS, InceptionV3
+
+    with refusals(path):
+        with torch.device("meta"):
+            network = InceptionV3().eval()
+        state = _read(path, network)
+        network.load_state_dict(state, strict=False, assign=True)
+        _forget_counts(network)
+    network.requires_grad_(False).to(device)
+    return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, fingerprint(state), network)
+
+
+def _forget_counts(network: nn.Module) -> None:
+    """Drops the counters of batches, which only training needs and the files leave out."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.num_batches_tracked = None
+
+
+def _torchscript(path: Path, device: str | torch.device) -> FeatureNetwork:
+    with refusals(path):
+        module = torch.jit.load(str(path), map_location=device).eval()
+        out = module(torch.zeros(2, 3, 299, 299, device=device))
+        if not isinstance(out, Tensor) or out.dim() != 2:
+            raise ValueError("a TorchScript feature network must turn (B, 3, 299, 299) into (B, D)")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return FeatureNetwork(
+        f"torchscript {path.stem}", out.shape[1], None, 3, digest, lambda x: (module(x), None)
+    )
+
+
+def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a network wants, float32, finite. ValueError for missing ones and other
+    shapes, found before they are read."""
+    if path.stat().st_size > _SIZE_LIMIT:
+        raise ValueError(f"is larger than {_SIZE_LIMIT >> 20} MiB")
+    wanted = {
+        name: tensor.shape
+        for name, tensor in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_names(wanted, shapes)
+            tensors = {name: file.get_tensor(name) for name in wanted}
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"is not a file of weights: {error}") from None
+        if not isinstance(tensors, dict) or not all(
+            isinstance(tensors.get(name), Tensor) for name in wanted
+        ):
+            raise ValueError("is not the state dict of the Inception network that FID uses")
+        _check_names(
+            wanted,
+            {
+                name: tuple(tensor.shape)
+                for name, tensor in tensors.items()
+                if isinstance(tensor, Tensor)
+            },
+        )
+    state = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in wanted}
+    for name, tensor in state.items():
+        check_finite(name, tensor)
+    return state
+
+
+def _check_names(wanted: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in wanted.items():
+        if found.get(name) != tuple(shape):
+            raise ValueError(
+                f"is no such feature network: {name} must be {tuple(shape)}, not"
+                f" {found.get(name, 'missing')}"
+            )
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and float32 values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Results of `odelt-fast evaluate`: the rows of its tables, from JSON to Markdown shaped like
+Tables 2 and 3 of the paper."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a larger value of a metric of `odelt-fast evaluate` is a better one."""
+    return metric in ("recognised", "precision", "recall", "inception score")
+
+
+def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for every (solver, depth or schedule, steps or tolerance), in the order of their
+    first cell: mean and standard deviation over seeds.
+
+    The standard deviation is that of a sample (divided by the number of seeds - 1), None for one
+    seed.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for cell in cells:
+        schedule = json.dumps(cell.get("schedule"))
+        groups.setdefault(
+            (*(cell[name] for name in ("solver", "depth", "steps", "tolerance")), schedule), []
+        ).append(cell)
+    rows = []
+    for (solver, depth, steps, tolerance, _), members in groups.items():
+        metrics = {
+            name: _spread([cell["metrics"][name] for cell in members])
+            for name in members[0]["metrics"]
+        }
+        rows.append(
+            {
+                "solver": solver,
+                "depth": depth,
+                **({"schedule": members[0]["schedule"]} if "schedule" in members[0] else {}),
+                "live_blocks": members[0]["live_blocks"],
+                "steps": steps,
+                "tolerance": tolerance,
+                "guidance_scale": members[0]["guidance_scale"],
+                "seeds": [cell["seed"] for cell in members],
+                "evaluations": statistics.fmean(cell["evaluations"] for cell in members),
+                "metrics": metrics,
+                "latency": statistics.median(cell["latency"] for cell in members),
+                "peak_memory": max(
+                    (cell["peak_memory"] for cell in members if cell["peak_memory"] is not None),
+                    default=None,
+                ),
+            }
+        )
+    return rows
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {
+        "mean": statistics.fmean(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The results of an evaluation, from its folder or its results.json. ValueError for anything
+    else."""
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text())
+        if results["format"] != FORMAT or not results["rows"]:
+            raise ValueError("is of another version, or empty")
+        for row in results["rows"]:
+            row["solver"], row["depth"], row["latency"], next(iter(row["metrics"].values()))["mean"]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+    ) as error:
+        raise ValueError(
+            f"{path} holds no results of odelt-fast evaluate: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return dict(results)
+
+
+def to_markdown(results: Mapping[str, Any]) -> str:
+    """The tables: for equal steps, one row a depth and one column a T (Table 2); then cost and
+    quality of every row (Table 3)."""
+    rows, settings = results["rows"], results["settings"]
+    names = list(rows[0]["metrics"])
+    lines = [f"# {settings['model']}", "", *_description(results), ""]
+    fixed = [row for row in rows if row["steps"] is not None and "schedule" not in row]
+    for solver in dict.fromkeys(row["solver"] for row in fixed):
+        mine = [row for row in fixed if row["solver"] == solver]
+        steps, depths = _distinct(mine, "steps"), _distinct(mine, "depth")
+        for name in names:
+            cells = {(row["depth"], row["steps"]): number(row["metrics"][name]) for row in mine}
+            head = [f"{name}, {solver}", *(f"T = {count}" for count in steps)]
+            lines += _table(
+                head,
+                [
+                    [f"l = {depth}", *(cells.get((depth, count), "") for count in steps)]
+                    for depth in depths
+                ],
+            )
+    largest = max((row["peak_memory"] for row in rows if row["peak_memory"]), default=None)
+    head = [
+        "l",
+        "solver",
+        "T or tol",
+        *names,
+        f"WCT, s per {settings['batch_size']}",
+        "evaluations",
+        "MEM",
+        "relative",
+    ]
+    body = []
+    for row in rows:
+        memory = row["peak_memory"]
+        relative = f"{memory / largest:.2f}x" if memory and largest else ""
+        at = row["steps"] if row["steps"] is not None else f"{row['tolerance']:g}"
+        quality = [number(row["metrics"][name]) for name in names]
+        cost = [
+            f"{row['latency']:.3g}",
+            f"{row['evaluations']:.4g}",
+            f"{memory / 2**20:.0f} MiB" if memory else "",
+            relative,
+        ]
+        depth = (
+            ", ".join(f"{time:g}:{blocks}" for time, blocks in row["schedule"])
+            if "schedule" in row
+            else row["depth"]
+        )
+        body.append([depth, row["solver"], at, *quality, *cost])
+    return "\n".join([*lines, *_table(head, body)]).rstrip() + "\n"
+
+
+def number(spread: Mapping[str, Any]) -> str:
+    """Mean and standard deviation as in the paper's tables, e.g. 5.93 ± 0.11."""
+    mean, std = spread["mean"], spread["std"]
+    digits = 1 if abs(mean) >= 100 else 2 if abs(mean) >= 1 else 4
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def _description(results: Mapping[str, Any]) -> list[str]:
+    settings, environment = results["settings"], results["environment"]
+    against = settings["data"] or settings["stats"]
+    seeds = (
+        "1 seed"
+        if settings["seeds"] == 1
+        else f"{settings['seeds']} seeds, mean ± standard deviation"
+    )
+    lines = [
+        (
+            f"{settings['num_images']} images of each of {seeds}, against {against}; features:"
+            f" {results['features']['name']}, protocol {settings['protocol']}."
+        ),
+        (
+            f"Latency: median wall-clock time of a batch of {settings['batch_size']} on"
+            f" {environment['device']} in {environment['dtype']}, {environment['processes']},"
+            f" without the decoder, warm. Memory: the sampler's peak. torch {environment['torch']}."
+        ),
+    ]
+    if results["features"]["name"] != "inception-v3":
+        lines.append(
+            f"**Not an FID**: every distance is of {results['features']['name']}, and compares only"
+            " with its like."
+        )
+    if settings["num_images"] <= results["features"]["dimensions"]:
+        lines.append("**Fewer images than features**: the distance depends on their number.")
+    if settings["paper_guidance"]:
+        lines.append(
+            "T = 128 is 64 steps of two evaluations, guided with w ="
+            f" {settings['guidance_scale']:g}; other T are not guided."
+        )
+    elif settings["guidance_scale"] is not None:
+        lines.append(f"Guided with w = {settings['guidance_scale']:g}.")
+    return [f"{line}  " for line in lines[:-1]] + lines[-1:]
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    return sorted({row[name] for row in rows}, reverse=True)
+
+
+def _table(head: Sequence[object], body: Sequence[Sequence[object]]) -> list[str]:
+    return [
+        "| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)
+    ] + [""]

@@ -1,0 +1,130 @@
+"""What an evaluation measures: its settings, validated, without loading torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from odelt_fast.planning.profile import parse_schedule
+
+METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
+LABELS = ("drawn", "balanced", "data")
+Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
+Names = tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Measure quality, latency and memory of a model over depths, time steps and solvers."""
+
+    model: str = "digits"
+    """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
+    data: str | None = None
+    """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's
+    id."""
+    split: str = "train"
+    """Part of --data."""
+    stats: str | None = None
+    """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
+    odelt-fast stats writes."""
+    depths: Annotated[tuple[int, ...], Wholes] = ()
+    """Active blocks l; all of the model's depths by default."""
+    depth_schedules: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")
+    ] = ()
+    """Depths that change with time, beside the depths: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
+    12 from there on. For solvers with equal steps."""
+    steps: Annotated[tuple[int, ...], Wholes] = (128, 4, 1)
+    """Time steps T of the solvers that take equal ones."""
+    solvers: Annotated[tuple[str, ...], Names, tyro.conf.arg(aliases=["--solver"])] = ("euler",)
+    """As in odelt-fast sample. Those that choose their own steps are run at every tolerance."""
+    tolerances: Annotated[
+        tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_behavior_hint="")
+    ] = (1e-2,)
+    """rtol and atol of solvers that choose their own steps."""
+    num_images: int = 50_000
+    """Images of every seed."""
+    seeds: int = 4
+    """Runs with different noise, for mean and standard deviation: seeds --first-seed and those
+    after it."""
+    first_seed: int = 0
+    batch_size: int = 128
+    """Images at a time, and what latency is measured with. Part of the result: another size needs
+    another --out."""
+    labels: str = "drawn"
+    """drawn: uniform, from the seed. balanced: every class in turn. data: those of --data in
+    turn."""
+    guidance_scale: float | None = None
+    """w in v_null + w (v_label - v_null). Guided steps are two evaluations."""
+    paper_guidance: bool = False
+    """Count as the paper does: guidance at T = 128 only, which is then 64 steps of two evaluations;
+    other T without guidance."""
+    metrics: Annotated[tuple[str, ...], Names] = ("frechet",)
+    """frechet (FID), kid, precision_recall, inception_score, recognised (share of images that the
+    network takes for their class)."""
+    features: str = "auto"
+    """Feature network: digits, mnist, cifar10 (bundled, no FID), inception, or a file. auto:
+    inception if its weights are given, else the bundled one that takes such images, else
+    inception."""
+    inception_weights: str | None = None
+    """Weights of the Inception network (.pth of pytorch-fid or torch-fidelity, .safetensors);
+    looked for in torch's cache by default."""
+    trust_features: bool = False
+    """Let --features be a TorchScript file: a program that may read and write files."""
+    protocol: str = "reference"
+    """reference: float images, resized, then clipped. adm: rounded to 8 bits, then resized as
+    TensorFlow 1 does."""
+    decoder: str | None = None
+    """For models of latents: autoencoder, a folder or Hub id (stabilityai/sd-vae-ft-mse)."""
+    backend: str = "auto"
+    """Of the sampler: auto, eager, compile, fused."""
+    allow_few_samples: bool = False
+    """Also with no more images than features, where the distance depends on their number."""
+    npz: bool = False
+    """Keep the images, for other evaluators: OUT/samples/*.npz, arr_0 (N, H, W, C) uint8, arr_1
+    labels."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "seeds", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}"
+                )
+        for name in ("steps", "solvers", "metrics"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} must have at least one value")
+        for text in self.depth_schedules:
+            try:
+                parse_schedule(text)
+            except ValueError as error:
+                raise ValueError(f"--depth-schedules {error}") from None
+        if not 0 <= self.first_seed < 2**64 - self.seeds:
+            raise ValueError(
+                f"--first-seed must be from 0 to 2^64 - 1 - --seeds, not {self.first_seed}"
+            )
+        if self.paper_guidance and self.guidance_scale is None:
+            raise ValueError("--paper-guidance needs --guidance-scale")
+        if not all(value > 0 and math.isfinite(value) for value in self.tolerances):
+            raise ValueError(f"--tolerances must be above 0, not {self.tolerances}")
+        for metric in self.metrics:
+            _one_of("--metrics", metric, METRICS)
+        _one_of("--labels", self.labels, LABELS)
+        _one_of("--protocol", self.protocol, ("reference", "adm"))
+        if (self.data is None) == (self.stats is None) and {
+            "frechet",
+            "kid",
+            "precision_recall",
+        } & set(self.metrics):
+            raise ValueError("give either --data or --stats, to compare with")
+        if self.data is None and {"kid", "precision_recall"} & set(self.metrics):
+            raise ValueError("kid and precision_recall need real images: --data")
+        if self.data is None and self.labels == "data":
+            raise ValueError("--labels data needs --data")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option} must be {', '.join(allowed)}, not {value!r}")

@@ -1,0 +1,1 @@
+"""What sampling costs on a machine, and the best within a budget."""

@@ -1,0 +1,194 @@
+"""Latents to images with the decoder half of a diffusers autoencoder (extra `diffusers`), in
+batches of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Decoder:
+    """Latents (B, c, h, w) as the model makes them -> images (B, 3, f*h, f*w) float32, data in [-1,
+    1], not clipped.
+
+    Computes D(z / s + m) with the scale s and shift m of the autoencoder's configuration: s =
+    0.18215, m = 0 for Stable Diffusion's AutoencoderKL. An AutoencoderTiny (previews) takes the
+    scaled latents of the autoencoder that it imitates: its s is 1. autoencoder: an AutoencoderKL or
+    AutoencoderTiny; runs in its own dtype, on its own device. float16 overflows in some of them;
+    bfloat16 does not. batch_size: latents decoded at a time, halved for good when memory runs out.
+
+    Raises ValueError for latents of another shape and for an autoencoder whose configuration does
+    not say what is needed.
+    """
+
+    def __init__(self, autoencoder: Any, name: str = "", batch_size: int = 8) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        config = dict(getattr(autoencoder, "config", None) or {})
+        widths = config.get("decoder_block_out_channels") or config.get("block_out_channels")
+        if not widths or not all(
+            name in config for name in ("latent_channels", "scaling_factor", "out_channels")
+        ):
+            raise ValueError(
+                "decoder must be an AutoencoderKL or AutoencoderTiny of diffusers, not"
+                f" {type(autoencoder).__name__}"
+            )
+        self.autoencoder, self.name, self.batch_size = (
+            autoencoder,
+            name or type(autoencoder).__name__,
+            batch_size,
+        )
+        self.scale, self.shift = (
+            float(config["scaling_factor"]),
+            float(config.get("shift_factor") or 0),
+        )
+        self.latent_channels, self.channels = (
+            int(config["latent_channels"]),
+            int(config["out_channels"]),
+        )
+        self.factor = int(config.get("upsampling_scaling_factor") or 2) ** (
+            len(widths) - 1
+        )  # pixels of an image's side for one latent's
+        if not math.isfinite(self.scale) or not self.scale > 0:
+            raise ValueError(
+                f"the decoder {self.name} has scaling_factor {self.scale}, which must be above 0"
+            )
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Decodes on the autoencoder's device; the result stays there."""
+        if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
+            wanted = f"(B, {self.latent_channels}, h, w)"
+            raise ValueError(
+                f"the decoder {self.name} takes latents of shape {wanted}, not"
+                f" {tuple(latents.shape)}"
+            )
+        count, _, height, width = latents.shape
+        shape = (count, self.channels, height * self.factor, width * self.factor)
+        images = torch.empty(shape, dtype=torch.float32, device=self.autoencoder.device)
+        done = 0
+        while done < count:
+            try:
+                part = (
+                    latents[done : done + self.batch_size].to(images.device, torch.float32)
+                    / self.scale
+                    + self.shift
+                )
+                images[done : done + len(part)] = self.autoencoder.decode(
+                    part.to(self.autoencoder.dtype)
+                ).sample
+                done += len(part)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise
+            else:
+                continue
+            # Outside the handler, whose traceback keeps the tensors of the failed attempt alive.
+            self.batch_size = max(1, min(self.batch_size, count) // 2)
+            torch.cuda.empty_cache()
+        return images
+
+
+class Overlapped:
+    """A decoder of batches that works while the next one is sampled: on a GPU, on a stream of its
+    own.
+
+    Called with latents it starts to decode them and returns them as they are, so it stands where a
+    Sampler wants a decoder; `images()` waits, and gives the images of all calls in one tensor. On
+    other devices it decodes at once.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder, self._images = decoder, list[Tensor]()
+        device = decoder.autoencoder.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        if self._stream is None:
+            self._images.append(self.decoder(latents))
+            return latents
+        # A copy of its own: whoever made the latents may write the next batch into the same memory
+        # before these have been read.
+        own = latents.clone()
+        self._stream.wait_stream(torch.cuda.current_stream(own.device))
+        with torch.cuda.stream(self._stream):
+            own.record_stream(self._stream)
+            self._images.append(self.decoder(own))
+        return latents
+
+    def images(self) -> Tensor:
+        """Images (N, 3, H, W) float32, ready on the current stream. ValueError if nothing was
+        decoded."""
+        if not self._images:
+            raise ValueError("there are no latents to decode")
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._stream.device)
+            current.wait_stream(self._stream)
+            for images in self._images:
+                images.record_stream(current)
+        return torch.cat(self._images)
+
+
+def load_decoder(
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    batch_size: int = 8,
+) -> Decoder:
+    """The decoder of an AutoencoderKL or AutoencoderTiny, from a folder or a Hub id; of a pipeline,
+    its `vae` is taken. safetensors only.
+
+    "stabilityai/sd-vae-ft-mse" is the one that DiT's latents are made for, "madebyollin/taesd" its
+    small imitation, for previews. dtype None: float32. Raises ValueError, in one line, where
+    diffusers is missing or cannot load it.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise ValueError(
+            "decoding latents needs diffusers: pip install 'odelt-fast[diffusers]'"
+        ) from None
+    kinds: dict[str, Any] = {
+        "AutoencoderKL": diffusers.AutoencoderKL,
+        "AutoencoderTiny": diffusers.AutoencoderTiny,
+    }
+    try:
+        folder = _find_folder(str(name_or_path))
+        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        if kind not in kinds:
+            raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
+        autoencoder = kinds[kind].from_pretrained(
+            folder, use_safetensors=True, local_files_only=True
+        )
+        autoencoder.encoder = autoencoder.quant_conv = None
+        autoencoder = autoencoder.eval().requires_grad_(False).to(device, dtype or torch.float32)
+        return Decoder(autoencoder, str(name_or_path), batch_size)
+    except Exception as error:  # its errors come from many packages
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the decoder {str(name_or_path)!r} cannot be loaded: {text or type(error).__name__}"
+        ) from None
+
+
+def _find_folder(name: str) -> Path:
+    """The local folder that holds an autoencoder: `name`, or its subfolder `vae`; downloaded if it
+    is a Hub id."""
+    if os.path.isdir(name):
+        folder = Path(name)
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
+        from huggingface_hub import snapshot_download
+
+        files = ("config.json", "diffusion_pytorch_model.safetensors")
+        folder = Path(
+            snapshot_download(name, allow_patterns=[*files, *(f"vae/{file}" for file in files)])
+        )
+    else:
+        raise ValueError("it is no folder here and no Hub id (user/repo)")
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

@@ -1,0 +1,375 @@
+"""Requests become batches: a bounded queue, and one thread that draws the images of several
+requests at once.
+
+Jobs of one `Key` share batches; the key whose oldest job has waited longest is next. An image's
+noise depends on its request's seed and its index alone, so sharing changes no picture. The asyncio
+side submits and withdraws jobs and never waits for the thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+MISSING = (
+    "odelt-fast serve needs FastAPI, uvicorn and prometheus_client: pip install 'odelt-fast[serve]'"
+)
+INLINE_BYTES = (
+    1 << 16
+)  # pixels of a batch that are encoded at once: handing them to another thread takes longer
+_KEYS = 256  # keys whose durations are remembered
+
+
+class Refused(Exception):
+    """A request that is not served: HTTP status, a word for the metrics, and for how many seconds
+    it is useless to ask again."""
+
+    def __init__(
+        self, status: int, reason: str, message: str, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.reason = status, reason
+        self.retry_after = None if retry_after is None else min(60, max(1, math.ceil(retry_after)))
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the images of one batch have in common. alone: a number that no other request has, for
+    one that shares no batch."""
+
+    depth: int
+    steps: int
+    solver: str
+    guidance_scale: float | None
+    alone: int = 0
+
+
+@dataclass(eq=False)
+class Job:
+    """The images of one request. labels: one each, or None to draw them from the seed. deadline: of
+    time.monotonic()."""
+
+    key: Key
+    seed: int
+    num_images: int
+    labels: np.ndarray | None
+    deadline: float
+    client: str
+    future: asyncio.Future[bytes]
+    encode: Callable[[Job], bytes]
+    images: np.ndarray | None = None  # (num_images, H, W, C) when all are there
+    begun: int = 0  # images that were given to the thread
+    done: int = 0
+    number: int = 0  # in the order of arrival
+
+
+Part = tuple[Job, range]  # a job and the indices of its images
+Draw = Callable[[Key, Sequence[Part]], np.ndarray]  # images (N, H, W, C), part after part
+
+
+@dataclass
+class Durations:
+    """Seconds that batches took, by key and size: an optimistic guess at what the next one
+    takes."""
+
+    seconds: OrderedDict[Key, dict[int, float]] = field(default_factory=OrderedDict)
+
+    def add(self, key: Key, images: int, seconds: float) -> None:
+        sizes = self.seconds.setdefault(key, {})
+        self.seconds.move_to_end(key)
+        size = 1 << (images - 1).bit_length()
+        sizes[size] = 0.7 * sizes[size] + 0.3 * seconds if size in sizes else seconds
+        if len(self.seconds) > _KEYS:
+            self.seconds.popitem(last=False)
+
+    def guess(self, key: Key, images: int) -> float:
+        """At least so long, as far as is known: 0 for a key never met."""
+        sizes = self.seconds.get(key)
+        if not sizes:
+            return 0.0
+        size = 1 << (images - 1).bit_length()
+        if size in sizes:
+            return sizes[size]
+        smaller = [seconds for known, seconds in sizes.items() if known < size]
+        return max(
+            [
+                *smaller,
+                *(seconds * size / known for known, seconds in sizes.items() if known > size),
+            ]
+        )
+
+    def doubt(self, key: Key) -> None:
+        """A request was refused because of what `guess` says, so that no batch will correct it: it
+        shrinks until one is tried again."""
+        sizes = self.seconds.get(key, {})
+        for size in sizes:
+            sizes[size] *= 0.9
+
+
+class Batcher:
+    """Draws jobs in batches of at most `max_batch` images, with at most `max_queue` images waiting,
+    `max_client` of one client.
+
+    draw(key, parts) makes a batch's images, in the batcher's own thread; `Job.encode` makes a job's
+    answer there or in a pool. Every submitted job's future gets the answer, or an exception:
+    `Refused`, or what draw raised (ValueError: the job's own fault). on_batch(jobs, images,
+    seconds) is called after each batch.
+    """
+
+    def __init__(
+        self,
+        draw: Draw,
+        *,
+        max_batch: int = 32,
+        max_queue: int = 1024,
+        max_client: int = 1024,
+        on_batch: Callable[[int, int, float], Any] = lambda jobs, images, seconds: None,
+    ) -> None:
+        self.draw, self.max_batch, self.max_queue, self.max_client, self.on_batch = (
+            draw,
+            max_batch,
+            max_queue,
+            max_client,
+            on_batch,
+        )
+        self.durations, self.waiting = Durations(), 0
+        self._clients, self._queues, self._numbers = Counter[str](), dict[Key, deque[Job]](), 0
+        self._changed = threading.Condition()
+        self._closed = self._stopped = False
+        self._running: tuple[Key, int, float] | None = (
+            None  # key, images and start of the batch that is being drawn
+        )
+        self._pool = ThreadPoolExecutor(2, "encode")
+        self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken and drawn."""
+        return self._thread.is_alive() and not self._closed
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread lives, or was told to end."""
+        return self._thread.is_alive() or self._closed
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises Refused when a queue is full, when closing, and when its deadline
+        cannot be met."""
+        with self._changed:
+            if not self.alive:
+                raise Refused(503, "closing", "the server is shutting down")
+            wait = self._backlog()
+            if self.waiting + job.num_images > self.max_queue:
+                raise Refused(429, "queue", f"the queue is full: {self.waiting} images wait", wait)
+            if self._clients[job.client] + job.num_images > self.max_client:
+                raise Refused(
+                    429,
+                    "client_queue",
+                    f"your queue is full: {self._clients[job.client]} of your images wait",
+                    wait,
+                )
+            if (
+                time.monotonic()
+                + wait
+                + self.durations.guess(job.key, min(job.num_images, self.max_batch))
+                > job.deadline
+            ):
+                self.durations.doubt(job.key)
+                raise Refused(
+                    503,
+                    "deadline",
+                    f"the deadline cannot be met: other requests take about {wait * 1e3:.0f} ms",
+                    wait,
+                )
+            self._numbers += 1
+            job.number = self._numbers
+            self._queues.setdefault(job.key, deque()).append(job)
+            self._count(job, job.num_images)
+            self._changed.notify()
+
+    def withdraw(self, job: Job) -> bool:
+        """Takes back the images of a job that have not been begun; False if there are none. The
+        future is left to the caller."""
+        with self._changed:
+            if job.begun == job.num_images:
+                return False
+            queue = self._queues[job.key]
+            queue.remove(job)
+            if not queue:
+                del self._queues[job.key]
+            self._count(job, job.begun - job.num_images)
+            job.begun = job.num_images
+            return True
+
+    def backlog(self) -> float:
+        """Seconds that the work before a new job takes, as far as is known."""
+        with self._changed:
+            return self._backlog()
+
+    def close(self) -> None:
+        """Takes no more jobs; those that were taken are drawn."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """Closes, refuses what still waits, and waits for the batch that runs, at most so long."""
+        with self._changed:
+            self._closed = self._stopped = True
+            left = [job for queue in self._queues.values() for job in queue]
+            self._changed.notify()
+        for job in left:
+            if self.withdraw(job):
+                self._finish([(job, Refused(503, "closing", "the server is shutting down"))])
+        self._thread.join(seconds)
+        self._pool.shutdown(wait=False)
+
+    def _count(self, job: Job, images: int) -> None:
+        self.waiting += images
+        self._clients[job.client] += images
+        if not self._clients[job.client]:
+            del self._clients[job.client]
+
+    def _backlog(self) -> float:
+        seconds = 0.0
+        if self._running:
+            key, images, start = self._running
+            seconds = max(0.0, self.durations.guess(key, images) - (time.monotonic() - start))
+        for key, queue in self._queues.items():
+            images = sum(job.num_images - job.begun for job in queue)
+            whole, rest = divmod(images, self.max_batch)
+            seconds += whole * self.durations.guess(key, self.max_batch) + (
+                self.durations.guess(key, rest) if rest else 0.0
+            )
+        return seconds
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queues and not self._closed:
+                    self._changed.wait()
+                if self._stopped or not self._queues:
+                    return
+                parts = self._take()
+            if parts:
+                self._draw(parts)
+                self._running = None
+
+    def _take(self) -> list[Part]:
+        """The next batch; jobs whose deadline it cannot meet are refused on the way."""
+        key = min(self._queues, key=lambda key: self._queues[key][0].number)
+        queue, parts, late, room = self._queues[key], list[Part](), list[Job](), self.max_batch
+        now, earliest = time.monotonic(), math.inf
+        while queue and room:
+            job = queue[0]
+            count = min(room, job.num_images - job.begun)
+            if now + self.durations.guess(key, count) > job.deadline:
+                self.durations.doubt(key)
+                late.append(queue.popleft())
+                self._count(job, job.begun - job.num_images)
+                job.begun = job.num_images
+                continue
+            earliest = min(earliest, job.deadline)
+            if parts and now + self.durations.guess(key, self.max_batch - room + count) > earliest:
+                break  # company that would make somebody late waits for the next batch
+            parts.append((job, range(job.begun, job.begun + count)))
+            self._count(job, -count)
+            job.begun += count
+            room -= count
+            if job.begun == job.num_images:
+                queue.popleft()
+        if not queue:
+            del self._queues[key]
+        self._running = (key, self.max_batch - room, now) if parts else None
+        self._finish(
+            [
+                (
+                    job,
+                    Refused(
+                        503, "deadline", "the deadline passed before it was this request's turn"
+                    ),
+                )
+                for job in late
+            ]
+        )
+        return parts
+
+    def _draw(self, parts: Sequence[Part]) -> None:
+        key, count, start = (
+            parts[0][0].key,
+            sum(len(indices) for _, indices in parts),
+            time.monotonic(),
+        )
+        try:
+            images = self.draw(key, parts)
+        except Exception as error:
+            if (
+                isinstance(error, ValueError) and len(parts) > 1
+            ):  # one request's fault must not become another's
+                for part in parts:
+                    self._draw([part])
+                return
+            for job, _ in parts:
+                self.withdraw(job)
+            self._finish([(job, error) for job, _ in parts])
+            return
+        seconds, first, complete = time.monotonic() - start, 0, []
+        with self._changed:
+            self.durations.add(key, count, seconds)
+        for job, indices in parts:
+            rows = images[first : first + len(indices)]
+            first += len(indices)
+            if len(rows) == job.num_images:
+                job.images = rows
+            else:
+                if job.images is None:
+                    job.images = np.empty((job.num_images, *rows.shape[1:]), rows.dtype)
+                job.images[indices.start : indices.stop] = rows
+            job.done += len(indices)
+            if job.done == job.num_images:
+                complete.append(job)
+        self.on_batch(len(parts), count, seconds)
+        if images.nbytes <= INLINE_BYTES:
+            self._encode(complete)
+        else:
+            for job in complete:
+                self._pool.submit(self._encode, [job])
+
+    def _encode(self, jobs: Sequence[Job]) -> None:
+        answers: list[tuple[Job, bytes | Exception]] = []
+        for job in jobs:
+            try:
+                answers.append((job, job.encode(job)))
+            except Exception as error:
+                answers.append((job, error))
+        self._finish(answers)
+
+    def _finish(self, answers: Sequence[tuple[Job, bytes | Exception]]) -> None:
+        """Hands answers to their futures, in the event loop's thread: one wake-up for all of
+        them."""
+        if not answers:
+            return
+
+        def hand_out() -> None:
+            for job, answer in answers:
+                if job.future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    job.future.set_exception(answer)
+                else:
+                    job.future.set_result(answer)
+
+        try:
+            answers[0][0].future.get_loop().call_soon_threadsafe(hand_out)
+        except RuntimeError:  # the loop has closed: nobody waits
+            return

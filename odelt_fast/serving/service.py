@@ -1,0 +1,380 @@
+"""What a client may ask for, and what becomes of it: a checked request is a job, a batch of jobs is
+images, images are an answer.
+
+Nothing here knows HTTP (server.py) or threads (batching.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import io
+import json
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+
+from odelt_fast import __version__
+from odelt_fast.model import DiT
+from odelt_fast.planning.profile import Operation
+from odelt_fast.sampling.decoder import Decoder
+from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
+from odelt_fast.sampling.pictures import to_uint8
+from odelt_fast.sampling.sampler import Sampler
+from odelt_fast.serving.batching import MISSING, Batcher, Job, Key, Part, Refused
+from odelt_fast.solvers.tableau import TABLEAUS, find_tableau
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field
+except ImportError:
+    raise ImportError(MISSING) from None
+
+MAX_GUIDANCE = 100  # far more makes no pictures
+SAMPLERS = 64  # that are kept: clients choose depth, steps, solver and guidance scale
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a request: images, steps, evaluations of the network in all (images x steps x stages,
+    twice if guided), seconds until it is given up if its client sets no earlier deadline. Of the
+    service: images in a batch (None: 32 on a CPU, 128 on a GPU), images that wait, images of one
+    client (address) that wait."""
+
+    max_images: int = 64
+    max_steps: int = 128
+    max_evaluations: int = 8192
+    timeout: float = 60.0
+    max_batch: int | None = None
+    max_queue: int = 1024
+    max_client: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
+
+
+# (images, guidance scale, seconds) -> the best that takes no longer; ValueError, saying what the
+# nearest is, if nothing does.
+Plan = Callable[[int, float | None, float], Operation]
+_MARGIN = 1.15  # what is planned for takes up to 15 % longer than its profile says
+
+
+class Asked(BaseModel):
+    """The body of POST /generate."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    num_images: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="1, or as many as there are labels"
+    )
+    labels: int | list[int] | None = Field(
+        None, description="one label for all images or one each; null: drawn from the seed"
+    )
+    seed: (
+        Annotated[int, Field(ge=0, lt=2**64)]
+        | Annotated[str, Field(pattern="^[0-9]{1,20}$")]
+        | None
+    ) = Field(
+        None,
+        description=(
+            "from 0 to 2^64 - 1, as a number or, where numbers above 2^53 are not exact, as a"
+            " string; null: drawn"
+        ),
+    )
+    depth: int | None = Field(
+        None, description="active blocks l; null: all, or what the deadline allows"
+    )
+    steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="time steps T; null: 4, or what the deadline allows"
+    )
+    solver: Annotated[str, Field(max_length=40)] | None = Field(
+        None, description="with fixed steps; null: euler"
+    )
+    guidance_scale: float | None = Field(
+        None, description="w in v_null + w (v_label - v_null); null: labels only"
+    )
+    deadline_ms: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        None, description="from the arrival of the request"
+    )
+    format: Literal["png", "json", "npz"] | None = Field(
+        None,
+        description=(
+            "png: one image; json: PNGs in base64; npz: arr_0 (N, H, W, C) uint8, arr_1 labels."
+            " null: png or json"
+        ),
+    )
+
+
+class Service:
+    """Draws what requests ask for, with one model. plan: turns deadlines into (l, T), as
+    `evidence.deadline_planner` makes it; or the reason why there is none."""
+
+    def __init__(
+        self,
+        model: DiT,
+        limits: Limits | None = None,
+        *,
+        name: str = "model",
+        decoder: Decoder | None = None,
+        plan: Plan | str = "this server has no planner",
+    ) -> None:
+        self.model, self.limits, self.name, self.decoder, self.plan = (
+            model,
+            limits or Limits(),
+            name,
+            decoder,
+            plan,
+        )
+        self.decoding = 0.0  # seconds an image, which profiles leave out
+        config = model.config
+        self.channels = decoder.channels if decoder else config.channels
+        self.shape = (config.channels, config.image_size, config.image_size)
+        self.formats = ("png", "json", "npz") if self.channels in (1, 3) else ("npz",)
+        self.pads = (
+            model.device.type != "cpu"
+        )  # every batch size is a graph of its own there: powers of two only
+        self._samplers, self._alone = OrderedDict[Key, Sampler](), 0
+        self.batcher = Batcher(
+            self.draw,
+            max_batch=self.limits.max_batch or (128 if self.pads else 32),
+            max_queue=self.limits.max_queue,
+            max_client=self.limits.max_client,
+        )
+
+    def warm_up(self) -> None:
+        """One image at full depth: what fails, fails before anybody asks."""
+        self.sampler(Key(self.model.check_depth(None), 4, "euler", None))(1)
+        if self.decoder:
+            latents, start = (
+                torch.zeros(1, *self.shape, device=self.model.device),
+                time.perf_counter(),
+            )
+            with torch.inference_mode():
+                self.decoder(latents).cpu()
+            self.decoding = time.perf_counter() - start
+
+    def sampler(self, key: Key) -> Sampler:
+        """The sampler of a key; the least recently used are dropped."""
+        key = dataclasses.replace(key, alone=0)
+        if key not in self._samplers:
+            options = {"guidance_scale": key.guidance_scale, "decoder": self.decoder}
+            self._samplers[key] = Sampler(self.model, key.depth, key.steps, key.solver, **options)  # type: ignore[arg-type]
+            if len(self._samplers) > SAMPLERS:
+                self._samplers.popitem(last=False)
+        self._samplers.move_to_end(key)
+        return self._samplers[key]
+
+    def draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
+        """The images of a batch (N, H, W, C), uint8, or float32 where they make no picture; called
+        in the batcher's thread. MemoryError where there is no memory for it."""
+        try:
+            return self._draw(key, parts)
+        except torch.OutOfMemoryError:
+            raise MemoryError from None
+
+    def _draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
+        sampler = self.sampler(key)
+        for job, _ in parts:
+            if job.labels is None:
+                job.labels = drawn_labels(
+                    job.seed, range(job.num_images), self.model.config.num_classes
+                )
+        labels = np.concatenate(
+            [job.labels[indices.start : indices.stop] for job, indices in parts]
+        )  # type: ignore[index]
+        count = len(labels)
+        if key.alone:
+            [(job, indices)] = parts
+            images = sampler(count, labels, job.seed, first_image=indices.start)
+        else:
+            noise = torch.cat(
+                [stack_noise(job.seed, indices, self.shape) for job, indices in parts]
+            )
+            if self.pads:
+                rows = np.arange(1 << (count - 1).bit_length()).clip(max=count - 1)
+                noise, labels = noise[rows], labels[rows]
+            images = sampler(noise=noise, labels=labels)[:count]
+        return (
+            to_uint8(images) if "png" in self.formats else images.permute(0, 2, 3, 1).cpu().numpy()
+        )
+
+    def job(self, asked: Asked, client: str, future: asyncio.Future[bytes]) -> tuple[Job, str]:
+        """A request's job and the format of its answer. Raises ValueError for what the model or the
+        limits forbid, Refused for a deadline that others have used up."""
+        limits, config, now = self.limits, self.model.config, time.monotonic()
+        count = asked.num_images or (len(asked.labels) if isinstance(asked.labels, list) else 1)
+        if not 1 <= count <= limits.max_images:
+            raise ValueError(f"num_images must be from 1 to {limits.max_images}, not {count}")
+        try:
+            labels = check_labels(asked.labels, count, config.num_classes)
+        except OverflowError:
+            raise ValueError(
+                f"labels must be whole numbers from 0 to {config.num_classes}"
+            ) from None
+        seed = secrets.randbits(64) if asked.seed is None else int(asked.seed)
+        if seed >= 2**64:
+            raise ValueError("seed must be from 0 to 2^64 - 1")
+        form = asked.format or (
+            "png" if count == 1 and "png" in self.formats else self.formats[-2:][0]
+        )
+        if form not in self.formats or (form == "png" and count > 1):
+            others = " or ".join(name for name in self.formats if name != "png" or count == 1)
+            raise ValueError(
+                f"format must be {others} for {count} image{'s' * (count > 1)} of this model, not"
+                f" {form}"
+            )
+        guidance = None if asked.guidance_scale in (None, 1) else asked.guidance_scale
+        if guidance is not None and abs(guidance) > MAX_GUIDANCE:
+            raise ValueError(
+                f"guidance_scale must be from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, not {guidance:g}"
+            )
+        deadline = now + min(limits.timeout, (asked.deadline_ms or 1e9) / 1e3)
+        depth, steps, solver = asked.depth, asked.steps, asked.solver
+        if asked.deadline_ms is not None and depth is None and steps is None and solver is None:
+            planned = self.planned(count, guidance, deadline - now)
+            depth, steps, solver = planned.depth, planned.steps, planned.solver
+        steps, solver = steps or 4, fixed_solver(solver or "euler")
+        if config.sampling == "consistency" and solver != "euler":
+            raise ValueError(f"solver must be euler for a consistency model, not {solver}")
+        if steps > limits.max_steps:
+            raise ValueError(f"steps must be from 1 to {limits.max_steps}, not {steps}")
+        tableau = find_tableau(solver)[0]
+        evaluations = (
+            count * steps * (tableau.stages - tableau.fsal) * (1 if guidance in (None, 0) else 2)
+        )
+        if evaluations > limits.max_evaluations:
+            raise ValueError(
+                f"that takes {evaluations} evaluations of the network; a request may take"
+                f" {limits.max_evaluations}"
+            )
+        if config.sampling == "consistency" and steps > 1:
+            self._alone += 1  # noise that is drawn on the way comes from the sampler's one seed
+        alone = self._alone if config.sampling == "consistency" and steps > 1 else 0
+        key = Key(self.model.check_depth(depth), steps, solver, guidance, alone)
+        return (
+            Job(
+                key,
+                seed,
+                count,
+                labels,
+                deadline,
+                client,
+                future,
+                lambda job: self.encode(job, form),
+            ),
+            form,
+        )
+
+    def planned(self, images: int, guidance: float | None, seconds: float) -> Operation:
+        """The best (l, T) for a deadline in so many seconds, after the work that waits."""
+        if isinstance(self.plan, str):
+            raise ValueError(f"a deadline needs depth, steps or solver beside it here: {self.plan}")
+        wait = self.batcher.backlog()
+        least = (
+            images * self.decoding
+        )  # at most: a batch decodes no slower than its images one by one
+        alone = max((seconds - least) / _MARGIN, 1e-9)
+        try:
+            if seconds > wait + least:
+                return self.plan(images, guidance, (seconds - wait - least) / _MARGIN)
+        except ValueError:
+            if not wait:
+                raise
+        self.plan(images, guidance, alone)  # raises what is true without a queue
+        raise Refused(
+            503,
+            "deadline",
+            f"the deadline cannot be met: other requests take about {wait * 1e3:.0f} ms",
+            wait,
+        )
+
+    def about(self, job: Job) -> dict[str, Any]:
+        """What made the images of a job: labels, seed (as a string: JSON's numbers are exact up to
+        2^53 only), and its key."""
+        assert job.labels is not None
+        about = {
+            "labels": job.labels.tolist(),
+            "seed": str(job.seed),
+            **dataclasses.asdict(job.key),
+        }
+        about.pop("alone")
+        return about
+
+    def encode(self, job: Job, form: str) -> bytes:
+        """The body of the answer."""
+        assert job.images is not None
+        if form == "npz":
+            file = io.BytesIO()
+            np.savez(file, arr_0=job.images, arr_1=job.labels)  # type: ignore[arg-type]
+            return file.getvalue()
+        pictures = [png(image) for image in job.images]
+        if form == "png":
+            return pictures[0]
+        return json.dumps(
+            {
+                "images": [base64.b64encode(picture).decode() for picture in pictures],
+                **self.about(job),
+            }
+        ).encode()
+
+    def describe(self) -> dict[str, Any]:
+        """What may be asked: for GET /."""
+        config = self.model.config
+        names = [
+            *TABLEAUS,
+            *(f"fixed:{name}" for name, tableau in TABLEAUS.items() if tableau.error is not None),
+        ]
+        return {
+            "odelt_fast": __version__,
+            "model": self.name,
+            "image": [
+                self.channels,
+                *[side * (self.decoder.factor if self.decoder else 1) for side in self.shape[1:]],
+            ],
+            "depths": [depth for depth in config.depths if depth <= self.model.max_depth],
+            "solvers": (
+                ["euler"]
+                if config.sampling == "consistency"
+                else [name for name in names if not find_tableau(name)[1]]
+            ),
+            "labels": {"classes": config.num_classes, "null": config.num_classes},
+            "formats": self.formats,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "deadline_chooses": not isinstance(self.plan, str),
+            "limits": {
+                **dataclasses.asdict(self.limits),
+                "max_batch": self.batcher.max_batch,
+                "max_guidance": MAX_GUIDANCE,
+            },
+        }
+
+
+def fixed_solver(name: str) -> str:
+    """One name for each solver with fixed steps; ValueError for another."""
+    tableau, adaptive = find_tableau(name)
+    if adaptive:
+        raise ValueError(
+            f"solver {name} chooses its own steps, as many as it likes: take fixed:{tableau.name},"
+            " or one with fixed steps"
+        )
+    return tableau.name if tableau.error is None else f"fixed:{tableau.name}"
+
+
+def png(image: np.ndarray) -> bytes:
+    """(H, W, C) uint8 as PNG, quickly."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
+        file, "PNG", compress_level=1
+    )
+    return file.getvalue()

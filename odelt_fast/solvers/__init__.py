@@ -1,0 +1,1 @@
+"""Integration of velocity fields in time."""

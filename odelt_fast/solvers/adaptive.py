@@ -1,0 +1,308 @@
+"""Integration of a velocity field with steps that each sample, or the batch, chooses by its error.
+
+`AdaptiveSteps` is one attempted step, from state to state, with the decisions of step_control.py;
+`integrate_adaptive` repeats it on the host, and while_loop.py on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from odelt_fast.solvers.solution import (
+    DONE,
+    NON_FINITE,
+    RUNNING,
+    Field,
+    Hook,
+    Solution,
+    check_times,
+    column,
+    combine,
+    finite_rows,
+    hermite,
+)
+from odelt_fast.solvers.step_control import (
+    GROW,
+    Control,
+    StepRules,
+    decide,
+    error_norm,
+    mean_square,
+    proposed,
+)
+from odelt_fast.solvers.tableau import Tableau
+
+ERROR_NORMS = ("per_sample", "batch")
+
+
+def check_tolerances(rtol: float, atol: float) -> tuple[float, float]:
+    """Both as floats; ValueError unless they are finite, neither is negative and one is above 0."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 <= value < math.inf
+        ):
+            raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+    if rtol == atol == 0:
+        raise ValueError("rtol and atol must not both be 0: no step would be accurate enough")
+    return float(rtol), float(atol)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How accurate the steps of an adaptive solver must be, over what the error is taken, and how
+    many may be tried for a sample."""
+
+    rtol: float = 1e-2
+    atol: float = 1e-2
+    max_steps: int = 4096
+    error_norm: str = "per_sample"
+
+    def __post_init__(self) -> None:
+        check_tolerances(self.rtol, self.atol)
+        if self.error_norm not in ERROR_NORMS:
+            raise ValueError(
+                f"error_norm must be one of {', '.join(ERROR_NORMS)}, not {self.error_norm!r}"
+            )
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, not {self.max_steps!r}")
+
+
+class State(NamedTuple):
+    """A solve between two attempted steps. x, k (B, ...): state and velocity. (B,) float64: those
+    of `Control`. (B,) int64: status (RUNNING or one of STATUSES), accepted and rejected steps,
+    evaluations."""
+
+    x: Tensor
+    k: Tensor
+    t: Tensor
+    h: Tensor
+    h_good: Tensor
+    previous: Tensor
+    grow: Tensor
+    status: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    evaluations: Tensor
+
+
+class AdaptiveSteps:
+    """`first(x)` is the state at t0, `attempt(state)` that after one attempted step of every
+    running sample. Nothing is changed in place.
+
+    on_host: the host may be asked whether any sample needs an evaluation; without it, everything is
+    launched and no value is read. velocity_at_end: whether the velocity at t1 is wanted too. For
+    the rest see `integrate_adaptive`.
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        log2_steps: int,
+        tableau: Tableau,
+        t0: float,
+        t1: float,
+        limits: Limits,
+        on_host: bool = False,
+        velocity_at_end: bool = False,
+    ) -> None:
+        if tableau.error is None or tableau.error_order is None:
+            raise ValueError(
+                f"solver {tableau.name} has no error estimate and cannot choose its steps: take"
+                " dopri5, tsit5, bosh3 or dop853"
+            )
+        self.field, self.log2_steps, self.tableau, self.error = (
+            field,
+            log2_steps,
+            tableau,
+            tableau.error,
+        )
+        self.rules = StepRules.of(
+            tableau.error_order, t0, t1, limits.rtol, limits.atol, limits.max_steps
+        )
+        self.span, self.order, self.shared = (
+            abs(t1 - t0),
+            tableau.error_order + 1,
+            limits.error_norm == "batch",
+        )
+        self.on_host, self.velocity_at_end = on_host, velocity_at_end
+
+    def first(self, x: Tensor) -> State:
+        """At t0: the first velocity and the size of the first step, one evaluation each."""
+        if not x.is_floating_point():
+            raise ValueError(f"x must be floating point, not {x.dtype}")
+        status = torch.where(
+            finite_rows(x), RUNNING if self.span and x.numel() else DONE, NON_FINITE
+        )
+        t = torch.full((len(x),), self.rules.t0, dtype=torch.float64, device=x.device)
+        none, k, h = torch.zeros_like(status), torch.zeros_like(x), torch.zeros_like(t)
+        evaluations = none
+        if not self.on_host or (status == RUNNING).any():
+            evaluations = none + (status == RUNNING)
+            k = self.velocity(t, x)
+            status = torch.where((status == RUNNING) & ~finite_rows(k), NON_FINITE, status)
+            evaluations = evaluations + (status == RUNNING)
+            h = self._first_size(t, x, k, status == RUNNING).clamp(
+                min=min(self.rules.smallest, self.span)
+            )
+        return State(
+            x,
+            k,
+            t,
+            h,
+            h,
+            torch.full_like(h, 1e-4),
+            torch.full_like(h, GROW),
+            status,
+            none,
+            none,
+            evaluations,
+        )
+
+    def attempt(self, state: State) -> State:
+        """Stages, error, acceptance, the next step size, and who has ended."""
+        tableau, rules, shared = self.tableau, self.rules, self.shared
+        x, k, t, h, h_good, previous, grow, status, accepted, rejected, evaluations = state
+        running = status == RUNNING
+        step, t_new, last = proposed(t, h, rules.t1, rules.sign)
+        d, ks, x_new = column(step, x), [k], x
+        for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
+            x_new = x + d * combine(row, ks)
+            ks.append(self.velocity(t_new if c == 1 else t + c * step, x_new))
+        if not tableau.fsal:
+            x_new = x + d * combine(tableau.b, ks)
+        error, error3 = (
+            d * combine(self.error, ks),
+            None if tableau.error3 is None else d * combine(tableau.error3, ks),
+        )
+        norm = error_norm(
+            error, error3, torch.maximum(x.abs(), x_new.abs()), running, rules, shared
+        )
+        finite, taken = finite_rows(x_new) & finite_rows(error), (norm <= 1) & running
+        x = torch.where(column(taken, x), x_new, x)
+        evaluations = evaluations + running * (tableau.stages - 1)
+        k_new = ks[-1]
+        if not tableau.fsal:
+            needed = taken if self.velocity_at_end else taken & ~last
+            evaluations = evaluations + needed
+            k_new = (
+                self.velocity(torch.where(norm <= 1, t_new, t), x)
+                if not self.on_host or needed.any()
+                else k
+            )
+        k = torch.where(column(taken, x), k_new, k)
+        control = Control(t, h, h_good, previous, grow)
+        control, status, accepted, rejected = decide(
+            control, status, accepted, rejected, norm, finite, finite_rows(k), rules, shared
+        )
+        return State(x, k, *control, status, accepted, rejected, evaluations)
+
+    def velocity(self, t: Tensor, x: Tensor) -> Tensor:
+        """The field at times t (B,), which are held between t0 and t1: rounding may take them
+        out."""
+        k: Tensor = self.field(
+            t.clamp(min(self.rules.t0, self.rules.t1), max(self.rules.t0, self.rules.t1)),
+            x,
+            self.log2_steps,
+        )
+        if k.shape != x.shape:
+            raise ValueError(
+                f"the field gave shape {tuple(k.shape)} for a state of shape {tuple(x.shape)}"
+            )
+        return k.to(x.dtype)
+
+    def _first_size(self, t: Tensor, x: Tensor, k: Tensor, running: Tensor) -> Tensor:
+        """Size of the first step, (B,): Hairer, Norsett, Wanner I, II.4. Takes one evaluation."""
+        size, sign, span = x.abs(), self.rules.sign, self.span
+
+        def norm(v: Tensor) -> Tensor:
+            return mean_square(v, size, running, self.rules, self.shared).sqrt()
+
+        d0, d1 = norm(x), norm(k)
+        h0 = (
+            torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+            .nan_to_num(1e-6, 1e-6)
+            .clamp(max=span)
+        )
+        probe = self.velocity(t + sign * h0, x + column(sign * h0, x) * k)
+        d2 = norm(probe - k) / h0
+        steepest = torch.maximum(d1, d2)
+        h1 = torch.where(
+            steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / steepest) ** (1 / self.order)
+        )
+        return torch.where(h1.isfinite() & (h1 > 0), torch.minimum(100 * h0, h1), h0).clamp(
+            max=span
+        )
+
+
+def integrate_adaptive(
+    field: Field,
+    x: Tensor,
+    log2_steps: int,
+    tableau: Tableau,
+    *,
+    t0: float = 0.0,
+    t1: float = 1.0,
+    on_step: Hook | None = None,
+    save_at: Sequence[float] = (),
+    **limits: Any,
+) -> Solution:
+    """State at t1 of x (B, ...) at t0 (t1 may be the earlier one), with steps whose estimated error
+    is at most atol + rtol |x|.
+
+    limits: rtol, atol, max_steps and error_norm (`Limits`). The error is a root mean square over a
+    sample, or with error_norm="batch" over all samples, which then share time and step. A sample
+    takes at most max_steps steps, accepted or not. Its steps are chosen by the PI controller of
+    Hairer and Wanner's DOPRI5 (Solving ODEs II, IV.2), the first one by Hairer's rule (I, II.4).
+    The whole batch is evaluated every time and finished samples are masked, so that no sample's
+    result depends on the others' contents. A sample that becomes non-finite however small the step
+    ends alone, with a status; under "batch" the others retry with their last good step size.
+    save_at: times from t0 to t1 in that order, whose states come back by cubic Hermite
+    interpolation (order 3). on_step(n) is called after attempted step n.
+
+    Raises ValueError for tolerances, times or a tableau that cannot work, and for a field whose
+    result does not have x's shape.
+    """
+    checked, save = Limits(**limits), check_times(t0, t1, save_at)
+    steps = AdaptiveSteps(
+        field, log2_steps, tableau, t0, t1, checked, on_host=True, velocity_at_end=bool(save)
+    )
+    state = steps.first(x)
+    trajectory = torch.full((len(save), *x.shape), math.nan, dtype=x.dtype, device=x.device)
+    trajectory[[i for i, s in enumerate(save) if s == t0]] = x
+    attempts = 0
+    while (state.status == RUNNING).any():
+        before, state = state, steps.attempt(state)
+        taken = state.accepted > before.accepted
+        for i, s in enumerate(save):
+            inside = (
+                taken
+                & ((s - before.t) * steps.rules.sign > 0)
+                & ((s - state.t) * steps.rules.sign <= 0)
+            )
+            size = state.t - before.t
+            found = hermite(
+                column((s - before.t) / size, x),
+                column(size, x),
+                before.x,
+                state.x,
+                before.k,
+                state.k,
+            )
+            trajectory[i] = torch.where(column(inside, x), found, trajectory[i])
+        attempts += 1
+        if on_step:
+            on_step(attempts)
+    return replace(solution_of(state), trajectory=trajectory if save else None)
+
+
+def solution_of(state: State) -> Solution:
+    """The result of a solve that has ended."""
+    return Solution(state.x, state.status, state.accepted, state.rejected, state.evaluations)

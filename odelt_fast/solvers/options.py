@@ -1,0 +1,92 @@
+"""What a solver can be asked for: its name, a grid of times for equal steps, tolerances for chosen
+ones. Torch is not needed to know it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from odelt_fast.checks import one_of, shown, whole
+from odelt_fast.solvers.tableau import find_tableau
+
+ERROR_NORMS = ("per_sample", "batch")
+TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
+TORCHDIFFEQ = "torchdiffeq:"  # in front of the name of a solver of that package
+
+TimeGrid = str | tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How an adaptive solver takes its steps.
+
+    rtol, atol: their estimated error is at most atol + rtol |x|. max_steps: how many may be tried
+    for a sample. error_norm: the error is a root mean square over a sample ("per_sample"), or over
+    all of them, which then share time and step ("batch"). Raises ValueError for values that cannot
+    be used.
+    """
+
+    rtol: float = 1e-2
+    atol: float = 1e-2
+    max_steps: int = 4096
+    error_norm: str = "per_sample"
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+            object.__setattr__(self, name, float(value))
+        if self.rtol == self.atol == 0:
+            raise ValueError("rtol and atol must not both be 0: no step would be accurate enough")
+        object.__setattr__(self, "max_steps", whole("max_steps", self.max_steps))
+        one_of("error_norm", self.error_norm, ERROR_NORMS)
+
+
+def check_solver(name: str) -> str:
+    """`name` if it is a solver; otherwise ValueError that names those there are."""
+    if not isinstance(name, str) or not name.startswith(TORCHDIFFEQ):
+        find_tableau(name)
+    elif name.removeprefix(TORCHDIFFEQ) not in TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED:
+        allowed = ", ".join(TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED)
+        raise ValueError(
+            f"solver torchdiffeq: must be followed by one of {allowed}, not {shown(name)}"
+        )
+    return name
+
+
+def is_adaptive(solver: str) -> bool:
+    """Whether a solver chooses its own steps."""
+    if solver.startswith(TORCHDIFFEQ):
+        return solver.removeprefix(TORCHDIFFEQ) in TORCHDIFFEQ_ADAPTIVE
+    return find_tableau(solver)[1]
+
+
+def check_time_grid(grid: TimeGrid) -> float:
+    """The shift s that a time grid asks for: 1 for "uniform"; "shift:3.0" or ("shift", 3.0) give 3.
+    ValueError for anything else."""
+    if isinstance(grid, str) and grid == "uniform":
+        return 1.0
+    try:
+        name, value = grid.split(":", 1) if isinstance(grid, str) else grid
+        shift = float(value) if name == "shift" and not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        shift = math.nan
+    if not 0 < shift < math.inf:
+        raise ValueError(
+            "time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not"
+            f" {grid!r}"
+        )
+    return shift
+
+
+def time_grid(steps: int, shift: float = 1.0) -> list[float]:
+    """`steps` + 1 times from 0 to 1: t = u/(s - (s - 1) u) for u = i/steps.
+
+    A shift s > 1 spends more steps near the noise, where images of high resolution need them. It is
+    tau' = s tau/(1 + (s - 1) tau) of Esser et al. 2024 (equation 23, s = sqrt(m/n)) for their noise
+    level tau = 1 - t.
+    """
+    return [u / (shift - (shift - 1) * u) for u in (i / steps for i in range(steps))] + [1.0]

@@ -1,0 +1,299 @@
+"""The study: equal budgets, nothing that is finished is done again, and every number lands in its
+cell."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.study import latency as study_latency
+from benchmarks.study import report as study_report
+from benchmarks.study.report import read_published, tables, write_tables
+from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS
+from benchmarks.study.study import Options, Study, run
+from odelt_fast.checkpoints.folder import save_model
+from odelt_fast.config import DiTConfig
+from odelt_fast.model import DiT
+from odelt_fast.train.main import parse
+
+SMALL = DiTConfig(
+    image_size=8,
+    channels=1,
+    patch_size=4,
+    hidden_size=16,
+    depth=12,
+    depth_min=4,
+    depth_group=4,
+    num_heads=2,
+    num_classes=10,
+)
+
+
+RANDOM = ("odelt", "shortcut", "flow")
+
+
+def options(folder: Path, **changes: Any) -> Options:
+    """A study in the folder, of as few images as the 64 features allow."""
+    document = folder / "results.md"
+    chosen = {"out": folder / "study", "num_images": 70, "seeds": 1, "seconds": 0.0, "steps": 16}
+    return Options(results=folder / "json", documents=(document,), **{**chosen, **changes})
+
+
+@pytest.mark.parametrize("name", sorted(DATA_SETS))
+def test_every_run_of_a_set_learns_from_equally_many_images_with_the_same_network_and_optimizer(
+    name: str, tmp_path: Path
+) -> None:
+    study = Study(options(tmp_path, set=name, steps=None))
+    configs = {each.name: parse(study.training(each)) for each in RUNS}
+    images = {each: config.steps * config.train_batch_size for each, config in configs.items()}
+    whole = {
+        each.name: images[each.name] + images.get(each.teacher or "", 0)
+        for each in RUNS
+        if each.depths
+    }
+    assert len(whole) == 18
+    assert set(whole.values()) == {images["odelt"]}
+    for config in configs.values():
+        main = configs["odelt"]
+        assert replace(config.model, length_conditioned=True, depth_group=4) == main.model
+        shared = (
+            "learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "decay_fraction",
+            "ema_decay",
+            "ema_warmup",
+            "train_batch_size",
+            "data",
+        )
+        assert [getattr(config, field) for field in shared] == [
+            getattr(main, field) for field in shared
+        ]
+
+
+def test_runs_are_what_the_papers_tables_compare(tmp_path: Path) -> None:
+    study = Study(options(tmp_path))
+    configs = {each.name: parse(study.training(each)) for each in RUNS}
+    assert [configs[each].length_consistency_every for each in ("k0", "odelt", "k4")] == [0, 8, 4]
+    assert [configs[each].model.depth_group for each in ("g1", "g2", "odelt")] == [1, 2, 4]
+    assert [configs[each].objective for each in study_report.METHODS] == [
+        *("diffusion", "flow", "progressive", "reflow", "consistency", "live-reflow", "shortcut")
+    ]
+    assert not any(configs[each].model.length_conditioned for each in study_report.METHODS)
+    assert (configs["odelt-flow"].times, configs["odelt-flow"].length_consistency_every) == (
+        "continuous",
+        8,
+    )
+    assert {configs[each].seed for each in BY_NAME if BY_NAME[each].repeats} == {1}
+    guided = study.evaluations(BY_NAME["odelt"])["odelt-guided"]
+    assert guided.paper_guidance
+    assert guided.steps == (128,)
+    assert guided.guidance_scale == 1.5
+
+
+def test_a_chosen_run_brings_its_teacher_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
+    study = Study(options(tmp_path, only=("reflow", "k0")))
+    assert [each.name for each in study.chosen()] == ["k0", "teacher", "reflow"]
+    with pytest.raises(ValueError, match="there is no run 'k8'"):
+        Study(options(tmp_path, only=("k8",)))
+
+
+def test_a_folder_holds_one_budget(tmp_path: Path) -> None:
+    Study(options(tmp_path)).bind()
+    Study(options(tmp_path, num_images=80)).bind()  # evaluations are bound in folders of their own
+    with pytest.raises(ValueError, match="steps 16, not 24"):
+        Study(options(tmp_path, steps=24)).bind()
+
+
+def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.study",
+        "--out",
+        str(tmp_path),
+        "--only",
+        "flow",
+        "--stages",
+        "train",
+        "evaluate",
+    ]
+    command += ["--steps", "3", "--num-images", "70", "--seeds", "1"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    model, cells = (
+        tmp_path / "flow" / "model.safetensors",
+        tmp_path / "evaluations" / "flow" / "cells",
+    )
+    until = time.monotonic() + 120
+    while not list(cells.glob("*.json")) and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert not (tmp_path / "real.json").exists()  # the kill came before the end
+    kept = {path: path.stat().st_mtime_ns for path in (model, *cells.glob("*.json"))}
+    assert len(kept) >= 2
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert json.loads((cells.parent / "results.json").read_text())["complete"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study whose runs are random small networks, evaluated and timed."""
+    folder = tmp_path_factory.mktemp("study")
+    for index, name in enumerate(RANDOM):
+        torch.manual_seed(index)
+        model = DiT(replace(SMALL, length_conditioned=not BY_NAME[name].conventional))
+        for key, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.3 if "final_layer.out" in key else 0.1)
+        save_model(model, folder / "study" / name)
+    study = Study(options(folder))
+    study.bind()
+    for name in RANDOM:
+        for each, settings in study.evaluations(BY_NAME[name]).items():
+            few = tuple(steps for steps in settings.steps if steps in study_report.STEPS)
+            study.evaluate(each, replace(settings, steps=few, batch_size=35))
+    study.measure_real()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_COUNTED_STEPS", "_STEP_ROUNDS", "_STEPS_A_ROUND"):
+            patch.setattr(study_latency, name, 2)
+        places = "".join(
+            f"<!-- table digits {name} -->\n<!-- end -->\n"
+            for name in ("methods", "main", "guided", "odelt", "training")
+        )
+        (folder / "results.md").write_text(f"# Results\n{places}")
+        run(options(folder, latency_only=True))
+    return folder
+
+
+def test_latencies_alone_are_measured_again(small: Path) -> None:
+    found = json.loads((small / "study" / "latency.json").read_text())
+    timed = found["latency"]
+    assert {name: len(rows) for name, rows in timed.items()} == {
+        "odelt": 15,
+        "odelt-guided": 3,
+        "shortcut": 5,
+    }
+    assert (
+        timed["odelt"]["l=12 euler T=128"]["median_s"]
+        > 8 * timed["odelt"]["l=12 euler T=4"]["median_s"]
+    )
+    assert (
+        timed["odelt"]["l=12 euler T=128"]["median_s"]
+        > 1.5 * timed["odelt"]["l=4 euler T=128"]["median_s"]
+    )
+    published = read_published(small / "json" / "study-digits")
+    (row,) = [row for row in published["flow"]["rows"] if row["steps"] == 4]
+    assert row["latency"] == timed["shortcut"]["l=12 euler T=4"]["median_s"]
+    (row,) = [
+        row for row in published["odelt"]["rows"] if (row["depth"], row["tolerance"]) == (8, 1e-4)
+    ]
+    assert row["latency"] == timed["odelt"]["l=8 dopri5 tol=0.0001"]["median_s"]
+    assert published["flow"]["settings"]["model"] == "flow"  # not the folder of this machine
+
+
+def test_passes_of_a_training_step_are_counted(small: Path) -> None:
+    costs = json.loads((small / "study" / "latency.json").read_text())["training"]
+    assert {name: cost["batch"] for name, cost in costs.items()} == dict.fromkeys(RANDOM, 64)
+    assert (costs["flow"]["learnt"], costs["flow"]["targets"]) == (1, 0)
+    assert (costs["shortcut"]["learnt"], costs["shortcut"]["targets"]) == (
+        1,
+        0.5,
+    )  # a quarter of the rows, two passes of the EMA
+    assert 1 / 3 < costs["odelt"]["learnt"] < 1  # depths of 4, 8 and 12 of 12 blocks
+    assert (
+        0.5 < costs["odelt"]["targets"] <= 0.5 + 1 / 8
+    )  # and an eighth, at a depth of the teacher's own
+
+
+def test_the_document_gets_its_tables_and_nothing_else_changes(small: Path) -> None:
+    text = (small / "results.md").read_text()
+    assert text.startswith(
+        "# Results\n<!-- table digits methods -->\n\n| digits-features Frechet distance |"
+    )
+    assert text.count("<!-- end -->") == 5
+    published = read_published(small / "json" / "study-digits")
+    rows = {
+        (row["depth"], row["solver"], row["steps"], row["tolerance"]): row
+        for row in published["odelt"]["rows"]
+    }
+    value, other = (
+        rows[depth, "euler", 4, None]["metrics"]["digits-features Frechet distance"]
+        for depth in (8, 12)
+    )
+    assert study_report.number(value) != study_report.number(
+        other
+    )  # so that a wrong depth would be seen
+    (line,) = [line for line in text.splitlines() if line.startswith("| ODE_t(ODE_l), l = 8 | 1 |")]
+    assert line.split(" | ")[3] == f"{value['mean']:.{1 if value['mean'] >= 100 else 2}f}"
+    assert line.endswith("| 7.9, 19.4, 24.3 |")
+    assert (small / "study-digits-grid.png").stat().st_size > 1000
+    assert (small / "study-digits-methods.png").stat().st_size > 1000
+    assert (small / "study-digits-pareto.png").stat().st_size > 1000
+    write_tables([small / "results.md"], small / "json" / "study-digits")
+    assert (small / "results.md").read_text() == text
+
+
+def test_a_place_without_a_table_is_refused(small: Path) -> None:
+    document = small / "other.md"
+    document.write_text("<!-- table digits metods -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="a place for the table 'metods'"):
+        write_tables([document], small / "json" / "study-digits")
+    document.write_text("<!-- table digits methods -->\n")
+    with pytest.raises(ValueError, match="end with <!-- end -->"):
+        write_tables([document], small / "json" / "study-digits")
+    assert document.read_text() == "<!-- table digits methods -->\n"
+
+
+def test_ablations_show_every_training_seed() -> None:
+    def results(base: float) -> dict[str, Any]:
+        rows = [
+            {
+                "depth": depth,
+                "solver": "euler",
+                "steps": steps,
+                "tolerance": None,
+                "latency": None,
+                "evaluations": steps,
+                "metrics": {
+                    "distance": {"mean": base + depth / 1000 + steps, "std": 0.5},
+                    "recognised": {"mean": base / 10, "std": 0.0},
+                },
+            }
+            for depth in (8, 4)
+            for steps in (128, 4, 1)
+        ]
+        return {"rows": rows}
+
+    study = {"real": {}, "parameters": {}, "training": {}, "machine": {}}
+    found = {
+        "k0": results(1),
+        "odelt": results(2),
+        "k4": results(3),
+        "k4-again": results(5),
+        "study": study,
+    }
+    made = tables(found)
+    assert set(made) == {"lengths", "odelt"}
+    lines = made["lengths"].splitlines()
+    assert (
+        lines[2]
+        == "| l = 8, K = 0 | 129.0 ± 0.5 | 5.01 ± 0.50 | 2.01 ± 0.50 | 10.0 %, 10.0 %, 10.0 % |"
+        " 7.6, 19.5, 24.4 |"
+    )
+    assert lines[7].startswith(
+        "| l = 4, K = 1/4 | 132.004 (131.004, 133.004) | 8.004 (7.004, 9.004) |"
+    )
+    assert lines[7].endswith("| 40.0 %, 40.0 %, 40.0 % | 14, 19.5, 30.1 |")

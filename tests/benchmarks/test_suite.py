@@ -1,0 +1,536 @@
+"""The harness: that it measures what it says, refuses what is wrong, forgets nothing that is
+finished, and reports what it found."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import correctness, cpu_rate, measure, report, solver_speed, suite
+from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
+from benchmarks.correctness import Group, run_group
+from benchmarks.jax_peer import JaxPeer
+from benchmarks.kernel_speed import measure_kernel
+from benchmarks.kernel_table import KernelCase
+from benchmarks.measure import Results, summary, take_turns, write_json
+from benchmarks.sampling import CONFIGS, Cell, check, measure_memory, random_model
+
+CPU = torch.device("cpu")
+CEILINGS = {"float32": 1e11, "bfloat16": 2e11, "bandwidth": 1e10}
+
+
+def test_variants_take_turns_and_none_always_follows_the_same_one() -> None:
+    order: list[str] = []
+
+    def timer(name: str) -> measure.Timer:
+        def timed() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return timed
+
+    samples = take_turns({name: timer(name) for name in "abc"}, seconds=0, least=3, warm_seconds=0)
+    assert "".join(order[:6]) == "abcabc"  # warm-up
+    assert "".join(order[6:]) == "abc" + "bca" + "cab"
+    assert samples == {"a": [7, 12, 14], "b": [8, 10, 15], "c": [9, 11, 13]}
+
+
+def test_sampling_stops_at_the_time_or_at_the_most_rounds() -> None:
+    assert len(take_turns({"a": lambda: 0.0}, seconds=60, most=7, warm_seconds=0)["a"]) == 7
+    begin = time.perf_counter()
+    taken = take_turns(
+        {"a": measure.host_timer(lambda: time.sleep(0.01), CPU)},
+        seconds=0.1,
+        most=1000,
+        warm_seconds=0,
+    )["a"]
+    assert 3 <= len(taken) <= 10
+    assert time.perf_counter() - begin < 5
+    assert min(taken) >= 0.01
+
+
+def test_summary_is_the_median_with_its_spread() -> None:
+    assert summary([float(n) for n in range(11)]) == {"median_s": 5, "low_s": 1, "high_s": 9}
+    assert summary([3.0]) == {"median_s": 3, "low_s": 3, "high_s": 3}
+
+
+def test_a_result_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "part.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": torch.zeros(1)})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_of_another_device_or_of_something_else_are_not_mixed_in(tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    first = Results(path, "latency")
+    first.add("a", {"value": 1})
+    first.add("b", {"value": 2})
+    again = Results(path, "latency")
+    assert again.configurations == {"a": {"run": 0, "value": 1}, "b": {"run": 0, "value": 2}}
+    content = json.loads(path.read_text())
+    content["runs"][0]["device"] = "NVIDIA Z9"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds results of NVIDIA Z9"):
+        Results(path, "latency")
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="does not hold the results"):
+        Results(path, "latency")
+
+
+def test_the_commit_comes_from_the_environment_where_there_is_no_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setenv("COMMIT", "abc123")
+    assert measure.commit() == "abc123"
+    monkeypatch.delenv("COMMIT")
+    assert measure.commit() == "unknown"
+
+
+@pytest.mark.parametrize(("depth", "batch"), [(4, 1), (8, 3), (12, 2)])
+def test_flops_and_bytes_are_those_of_the_network(depth: int, batch: int) -> None:
+    config = CONFIGS["tiny"]
+    model = random_model(config, depth, torch.float32, CPU)
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(
+            torch.randn(batch, 4, 8, 8),
+            torch.rand(batch),
+            torch.zeros(batch),
+            torch.zeros(batch, dtype=torch.int64),
+            depth=depth,
+        )
+    # The model embeds time and step for each row; the count here has them once.
+    embeddings = (batch - 1) * 2 * 2 * (256 * 32 + 32 * 32)
+    assert counter.get_total_flops() == evaluation_flops(config, depth, batch) + embeddings
+    state = 2 * 4 * batch * 4 * 8 * 8
+    weights = {name: value for name, value in model.blocks.named_parameters() if value.dim() == 2}
+    everything = sum(4 * value.numel() for value in weights.values())
+    modulation = sum(4 * value.numel() for name, value in weights.items() if "modulation" in name)
+    assert (
+        evaluation_bytes(config, depth, batch, torch.float32, modulation=True) == everything + state
+    )
+    assert evaluation_bytes(config, depth, batch, torch.float32) == everything - modulation + state
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
+    assert floor_seconds(2e11, 1e9, torch.bfloat16, CEILINGS) == 1
+    assert floor_seconds(2e9, 1e10, torch.bfloat16, CEILINGS) == 1
+
+
+def test_wrong_samples_are_not_timed() -> None:
+    cell = Cell("tiny", 4, 1, 2, torch.bfloat16, ("eager",))
+    exact = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    noise = torch.randn_like(exact)
+    noise *= torch.linalg.vector_norm(exact) / torch.linalg.vector_norm(noise)
+    eager = exact + 0.01 * noise
+    assert check("fused", cell, exact - 0.019 * noise, eager, exact) == pytest.approx(0.019)
+    with pytest.raises(ValueError, match=r"relative error 2.10e-02 to float32, at most 2.00e-02"):
+        check("fused", cell, exact - 0.021 * noise, eager, exact)
+    assert check("fused-fp8", cell, exact - 0.039 * noise, eager, exact) == pytest.approx(0.039)
+    with pytest.raises(ValueError, match=r"at most 4.00e-02"):
+        check("fused-fp8", cell, exact - 0.041 * noise, eager, exact)
+    with pytest.raises(ValueError, match="nan"):
+        check("fused", cell, exact * torch.nan, eager, exact)
+
+
+def test_a_wrong_kernel_is_not_timed_and_says_so() -> None:
+    case = KernelCase(
+        "add 16", 192.0, 0.0, lambda draw: (draw(16), draw(16)), torch.add,
+        {
+            "right": lambda x, y: y + x, "wrong": lambda x, y: x + 1.01 * y,
+            "broken": lambda x, y: x @ y[:3], "in_place": lambda x, y: x.add_(y),
+        },
+        rate=torch.float32,
+    )  # fmt: skip
+    found = measure_kernel(case, torch.float32, CPU, CEILINGS, 0.01, inductor=False)
+    rows = found["variants"]
+    assert len(rows["right"]["samples_s"]) == len(rows["pytorch"]["samples_s"]) >= 5
+    assert rows["right"]["share_of_floor"] == pytest.approx(192 / 1e10 / rows["right"]["median_s"])
+    assert "its result is wrong" in rows["wrong"]["reason"]
+    assert "samples_s" not in rows["wrong"]
+    assert rows["broken"]["reason"].startswith("RuntimeError")
+    assert "samples_s" in rows["in_place"]
+
+
+def quick_tests(folder: Path, name: str, body: str) -> Group:
+    """A group of one test file that takes no time."""
+    path = folder / f"test_{name}.py"
+    path.write_text(f"import pytest\n{body}\n")
+    return Group(name, "engine", (str(path),), (), ("pytest",))
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "green", "counts"),
+    [
+        ("green", "def test_a(): pass\ndef test_b(): pytest.skip('no GPU')", True, (1, 0, 1)),
+        ("red", "def test_a(): pass\ndef test_b(): assert 0", False, (1, 1, 0)),
+        ("skipped", "def test_a(): pytest.skip('no GPU')", False, (0, 0, 1)),
+        ("broken", "import no_such_module", False, (0, 1, 0)),
+    ],
+)
+def test_a_group_is_green_only_if_something_passed_and_nothing_failed(
+    tmp_path: Path, name: str, body: str, green: bool, counts: tuple[int, ...]
+) -> None:
+    found = run_group(quick_tests(tmp_path, name, body), cuda=False, cases=1, timeout=60)
+    assert found["green"] is green
+    assert (found["passed"], found["failed"], found["skipped"]) == counts
+
+
+def test_a_missing_package_is_named_with_the_way_to_bring_it() -> None:
+    found = run_group(
+        Group("training", "training", ("test_training.py",), (), ("pytest", "no_such_module")),
+        False,
+        1,
+        60,
+    )
+    assert not found["green"]
+    assert (
+        found["reason"]
+        == "no_such_module missing: carry the wheels in a folder and pass --wheels FOLDER"
+    )
+
+
+def test_kernel_cases_are_counted_by_their_lines() -> None:
+    output = (
+        "linear: 38 of 40 cases right, 1.0 s\n  --kernel linear (...): AssertionError\nattention:"
+        " 40 of 40 cases right, 2 s\n"
+    )
+    assert correctness.count_cases(output) == {"passed": 78, "failed": 2, "skipped": 0}
+
+
+def test_a_changed_source_makes_a_result_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    group = Group("kernels", "kernels")
+    before = group.digest
+    assert group.digest == before
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert group.digest != before
+
+
+def run_suite(folder: Path, *arguments: str) -> int:
+    return suite.main(["--out", str(folder / "out"), "--grid", "tiny", *arguments])
+
+
+def test_the_suite_measures_once_and_the_report_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = quick_tests(tmp_path, "green", "def test_a(): pass")
+    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
+    assert run_suite(tmp_path, "--part", "latency", "--only", "tiny * l=4 T=1") == suite.FINISHED
+    assert set(json.loads((tmp_path / "out" / "latency.json").read_text())["configurations"]) == {
+        "tiny float32 batch 1 l=4 T=1"
+    }
+    assert run_suite(tmp_path, "--part", "latency") == suite.FINISHED
+    content = json.loads((tmp_path / "out" / "latency.json").read_text())
+    assert set(content["configurations"]) == {
+        *(f"tiny float32 batch 1 l={depth} T={steps}" for depth in (4, 12) for steps in (1, 2)),
+        *(f"memory tiny float32 batch 1 l={depth} T=1" for depth in (4, 12)),
+    }
+    cell = content["configurations"]["tiny float32 batch 1 l=4 T=2"]
+    eager, fused = cell["variants"]["eager"], cell["variants"]["fused"]
+    assert len(eager["samples_s"]) >= 7
+    assert eager["per_evaluation_s"] == pytest.approx(eager["median_s"] / 2)
+    assert eager["tflops"] == pytest.approx(
+        evaluation_flops(CONFIGS["tiny"], 4, 1) / eager["per_evaluation_s"] / 1e12
+    )
+    assert "median_s" in fused or "fused" in fused["reason"]
+    run = content["runs"][cell["run"]]
+    assert {"device", "torch", "commit", "sources", "threads", "ceilings", "command"} <= set(run)
+    stamp = (tmp_path / "out" / "latency.json").stat().st_mtime_ns
+    assert run_suite(tmp_path, "--part", "latency") == suite.FINISHED
+    assert (tmp_path / "out" / "latency.json").stat().st_mtime_ns == stamp
+
+    pytest.importorskip("matplotlib")
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
+    text = capsys.readouterr().out
+    assert "| tiny float32 batch 1 l=4 T=2 | eager |" in text
+    assert "Weights of tiny in float32: " in text
+    assert "NOT in proportion" not in text
+    assert (
+        "| batch 1, l = 12, evaluation in a trajectory (T = 128) | at most 180 us | not measured"
+        " |  |" in text
+    )
+    assert (tmp_path / "report" / "report.md").read_text() in text
+    assert (tmp_path / "report" / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_solvers_part_measures_table_3_a_race_and_a_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = quick_tests(tmp_path, "green", "def test_a(): pass")
+    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
+    monkeypatch.setitem(correctness.NEEDS, "solvers", ("green",))
+    assert run_suite(tmp_path, "--part", "solvers") == suite.FINISHED
+    found = json.loads((tmp_path / "out" / "solvers.json").read_text())["configurations"]
+    assert list(found) == [
+        *(name for depth in (12, 4) for name in (f"tiny float32 batch 2 l={depth} T=2", f"memory tiny float32 batch 2 l={depth} T=2",
+                                                 f"tiny float32 batch 2 l={depth} dopri5 0.01")),
+        *(f"{what} tiny float32 batch {batch} l=12 dopri5 0.01" for batch in (1, 2) for what in ("race", "proof")),
+    ]  # fmt: skip
+    for batch in (1, 2):
+        race = found[f"race tiny float32 batch {batch} l=12 dopri5 0.01"]["race"]
+        assert len(race) == 7
+        assert [name for name, row in race.items() if "median_s" not in row] == []
+        name = (
+            f"{'one launch' if torch.cuda.is_available() else 'steps on the device'}, eager network"
+        )
+        ours, host = race[name], race["host loop, eager network"]
+        assert ours["evaluations"] == host["evaluations"]
+        theirs, equal = (
+            race[name] for name in ("torchdiffeq, eager network", f"{name}, at torchdiffeq's error")
+        )
+        assert equal["relative_error"] <= theirs["relative_error"]
+        assert equal["evaluations"] <= theirs["evaluations"]
+        assert ours["relative_error"] == pytest.approx(host["relative_error"], rel=1e-2)
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "| 12 | dopri5 | 0.01 | " in text
+    assert "| 1 | 0.01 | host loop, eager network |" in text
+
+
+def test_the_papers_figures_stand_beside_ours_and_the_gain_is_judged() -> None:
+    cell = {
+        "network": "DiT-B/2",
+        "depth": 8,
+        "steps": 1,
+        "batch": 128,
+        "dtype": "bfloat16",
+        "solver": "dopri5",
+        "tolerance": 1e-2,
+    }
+    row = {
+        "median_s": 0.5,
+        "low_s": 0.4,
+        "high_s": 0.6,
+        "evaluations": 26.0,
+        "per_evaluation_s": 0.5 / 26,
+        "peak_bytes": 2**20,
+    }
+    ours, theirs = (
+        row | {"relative_error": 1e-3, "setup_s": 1.0},
+        row | {"median_s": 0.57, "relative_error": 1e-3, "setup_s": 1.0},
+    )
+    race = {
+        "torchdiffeq, compiled network": theirs,
+        "one launch, compiled network": ours,
+        "one launch, fused network": {"reason": "why"},
+    }
+    sizes = {"weights": {"blocks": 2**21, "ends": 2**20, "live_blocks": 8}}
+    text = report.part_table({"part": "solvers", "configurations": {
+        "a": {"cell": cell, "variants": {"fused": row}}, "memory a": {"cell": cell, "variants": {"fused": sizes}},
+        "race a": {"cell": cell, "race": race}, "proof a": {"cell": cell, "proof": {"reason": "no GPU"}},
+    }})  # fmt: skip
+    assert (
+        "| 500 ms (400 ms to 600 ms) | 26 | 19.2 ms | 1.0 MiB | 3.0 MiB | 2.25 s | 33 | 0.67x |"
+        in text
+    )
+    assert "| 1.14x | at least 1.15x: missed |" in text
+    assert "one launch, fused network | did not run: why" in text
+
+
+def test_what_a_solve_asks_of_cuda_is_counted_inside_its_time() -> None:
+    events = [
+        ("cudaGraphLaunch", 1.0, 2.0),
+        ("cudaGraphLaunch", 11.0, 12.0),
+        ("cudaStreamSynchronize", 13.0, 14.0),
+        ("aten::add", 12.0, 13.0),
+    ]
+    assert solver_speed.count_calls(events, 10.0, 13.0) == ({"cudaGraphLaunch": 1}, {})
+    assert solver_speed.count_calls(events, 0.0, 20.0) == (
+        {"cudaGraphLaunch": 2},
+        {"cudaStreamSynchronize": 1},
+    )
+
+
+def test_the_suite_refuses_what_is_red_and_stops_at_its_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    group = quick_tests(tmp_path, "red", "def test_a(): assert 0, 'wrong'")
+    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
+    assert run_suite(tmp_path, "--part", "latency", "--limit-s", "0") == suite.AGAIN
+    assert run_suite(tmp_path, "--part", "latency", "xl") == suite.REFUSED
+    output = capsys.readouterr().out
+    assert "correctness: red: RED (0 passed, 1 failed, 0 skipped" in output
+    assert "latency: refused" in output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["correctness.json"]
+
+
+def test_weights_are_in_proportion_to_live_blocks() -> None:
+    found = [
+        measure_memory(Cell("tiny", depth, 1, 1, torch.float32, ("eager",)), CPU)
+        for depth in (4, 8, 12)
+    ]
+    sizes = [one["variants"]["eager"]["weights"] for one in found]
+    assert [size["live_blocks"] for size in sizes] == [4, 8, 12]
+    assert len({size["blocks"] // size["live_blocks"] for size in sizes}) == 1
+    part = {
+        "part": "latency",
+        "runs": [],
+        "configurations": dict(zip(("memory 4", "memory 8", "memory 12"), found)),
+    }
+    assert "bytes a live block at every l" in report.weights_in_proportion({"latency": part})[0]
+    sizes[1]["blocks"] += 4
+    assert "NOT in proportion" in report.weights_in_proportion({"latency": part})[0]
+
+
+def made_up(part: str, *rows: tuple[str, int, int, int, dict[str, float]]) -> dict[str, Any]:
+    """A part's content: (network, batch, depth, steps, seconds by variant)."""
+    configurations = {}
+    for network, batch, depth, steps, times in rows:
+        cell = {
+            "network": network,
+            "batch": batch,
+            "depth": depth,
+            "steps": steps,
+            "solver": "euler",
+            "dtype": "bfloat16",
+        }
+        variants = {name: {"median_s": value, "tflops": 600.0} for name, value in times.items()}
+        configurations[f"{network} {batch} {depth} {steps}"] = {
+            "run": 0,
+            "cell": cell,
+            "variants": variants,
+        }
+    return {
+        "part": part,
+        "runs": [{"ceilings": {"bfloat16": 790e12}}],
+        "configurations": configurations,
+    }
+
+
+def test_targets_are_met_or_missed_by_the_measured_values() -> None:
+    base = "DiT-B/2"
+    parts = {
+        "latency": made_up(
+            "latency",
+            (base, 1, 12, 128, {"fused": 128 * 170e-6}),
+            (base, 1, 4, 128, {"fused": 128 * 80e-6}),
+        ),
+        "throughput": made_up(
+            "throughput",
+            (base, 128, 4, 4, {"fused": 0.014}),
+            (base, 128, 8, 4, {"fused": 0.030}),
+            (base, 128, 12, 4, {"fused": 0.04}),
+        ),
+        "peers": made_up(
+            "peers",
+            (
+                base,
+                1,
+                12,
+                4,
+                {"fused": 1e-3, "max-autotune": 1.7e-3, "reduce-overhead": 1.5e-3, "jax": 9e-3},
+            ),
+        ),
+    }
+    lines = {what: (value, verdict) for what, _, value, verdict in report.targets(parts)}
+    assert lines["batch 1, l = 12, evaluation in a trajectory (T = 128)"] == ("170 us", "met")
+    assert lines["batch 1, l = 4, evaluation in a trajectory (T = 128)"] == ("80 us", "missed")
+    assert lines["batch 1, l = 12, over the better torch.compile mode"] == ("1.50x", "missed")
+    assert lines["batch 128, l = 12, of the matrix-product rate"] == ("75.9%", "met")
+    assert lines["batch 128, latency at l = 4 over l = 12"] == ("0.350", "met")
+    assert lines["batch 128, latency at l = 8 over l = 12"] == ("0.750", "missed")
+    assert lines["batch 128, l = 12, over the JAX reference"] == ("not measured", "")
+
+
+def test_a_reference_that_cannot_run_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no model.py"):
+        JaxPeer(tmp_path)
+    (tmp_path / "model.py").write_text("")
+    peer = JaxPeer(tmp_path)
+    try:
+        with pytest.raises(
+            ValueError, match=r"the JAX reference: (ModuleNotFoundError|ImportError): "
+        ):
+            peer.build(CONFIGS["tiny"], 4, 1, 1, torch.float32)
+        peer.process.kill()
+        peer.process.wait()
+        with pytest.raises(ValueError, match="the JAX reference stopped"):
+            peer.timed()
+    finally:
+        peer.close()
+
+
+def test_cpu_rate_compares_the_evaluation_with_the_product() -> None:
+    found = cpu_rate.measure(
+        torch.float32, Cell("tiny", 4, 1, 2, torch.float32, ("eager", "auto")), 0.01
+    )
+    pairs = zip(found["variants"]["model"]["samples_s"], found["variants"]["product"]["samples_s"])
+    shares = sorted(
+        (found["flops"] / mine) / (found["product_flops"] / other) for mine, other in pairs
+    )
+    assert found["product_flops"] == 2 * 2048 * 768 * 3072
+    assert shares[0] <= found["share"]["model"]["median_s"] <= shares[-1]
+    assert set(found["variants"]) == {"product", "model", "eager", "auto"}
+
+
+def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) -> None:
+    rows = cpu_rate.operators(
+        torch.float32, Cell("tiny", 4, 1, 2, torch.float32, ("auto",)), evaluations=2
+    )
+    times = [float(row[2]) for row in rows]
+    assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
+    assert rows[-1][0] == "all else"
+    assert times[:-1] == sorted(times[:-1], reverse=True)
+
+
+def test_the_suite_runs_without_tyro() -> None:
+    """Machines on which the suite runs have torch, numpy and safetensors, not the command line's
+    packages."""
+    program = (
+        "import sys\nfor name in ('tyro', 'matplotlib', 'triton', 'pytest'): sys.modules[name] ="
+        " None\nimport benchmarks.suite, benchmarks.report, benchmarks.cpu_rate,"
+        " odelt_fast.sampling.sampler\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=measure.ROOT
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_part_of_the_full_grid_has_cells_of_its_own_and_long_ones_follow_their_check() -> (
+    None
+):
+    grid = suite.GRIDS["full"]
+    keys: list[str] = []
+    for part in ("latency", "throughput", "xl", "peers"):
+        cells = list(suite.sampling_cells(part, grid, reference=True))
+        assert cells
+        keys += [f"{part} {cell.key}" for cell in cells]
+        for cell, following in itertools.pairwise(cells):
+            same = (cell.network, cell.batch, cell.depth) == (
+                following.network,
+                following.batch,
+                following.depth,
+            )
+            assert not same or following.steps > cell.steps or following.solver != "euler"
+    assert len(set(keys)) == len(keys)
+    assert sum(key.startswith("latency") for key in keys) == 9
+    assert (
+        sum(
+            "euler" not in key and "dopri5" not in key
+            for key in keys
+            if key.startswith("throughput")
+        )
+        == 18
+    )

@@ -1,0 +1,36 @@
+"""What the tests of the engine share: random models, and Samplers that run the fused backend with
+plain PyTorch operators on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from odelt_fast.engine import fused
+from odelt_fast.engine import operators as backends
+from odelt_fast.engine.engine import Engine
+from odelt_fast.engine.graphs import GraphCache
+from odelt_fast.model import DiT
+from tests.helpers import small_model
+
+
+def random_model(**changes: object) -> DiT:
+    """The small model with two channels and three groups of blocks."""
+    return small_model.random_model(**{"channels": 2, "depth": 6, **changes})
+
+
+def run_fused_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, graphs: Callable[[], GraphCache | None] = lambda: None
+) -> None:
+    """From here on the Sampler's fused backend runs on CPU models, with the reference operators;
+    without graphs unless some are given."""
+
+    def reference(
+        model: DiT, attention: str = "auto", precision: str | None = None
+    ) -> tuple[Engine, Any]:
+        return Engine(model, attention, precision, kind="reference"), graphs()
+
+    monkeypatch.setattr(backends, "why_not_fused", lambda model: None)
+    monkeypatch.setattr(fused, "shared_engine", reference)

@@ -1,0 +1,233 @@
+"""Kills training at random moments and checks that nothing is lost: `python -m
+tests.stress.kill_training --kills 300 --seed 0 [--processes 2]`.
+
+A run of 200 steps saves every 7 steps, is killed with SIGKILL at random moments, saves included,
+and resumed until it is finished; then the next run starts, until there were `kills` kills. After
+every kill the newest checkpoint must load and be at least as new as the last one whose save
+returned. A finished run must equal the uninterrupted one bitwise: weights, EMA, optimizer, and the
+loss of every step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import accelerate  # noqa: F401  (once, before the forks)
+import torch
+from safetensors.torch import load_file
+
+from odelt_fast import load_model
+from odelt_fast.config import DiTConfig
+from odelt_fast.train.checkpoints import checkpoints
+from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.loop import Trainer
+from odelt_fast.train.recipes import RECIPES
+from odelt_fast.train.run import train
+from tests.helpers import forked
+from tests.helpers.forked import wait
+
+STEPS = 200
+MODEL = DiTConfig(
+    image_size=8,
+    channels=1,
+    hidden_size=16,
+    depth=4,
+    depth_min=2,
+    depth_group=2,
+    num_heads=2,
+    num_classes=10,
+    dropout=0.1,
+)
+
+
+class Witness:
+    """What a child process reports: the step of each save that returned, and every loss."""
+
+    def __init__(self, folder: Path) -> None:
+        self.saves, self.losses, self.log = folder / "saves", folder / "losses", folder / "log"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def watch(self) -> None:
+        save, step = Trainer.save, Trainer.step
+
+        def watched_save(trainer: Trainer) -> Path:
+            folder = save(trainer)
+            if trainer.accelerator.is_main_process:
+                with self.saves.open("a") as file:
+                    print(trainer.finished_steps, file=file, flush=True)
+            return folder
+
+        def watched_step(trainer: Trainer) -> torch.Tensor:
+            at, losses = trainer.finished_steps, step(trainer)
+            with self.losses.with_suffix(f".{trainer.accelerator.process_index}").open("a") as file:
+                print(at, losses.double().sum().item().hex(), file=file, flush=True)
+            return losses
+
+        Trainer.save, Trainer.step = watched_save, watched_step  # type: ignore[method-assign]
+
+    def last_save(self) -> int:
+        return int(self.saves.read_text().split()[-1]) if self.saves.exists() else 0
+
+    def all_losses(self) -> dict[tuple[str, int], str]:
+        """The loss of each rank and step. A repeated step must repeat its loss."""
+        found: dict[tuple[str, int], str] = {}
+        for path in self.losses.parent.glob("losses.*"):
+            for line in path.read_text().splitlines():
+                at, value = line.split()
+                assert found.setdefault((path.suffix, int(at)), value) == value, (
+                    f"step {at} has another loss when it is repeated"
+                )
+        return found
+
+
+def shard() -> None:
+    """What `accelerate launch --use_fsdp --fsdp_version 2` sets, on a CPU: accelerate shards on
+    GPUs only, torch wherever gloo runs."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
+    )
+    os.environ.update(
+        FSDP_TRANSFORMER_CLS_TO_WRAP="Block",
+        FSDP_CPU_RAM_EFFICIENT_LOADING="true",
+        FSDP_RESHARD_AFTER_FORWARD="true",
+    )
+    PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def start(
+    config: TrainConfig,
+    witness: Witness,
+    processes: int,
+    sharded: bool = False,
+    work: Callable[[TrainConfig], object] = train,
+) -> list[int]:
+    """Forks the processes of a run, so that torch is imported once only; returns their ids.
+    sharded: with FSDP2. work: what they do."""
+
+    def watched() -> None:
+        witness.watch()
+        if sharded:
+            shard()
+        work(config)
+
+    return forked.start(watched, processes, witness.log)
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return (
+            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        )
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))  # type: ignore[arg-type]
+    return a == b
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    weights = [f"checkpoint-{STEPS}/{name}model.safetensors" for name in ("", "ema/", "power-0.1/")]
+    weights += [
+        f"ema-snapshots/0.1/step-{step}/model.safetensors" for step in range(20, STEPS + 1, 20)
+    ]
+    for name in (*weights, "model.safetensors"):
+        assert equal(load_file(run / name), load_file(whole / name)), (
+            f"{name} differs from the uninterrupted run's"
+        )
+    optimizers = [
+        torch.load(folder / f"checkpoint-{STEPS}" / "optimizer.bin", weights_only=True)
+        for folder in (run, whole)
+    ]
+    assert equal(*optimizers), "the optimizer differs from the uninterrupted run's"
+
+
+def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, int]:
+    """Does it all in `folder`; returns counts. Raises AssertionError for the first thing that is
+    lost or differs."""
+    torch.set_num_threads(1)
+    chance = random.Random(seed)
+    base = replace(
+        RECIPES["digits"],
+        model=MODEL,
+        steps=STEPS,
+        train_batch_size=16,
+        warmup_steps=2,
+        logging_steps=50,
+        sampling_steps=0,
+    )
+    base = replace(
+        base,
+        checkpointing_steps=7,
+        checkpoints_total_limit=2,
+        log_with=(),
+        resume_from_checkpoint="latest",
+    )
+    base = replace(base, depth_sampling="stratified", ema_widths=(0.1,), ema_snapshot_steps=20)
+    whole = folder / "whole"
+    witness = Witness(folder / "witness-whole")
+    begin = time.monotonic()
+    assert wait(
+        start(replace(base, output_dir=whole), witness, processes), begin + 600, witness.log
+    )
+    duration, expected = time.monotonic() - begin, witness.all_losses()
+    assert len(expected) == STEPS * processes
+    counts = {"kills": 0, "finished runs": 0, "kills in a save": 0, "started from scratch": 0}
+    run = folder / "run"
+    while counts["kills"] < kills or counts["finished runs"] == 0:
+        config, witness = replace(base, output_dir=run), Witness(folder / "witness")
+        children = start(config, witness, processes)
+        patience = chance.uniform(0, 0.5 * duration) if counts["kills"] < kills else 600
+        finished = wait(children, time.monotonic() + patience, witness.log)
+        if not finished:
+            counts["kills"] += 1
+            counts["kills in a save"] += any(run.glob("checkpoint-*.*"))
+            kept = checkpoints(run) if run.exists() else []
+            replaced = [path.with_suffix("") for path in run.glob("checkpoint-*.replaced")]
+            newest = max(
+                [int(path.name.removeprefix("checkpoint-")) for path in [*kept, *replaced]],
+                default=0,
+            )
+            assert newest >= witness.last_save(), (
+                f"checkpoint-{witness.last_save()} was acknowledged, the newest is {newest}"
+            )
+            counts["started from scratch"] += not newest
+            if kept:
+                load_model(kept[-1] / "ema")
+                load_file(kept[-1] / "model.safetensors")
+                torch.load(kept[-1] / "optimizer.bin", weights_only=True)
+            continue
+        counts["finished runs"] += 1
+        assert witness.all_losses() == expected, "a loss differs from the uninterrupted run's"
+        assert_same_run(run, whole)
+        shutil.rmtree(run)
+        shutil.rmtree(folder / "witness")
+    return counts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        counts = torture(options.kills, options.seed, options.processes, Path(folder))
+    print(
+        ", ".join(f"{value} {name}" for name, value in counts.items())
+        + ": nothing lost, every finished run bitwise the same"
+    )
+
+
+if __name__ == "__main__":
+    main()

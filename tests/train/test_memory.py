@@ -1,0 +1,102 @@
+"""Running out of the device's memory: the batch size that would fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from odelt_fast.config import DiTConfig
+from odelt_fast.model import DiT
+from odelt_fast.train import loop
+from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.loop import Trainer
+from odelt_fast.train.memory import allowed_batch_sizes, fitting_batch_size, out_of_memory
+from odelt_fast.train.recipes import RECIPES
+
+GIB = 2**30
+SMALL = DiTConfig(
+    image_size=8,
+    channels=1,
+    hidden_size=16,
+    depth=2,
+    depth_min=1,
+    depth_group=1,
+    num_heads=2,
+    num_classes=10,
+)
+
+
+@pytest.mark.parametrize(
+    ("batch", "fixed", "peak", "capacity", "allowed", "fits"),
+    [
+        (128, 10, 80, 80, (64, 32, 16), 64),  # at least 0.55 a row: 64 rows take 45
+        (
+            128,
+            10,
+            150,
+            80,
+            (64, 32, 16),
+            32,
+        ),  # 1.1 a row, measured in an earlier step: 64 rows take 80, 32 take 45
+        (128, 70, 80, 80, (64, 32, 16), 32),  # 3.6 are left, 0.08 a row
+        (128, 76, 80, 80, (64, 32, 16), None),  # the weights alone take what can be used
+        (128, 10, 80, 80, (), None),
+    ],
+)
+def test_fitting_batch_size(
+    batch: int, fixed: int, peak: int, capacity: int, allowed: tuple[int, ...], fits: int | None
+) -> None:
+    assert fitting_batch_size(batch, fixed * GIB, peak * GIB, capacity * GIB, allowed) == fits
+
+
+def test_smaller_batches_keep_the_global_batch_and_its_kinds_of_rows() -> None:
+    config = replace(
+        RECIPES["imagenet256-b"], gradient_accumulation_steps=2
+    )  # 256 rows: every 8th of each consistency, half of one guided
+    sizes = allowed_batch_sizes(config)
+    assert set(sizes) == {128, 64, 32, 16}
+    for size, smaller in sizes.items():
+        assert smaller.train_batch_size == size
+        assert size * smaller.gradient_accumulation_steps == 512
+
+
+def config(folder: Path) -> TrainConfig:
+    return replace(
+        RECIPES["digits"],
+        model=SMALL,
+        output_dir=folder,
+        train_batch_size=48,
+        gradient_accumulation_steps=2,
+        log_with=(),
+    )
+
+
+def test_step_without_memory_names_the_batch_that_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(config(tmp_path / "run"))
+    trainer.step()
+
+    def forward(*inputs: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    memory = iter(
+        [(10 * GIB, 60 * GIB, 80 * GIB), (75 * GIB, 80 * GIB, 80 * GIB)]
+    )  # between steps, and when it failed
+    monkeypatch.setattr(loop, "device_memory", lambda device: next(memory))
+    monkeypatch.setattr(DiT, "forward", forward)
+    with pytest.raises(ValueError, match="out of GPU memory at train_batch_size 48") as mistake:
+        trainer.step()
+    assert "--train-batch-size 24 --gradient-accumulation-steps 4" in str(mistake.value)
+    assert "10.0 of 80.0 GiB" in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+    assert isinstance(mistake.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_model_that_is_too_large_for_any_batch_is_said_to_be(tmp_path: Path) -> None:
+    message = out_of_memory(config(tmp_path), 79 * GIB, 80 * GIB, 80 * GIB)
+    assert "no smaller batch would fit" in message
+    assert "--use_fsdp" in message

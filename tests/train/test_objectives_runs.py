@@ -1,0 +1,352 @@
+"""Reflow's pairs, teachers and starting weights, the options that choose an objective, and a few
+steps of each."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from odelt_fast.checkpoints.folder import load_model, save_model
+from odelt_fast.config import DiTConfig
+from odelt_fast.model import DiT
+from odelt_fast.train.config import SAMPLING, TrainConfig
+from odelt_fast.train.draws import StepDraws
+from odelt_fast.train.loop import Trainer
+from odelt_fast.train.objectives.build import build_objective
+from odelt_fast.train.objectives.reflow import PairSource, Reflow, generate_pairs
+from odelt_fast.train.objectives.targets import Networks
+from odelt_fast.train.objectives.teacher import start_from
+from tests.helpers.reference_cases import relative_error
+
+
+@pytest.fixture(scope="module")
+def teacher() -> DiT:
+    torch.manual_seed(0)
+    config = DiTConfig(
+        image_size=8,
+        channels=1,
+        hidden_size=16,
+        depth=4,
+        depth_min=2,
+        depth_group=2,
+        num_heads=2,
+        num_classes=10,
+        sampling="flow",
+    )
+    model = DiT(replace(config, step_conditioned=False))
+    torch.nn.init.normal_(model.final_layer.out.weight, std=0.1)
+    return model.eval()
+
+
+def test_pairs_are_the_teacher_s_euler_solutions(teacher: DiT, tmp_path: Path) -> None:
+    folder = generate_pairs(
+        teacher, tmp_path / "pairs", 10, log2_steps=2, label_dropout=0.3, seed=4, batch_size=4
+    )
+    source = PairSource(folder)
+    images, labels = source.read_many(np.arange(10))
+    assert (len(source), source.channels, source.image_size, source.num_classes, images.shape) == (
+        10,
+        1,
+        8,
+        10,
+        (10, 2, 8, 8),
+    )
+    x, y = torch.from_numpy(images[:, :1]), torch.from_numpy(labels)
+    with torch.no_grad():
+        for i in range(4):
+            x = x + teacher(x, i / 4, 2, y) / 4
+    assert relative_error(torch.from_numpy(images[:, 1:]), x) < 1e-5
+    assert images[:, 0].std() == pytest.approx(1, abs=0.1)
+    # pair i depends on the seed and i alone, not on the batches or the number of pairs
+    other = PairSource(
+        generate_pairs(
+            teacher, tmp_path / "other", 7, log2_steps=2, label_dropout=0.3, seed=4, batch_size=7
+        )
+    )
+    np.testing.assert_allclose(other.read_many(np.arange(7))[0], images[:7], rtol=1e-4, atol=1e-5)
+    targets = Reflow()(
+        Networks(teacher, teacher), torch.from_numpy(images), y, StepDraws(0, 0, np.arange(10)), 0
+    )
+    torch.testing.assert_close(
+        targets.x_t,
+        torch.lerp(
+            torch.from_numpy(images[:, :1]),
+            torch.from_numpy(images[:, 1:]),
+            targets.t[:, None, None, None],
+        ),
+    )
+    assert torch.equal(targets.velocity, torch.from_numpy(images[:, 1:] - images[:, :1]))
+    assert torch.equal(targets.y, y)
+
+
+@pytest.mark.parametrize(("sampling", "index"), [("shortcut", 2), ("flow", 7), ("live_reflow", 7)])
+def test_pairs_ask_a_teacher_for_the_step_index_that_it_knows(
+    teacher: DiT, tmp_path: Path, sampling: str, index: int
+) -> None:
+    model = DiT(replace(teacher.config, sampling=sampling, step_conditioned=True))
+    torch.nn.init.normal_(model.final_layer.out.weight)
+    torch.nn.init.normal_(model.step_embed.linear_out.weight)
+    images, labels = PairSource(
+        generate_pairs(model, tmp_path / "pairs", 3, log2_steps=2)
+    ).read_many(np.arange(3))
+    x = torch.from_numpy(images[:, :1])
+    with torch.no_grad():
+        for i in range(4):
+            x = x + model(x, i / 4, index, torch.from_numpy(labels)) / 4
+    assert relative_error(torch.from_numpy(images[:, 1:]), x) < 1e-5
+
+
+def test_unfinished_pairs_never_stand_under_the_name_of_the_folder(
+    teacher: DiT, tmp_path: Path
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    calls = 0
+
+    def dies(*inputs: object, **options: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise Interrupted
+        return DiT.forward(teacher, *inputs, **options)
+
+    stub = DiT(teacher.config)
+    stub.forward = dies  # the real network, interrupted in the second batch
+    with pytest.raises(Interrupted):
+        generate_pairs(stub, tmp_path / "pairs", 8, log2_steps=2, batch_size=4)
+    assert not (tmp_path / "pairs").exists()
+    folder = generate_pairs(teacher, tmp_path / "pairs", 8, log2_steps=2, batch_size=4)
+    assert len(PairSource(folder)) == 8
+    assert not (tmp_path / "pairs.partial").exists()
+    with pytest.raises(ValueError, match="exists"):
+        generate_pairs(teacher, folder, 8)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_pairs_of_several_processes_are_those_of_one(
+    teacher: DiT, tmp_path: Path, processes: int
+) -> None:
+    """Threads stand for the processes: each makes every n-th batch, and the folder appears when all
+    are finished."""
+    alone = PairSource(
+        generate_pairs(teacher, tmp_path / "alone", 11, log2_steps=1, seed=2, batch_size=2)
+    )
+    barrier = threading.Barrier(processes)
+    made: list[bool] = []
+
+    def work(process: int) -> None:
+        folder, options = tmp_path / "together", {"log2_steps": 1, "seed": 2, "batch_size": 2}
+        generate_pairs(
+            teacher,
+            folder,
+            11,
+            **options,
+            process=process,
+            processes=processes,
+            wait_for_everyone=barrier.wait,
+        )
+        made.append(folder.exists())
+
+    threads = [threading.Thread(target=work, args=(process,)) for process in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [True] * processes
+    for a, b in zip(
+        alone.read_many(np.arange(11)), PairSource(tmp_path / "together").read_many(np.arange(11))
+    ):
+        assert np.array_equal(a, b)
+
+
+def damage_shape(folder: Path) -> None:
+    np.save(folder / "data.npy", np.zeros((3, 1, 8, 8), np.float32))
+
+
+def damage_truncated(folder: Path) -> None:
+    (folder / "noise.npy").write_bytes((folder / "noise.npy").read_bytes()[:300])
+
+
+def damage_labels(folder: Path) -> None:
+    np.save(folder / "labels.npy", np.full(4, 11))
+
+
+def damage_pickled(folder: Path) -> None:
+    np.save(folder / "labels.npy", np.array([{}] * 4), allow_pickle=True)
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "pairs.json").write_text(json.dumps({"count": 4}))
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "data.npy").unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_shape,
+        damage_truncated,
+        damage_labels,
+        damage_pickled,
+        damage_manifest,
+        damage_missing,
+    ],
+)
+def test_damaged_pairs_are_refused_in_one_line(
+    teacher: DiT, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = generate_pairs(teacher, tmp_path / "pairs", 4, log2_steps=1)
+    damage(folder)
+    with pytest.raises(ValueError, match="pairs") as mistake:
+        PairSource(folder)
+    assert "\n" not in str(mistake.value)
+
+
+SMALL = DiTConfig(
+    image_size=8,
+    channels=1,
+    hidden_size=16,
+    depth=4,
+    depth_min=2,
+    depth_group=2,
+    num_heads=2,
+    num_classes=10,
+)
+
+
+@pytest.mark.parametrize("name", list(SAMPLING))
+def test_every_objective_trains_and_says_how_it_is_sampled(
+    name: str, teacher: DiT, tmp_path: Path
+) -> None:
+    start = save_model(teacher, tmp_path / "teacher")
+    guided = name not in ("flow", "consistency", "diffusion")
+    config = TrainConfig(
+        model=SMALL, objective=name, init_from=str(start), pairs=tmp_path / "pairs", num_pairs=24, denoise_timesteps=4, steps=4,
+        warmup_steps=0, train_batch_size=16, guidance_scale=1.5 if guided else None, teacher_depth="student", output_dir=tmp_path / "run",
+    )  # fmt: skip
+    trainer = Trainer(config)
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    for _ in range(4):
+        assert torch.isfinite(trainer.step()).all()
+    assert any(
+        not torch.equal(before[key], value) for key, value in trainer.model.state_dict().items()
+    )
+    save_model(trainer.ema, tmp_path / "trained")
+    trained = load_model(tmp_path / "trained").config
+    assert (trained.sampling, trained.step_conditioned) == SAMPLING[name]
+
+
+def test_progressive_teacher_is_replaced_at_the_end_of_a_stage_and_comes_back_on_resume(
+    teacher: DiT, tmp_path: Path
+) -> None:
+    start = save_model(teacher, tmp_path / "teacher")
+    config = TrainConfig(
+        model=SMALL, objective="progressive", init_from=str(start), denoise_timesteps=4, steps=6, warmup_steps=0, train_batch_size=16,
+        output_dir=tmp_path / "run",
+    )  # fmt: skip
+    first = Trainer(config)
+    for _ in range(2):
+        first.step()
+    assert torch.equal(first.teacher.final_layer.out.weight, teacher.final_layer.out.weight)
+    first.step()  # stages are three steps long
+    assert torch.equal(first.teacher.final_layer.out.weight, first.ema.final_layer.out.weight)
+    first.step()
+    first.save()
+    again = Trainer(config)
+    assert again.resume("latest")
+    assert not torch.equal(again.teacher.final_layer.out.weight, teacher.final_layer.out.weight)
+    assert torch.equal(first.step(), again.step())
+
+
+def test_conventional_weights_start_with_an_empty_length_table(teacher: DiT) -> None:
+    source = DiT(replace(SMALL, length_conditioned=False))
+    model = DiT(SMALL)
+    assert "starts at zero" in (start_from(model, source) or "")
+    assert not model.length_embed.weight.any()
+    assert torch.equal(model.blocks[0].qkv.weight, source.blocks[0].qkv.weight)
+    assert start_from(model, teacher) is None
+    assert torch.equal(model.length_embed.weight, teacher.length_embed.weight)
+    with pytest.raises(ValueError, match=r"length.conditioned"):
+        start_from(source, teacher)
+    with pytest.raises(ValueError, match=r"hidden_size 32.*--model.hidden-size"):
+        start_from(model, DiT(replace(SMALL, hidden_size=32)))
+
+
+def test_data_without_classes_train_the_null_label() -> None:
+    config = TrainConfig(
+        model=replace(SMALL, num_classes=1), train_batch_size=16, label_dropout=0.0
+    )
+    labels, images = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 1, 8, 8)
+    model = DiT(config.model_config())
+    targets = build_objective(config)(
+        Networks(model, model), images, labels, StepDraws(0, 0, np.arange(16)), 0
+    )
+    assert (targets.y == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"objective": "flow", "guidance_scale": 1.5}, "no teacher to guide"),
+        ({"guidance_scale": 1.5, "model": replace(SMALL, num_classes=1)}, "num_classes is 1"),
+        ({"guidance_scale": 1.5, "label_dropout": 0.0}, "--label-dropout"),
+        ({"guidance_scale": -1.0}, "guidance_scale must be"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be"),
+        ({"guidance_scale": 1.5, "train_batch_size": 8}, "train_batch_size"),
+        ({"objective": "progressive"}, "--init-from"),
+        ({"objective": "consistency-distillation"}, "--init-from"),
+        ({"objective": "reflow"}, "--pairs"),
+        ({"path": "trigonometric"}, "--objective flow"),
+        ({"path_sigma": 2.0}, "path_sigma must be"),
+        ({"times": "continuous"}, "--times discrete"),
+        ({"objective": "diffusion", "compat": "reference"}, "--compat"),
+        ({"objective": "consistency", "steps": 6}, "steps must be"),
+        (
+            {"objective": "flow", "model": replace(SMALL, sampling="consistency")},
+            "--model.sampling",
+        ),
+        ({"model": replace(SMALL, step_conditioned=False)}, "--model.step-conditioned"),
+        ({"num_pairs": 0}, "num_pairs must be"),
+        ({"objective": "live-reflow", "train_batch_size": 20}, "time_consistency_every"),
+    ],
+)
+def test_impossible_combination_says_what_to_change(options: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as mistake:
+        TrainConfig(**({"model": SMALL} | options))
+    assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "objective", "says"),
+    [
+        ({"sampling": "diffusion"}, "consistency-distillation", "diffusion"),
+        ({"step_conditioned": True}, "progressive", "--objective flow"),
+        ({"length_conditioned": False}, "progressive", "length-conditioned"),
+        ({"num_classes": 3}, "consistency-distillation", "--model.num-classes"),
+        ({"depth_min": 4}, "consistency-distillation", "--teacher-depth full"),
+    ],
+)
+def test_teacher_that_cannot_teach_is_refused(
+    change: dict, objective: str, says: str, teacher: DiT, tmp_path: Path
+) -> None:
+    start = save_model(DiT(replace(teacher.config, **change)), tmp_path / "teacher")
+    config = TrainConfig(
+        model=SMALL,
+        objective=objective,
+        init_from=str(start),
+        teacher_depth="student",
+        output_dir=tmp_path / "run",
+    )
+    with pytest.raises(ValueError, match=says):
+        Trainer(config)
