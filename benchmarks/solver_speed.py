@@ -86,9 +86,9 @@ def one_launch(
 
 
 def _operators(device: torch.device) -> Any:
-    from odelt_fast.engine import operators as backends
+    from odelt_fast.engine import operators
 
-    return backends.operators("kernels") if device.type == "cuda" else None
+    return operators.load_operators("kernels") if device.type == "cuda" else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Measures the matrix products and attentions that the engine can choose from on this GPU: `python
 -m benchmarks.tune`.
 
-Writes odelt_fast/tuning/DEVICE.json, which the engine reads from then on (`backends.read_tuning`);
+Writes odelt_fast/tuning/DEVICE.json, which the engine reads from then on (`tuning.read_tuning`);
 until then it takes cuBLAS and PyTorch's attention. About two minutes a network on an H200.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.measure import device_record, graph_timer, take_turns
 from odelt_fast import PRESETS, DiTConfig
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability, operators, tuning
 from odelt_fast.kernels.quantize import quantize_rows_reference
 
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -71,7 +71,7 @@ def linear_variants(
     x, weight, bias = draw(1, rows, inner), draw(columns, inner), draw(columns)
     if not float8:
         return {
-            "cublas": lambda i: backends.cublas_linear(x[i], weight[i], bias[i], activation),
+            "cublas": lambda i: operators.cublas_linear(x[i], weight[i], bias[i], activation),
             "triton": lambda i: ops.linear(
                 x[i], weight[i], bias[i], activation, workspace=ops.workspace
             ),
@@ -86,7 +86,7 @@ def linear_variants(
 
     variants: dict[str, Callable[[int], object]] = {"triton": triton}
     if activation == "none":
-        variants["cublas"] = lambda i: backends.cublas_float8(*xs[i], *weights[i], bias[i])
+        variants["cublas"] = lambda i: operators.cublas_float8(*xs[i], *weights[i], bias[i])
     return variants, sets
 
 
@@ -101,11 +101,11 @@ def attention_variants(
     sets = min(64, max(2, math.ceil(COLD_BYTES / (4 * samples * tokens * size * dtype.itemsize))))
     qkv = [torch.randn(samples, tokens, 3 * size, device=device).to(dtype) for _ in range(sets)]
     variants: dict[str, Callable[[int], object]] = {}
-    for name in backends.ATTENTIONS[1:]:
-        function = backends.attention_function(name, ops)
-        reason = backends.why_not_attention(
+    for name in operators.ATTENTIONS[1:]:
+        function = operators.attention_function(name, ops)
+        reason = availability.attention_unavailable(
             name, device, dtype, size // heads
-        ) or backends.try_attention(name, function, qkv[0], heads)
+        ) or availability.try_attention(name, function, qkv[0], heads)
         if reason is None:
             variants[name] = lambda i, function=function: function(qkv[i], heads)  # type: ignore[misc]
     return variants, sets
@@ -188,10 +188,10 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU to measure")
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = backends.why_not_device(device)
+    reason = availability.device_unavailable(device)
     if reason:
         parser.error(reason)
-    ops, found = backends.operators("kernels"), []
+    ops, found = operators.load_operators("kernels"), []
     ops.workspace = torch.zeros(
         2**22, dtype=torch.int32, device=device
     )  # split-K launches then allocate and clear nothing
@@ -205,7 +205,7 @@ def main() -> int:
                 {name: round(time, 2) for name, time in entry["microseconds"].items()},
                 flush=True,
             )
-    out = arguments.out or backends.tuning_path(torch.cuda.get_device_name(device))
+    out = arguments.out or tuning.tuning_path(torch.cuda.get_device_name(device))
     out.parent.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=out.parent, delete=False) as file:
         json.dump({"device": device_record(), "entries": found}, file, indent=1)

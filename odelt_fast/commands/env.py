@@ -60,12 +60,16 @@ def facts() -> dict[str, Any]:
     import torch
 
     from odelt_fast.checkpoints.folder import bundled_models
+    from odelt_fast.engine.availability import (
+        describe_attentions,
+        describe_package,
+        device_unavailable,
+    )
     from odelt_fast.engine.native import build as native
-    from odelt_fast.engine.operators import describe_attentions, describe_package, why_not_device
 
     def card(index: int) -> dict[str, Any]:
         device = torch.device("cuda", index)
-        reason = why_not_device(device)
+        reason = device_unavailable(device)
         return {
             "name": torch.cuda.get_device_name(index),
             "dtype": str(choose_dtype("auto", "cuda")).removeprefix("torch."),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability, operators, tuning
 from odelt_fast.engine.weights import LAYERS, Layer, PreparedWeights
 from odelt_fast.model import DiT, position_table
 
@@ -28,7 +28,7 @@ class Engine:
     """Evaluates a DiT with fused kernels: `engine(x, t, log2_steps, y, depth)` is `model(x, t,
     log2_steps, y, depth)` for one depth.
 
-    attention: "auto" or one of `backends.ATTENTIONS`. precision "fp8": three of a block's four
+    attention: "auto" or one of `operators.ATTENTIONS`. precision "fp8": three of a block's four
     products run on row-wise float8 (e4m3), with an error of at most 4e-2 on one evaluation. kind:
     "kernels" (CUDA, or the CPU under TRITON_INTERPRET=1) or "reference": the same launch sequence
     in plain PyTorch, on any device. The model's modulation weights become views of one stacked
@@ -42,19 +42,19 @@ class Engine:
         precision: str | None = None,
         kind: str = "kernels",
     ) -> None:
-        reason = backends.why_not_prepared(model) or backends.why_no_kernels()
+        reason = availability.model_unsupported(model) or availability.kernels_unavailable()
         if reason:
             raise ValueError(f"the engine cannot run this model: {reason}")
-        if attention not in backends.ATTENTIONS:
+        if attention not in operators.ATTENTIONS:
             raise ValueError(
-                f"attention must be one of {', '.join(backends.ATTENTIONS)}, not {attention!r}"
+                f"attention must be one of {', '.join(operators.ATTENTIONS)}, not {attention!r}"
             )
-        if precision not in backends.PRECISIONS:
+        if precision not in operators.PRECISIONS:
             raise ValueError(f"precision must be None or fp8, not {precision!r}")
         self.config, self.device, self.dtype = model.config, model.device, model.dtype
         self.max_depth, self.precision, self.kind = model.max_depth, precision, kind
-        self.ops = backends.operators(kind)
-        self.measured = backends.read_tuning(self.device)
+        self.ops = operators.load_operators(kind)
+        self.measured = tuning.read_tuning(self.device)
         self.native = kind == "kernels" and self.device.type == "cuda"
         self.capability = torch.cuda.get_device_capability(self.device) if self.native else (9, 0)
         if precision == "fp8" and self.capability < (8, 9):
@@ -87,7 +87,7 @@ class Engine:
         if name == "auto" or self.kind == "reference":
             return name
         size, heads = self.config.hidden_size, self.config.num_heads
-        reason = backends.why_not_attention(name, self.device, self.dtype, size // heads)
+        reason = availability.attention_unavailable(name, self.device, self.dtype, size // heads)
         if not reason:
             tokens = (self.config.image_size // self.config.patch_size) ** 2
             reason = self._try_attention(
@@ -98,8 +98,8 @@ class Engine:
         return name
 
     def _try_attention(self, name: str, qkv: Tensor) -> str | None:
-        return backends.try_attention(
-            name, backends.attention_function(name, self.ops), qkv, self.config.num_heads
+        return availability.try_attention(
+            name, operators.attention_function(name, self.ops), qkv, self.config.num_heads
         )
 
     def positions(self, height: int, width: int) -> Tensor:
@@ -305,8 +305,8 @@ class Engine:
                 x, layer.weight, layer.bias, activation, **scales, workspace=self.workspace
             )
         if x_scale is None or layer.scale is None:
-            return backends.cublas_linear(x, layer.weight, layer.bias, activation)
-        return backends.cublas_float8(x, x_scale, layer.weight, layer.scale, layer.bias)
+            return operators.cublas_linear(x, layer.weight, layer.bias, activation)
+        return operators.cublas_float8(x, x_scale, layer.weight, layer.scale, layer.bias)
 
     def linear_choice(self, rows: int, layer: Layer, activation: str = "none") -> str:
         """Which matrix product runs on `rows` rows: "cublas", or "triton" (also where the operators
@@ -335,13 +335,12 @@ class Engine:
                 "inner": inner,
             }
             self._choices[key] = (
-                backends.fastest(self.measured, allowed, rows, operator="linear", **shape)
-                or default
+                tuning.fastest(self.measured, allowed, rows, operator="linear", **shape) or default
             )
         return self._choices[key]
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        return backends.attention_function(self.attention_choice(*qkv.shape[:2]), self.ops)(
+        return operators.attention_function(self.attention_choice(*qkv.shape[:2]), self.ops)(
             qkv, self.config.num_heads
         )
 
@@ -354,11 +353,13 @@ class Engine:
         key = ("attention", samples, tokens)
         if key not in self._choices:
             size, heads = self.config.hidden_size, self.config.num_heads
-            names = backends.ATTENTIONS[1:]
+            names = operators.ATTENTIONS[1:]
             allowed = [
                 name
                 for name in names
-                if not backends.why_not_attention(name, self.device, self.dtype, size // heads)
+                if not availability.attention_unavailable(
+                    name, self.device, self.dtype, size // heads
+                )
             ]
             shape = {
                 "dtype": _name(self.dtype),
@@ -367,7 +368,7 @@ class Engine:
                 "tokens": tokens,
             }
             choice = (
-                backends.fastest(self.measured, allowed, samples, operator="attention", **shape)
+                tuning.fastest(self.measured, allowed, samples, operator="attention", **shape)
                 or "sdpa"
             )
             trial = torch.zeros(1, tokens, 3 * size, dtype=self.dtype, device=self.device)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability
 from odelt_fast.engine.adaptive import AdaptiveTrajectory, CapturedSolve
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import (
@@ -217,7 +217,7 @@ class Fused:
         that ran last."""
         told, config = self.engine.describe(samples, tokens, depth), self.engine.config
         head_dim = config.hidden_size // config.num_heads
-        told["attentions"] = backends.describe_attentions(
+        told["attentions"] = availability.describe_attentions(
             self.engine.device, self.engine.dtype, head_dim
         )
         if self.graphs is None or self.graphs_off:
@@ -259,7 +259,7 @@ def choose_fused(
     """
 
     def source() -> tuple[Engine, GraphCache | None]:
-        unable = backends.why_not_fused(
+        unable = availability.fused_unavailable(
             model
         )  # asked again when the weights have changed: the model may have been moved
         if unable:

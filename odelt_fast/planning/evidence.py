@@ -151,14 +151,14 @@ def this_machine(device: str | torch.device) -> Machine:
     import torch
 
     from odelt_fast import __version__
+    from odelt_fast.engine.availability import device_unavailable
     from odelt_fast.engine.native.build import load
-    from odelt_fast.engine.operators import why_not_device
 
     device = torch.device(device)
     versions = f"odelt-fast {__version__}, torch {torch.__version__}"
     if device.type == "cuda":
         versions += f", CUDA {torch.version.cuda}, triton {_version('triton')}"
-        backend = "eager" if why_not_device(device) else "fused"
+        backend = "eager" if device_unavailable(device) else "fused"
         return Machine(torch.cuda.get_device_name(device), 0, versions, backend)
     native = load("cpu", False) is None
     return Machine(

@@ -42,7 +42,7 @@ class Sampler:
     backend: "fused" runs our kernels, as CUDA graphs (NVIDIA GPUs); "eager" the model, "compile"
     its torch.compile form. "auto" is fused where it can run and else eager, which on a GPU warns
     once with the reason; a backend that was asked for by name raises ValueError. attention (fused):
-    "auto" or one of `backends.ATTENTIONS` by name. precision (fused): None is the model's dtype;
+    "auto" or one of `operators.ATTENTIONS` by name. precision (fused): None is the model's dtype;
     "fp8" runs most matrix products in float8, with an error of at most 4e-2 of one evaluation.
     `explain()` says what really runs.
 

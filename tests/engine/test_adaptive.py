@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from odelt_fast.engine import fused
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability, fused, operators
 from odelt_fast.engine.adaptive import AdaptiveTrajectory
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
@@ -142,7 +141,7 @@ def test_weights_changed_in_place_are_seen_by_solves_and_flows(
 ) -> None:
     """fp8 and the modulations of the null label are copies of weights: a graph alone would go on
     with the old ones."""
-    monkeypatch.setattr(backends, "why_not_fused", lambda model: None)
+    monkeypatch.setattr(availability, "fused_unavailable", lambda model: None)
     monkeypatch.setattr(fused, "Engine", functools.partial(Engine, kind="reference"))
     monkeypatch.setattr(fused, "GraphCache", functools.partial(GraphCache, capture=replayed))
     model, other = random_model(), random_model()
@@ -244,7 +243,7 @@ def test_cuda_graphs_of_any_field_take_the_host_loops_steps(
 ) -> None:
     """In float64, where the kernels' order of summation changes no decision; to the last bit with
     PyTorch's own operators."""
-    ops = backends.operators("kernels") if kernels else None
+    ops = operators.load_operators("kernels") if kernels else None
     x, tableau = states().double().cuda(), find_tableau(solver)[0]
     graph = AdaptiveGraph(DeviceAdaptive(smooth, x, 7, tableau, ops=ops))
     assert graph.fallback is None

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.folder import load_model, save_model
-from odelt_fast.engine import operators as backends
-from odelt_fast.engine import trajectory
+from odelt_fast.engine import availability, operators, trajectory, tuning
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.fused import shared_engine
 from odelt_fast.kernels.linear import linear_reference
@@ -404,13 +403,14 @@ sys.meta_path.insert(0, Blocked())
 import torch
 from tests.helpers.engine_cases import random_model
 from odelt_fast import Sampler
-from odelt_fast.engine import operators as backends
-from odelt_fast.engine import fused
+from odelt_fast.engine import availability
+from odelt_fast.engine.availability import kernels_unavailable, model_unsupported
 model = random_model()
-print(backends.why_no_kernels())
+print(kernels_unavailable())
 expected = Sampler(model, backend="eager")(2)
 assert torch.equal(Sampler(model)(2), expected)
-backends.why_not_fused = lambda model: backends.why_no_kernels() or backends.why_not_prepared(model)  # as on a GPU
+# As on a GPU.
+availability.fused_unavailable = lambda model: kernels_unavailable() or model_unsupported(model)
 try:
     Sampler(model, backend="fused")
 except ValueError as error:
@@ -483,15 +483,15 @@ def test_an_attention_that_cannot_run_is_refused_with_the_reason(
 
 def test_attention_constraints() -> None:
     gpu, half = torch.device("cuda"), torch.bfloat16
-    assert backends.why_not_attention("sdpa", gpu, torch.float32, 70) is None
-    assert backends.why_not_attention("triton", gpu, torch.float32, 70) is None
-    assert "not float32" in backends.why_not_attention("cudnn", gpu, torch.float32, 64)
+    assert availability.attention_unavailable("sdpa", gpu, torch.float32, 70) is None
+    assert availability.attention_unavailable("triton", gpu, torch.float32, 70) is None
+    assert "not float32" in availability.attention_unavailable("cudnn", gpu, torch.float32, 64)
     if torch.backends.cudnn.is_available():
-        assert backends.why_not_attention("cudnn", gpu, half, 72) is None
-        assert "multiples of 8 and at most 128, not 136" in backends.why_not_attention(
+        assert availability.attention_unavailable("cudnn", gpu, half, 72) is None
+        assert "multiples of 8 and at most 128, not 136" in availability.attention_unavailable(
             "cudnn", gpu, half, 136
         )
-    told = backends.describe_attentions(torch.device("cpu"), torch.float32, 64)
+    told = availability.describe_attentions(torch.device("cpu"), torch.float32, 64)
     assert set(told) == {"sdpa", "cudnn", "flash", "xformers", "triton"}
     assert "untested here" in told["flash"]
     assert "untested here" in told["xformers"]
@@ -504,7 +504,7 @@ def test_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
             torch.cuda, "get_device_capability", lambda device, capability=capability: capability
         )
-        reason = backends.why_not_device(torch.device("cuda", 0))
+        reason = availability.device_unavailable(torch.device("cuda", 0))
         assert reason == (
             "it needs a GPU of compute capability 8.0 (Ampere) or newer, and Tesla T4 has 7.5"
             if refused
@@ -521,7 +521,7 @@ def test_products_of_pytorch_are_the_kernels(activation: str) -> None:
         torch.randn(shape, generator=generator) / 5 for shape in ((2, 16, 32), (48, 32), (48,))
     )
     plain = linear_reference(x, weight, bias, activation)
-    assert relative_error(backends.cublas_linear(x, weight, bias, activation), plain) < (
+    assert relative_error(operators.cublas_linear(x, weight, bias, activation), plain) < (
         1e-6 if activation == "none" else 2e-3
     )
     if activation == "none":
@@ -529,7 +529,7 @@ def test_products_of_pytorch_are_the_kernels(activation: str) -> None:
         expected = linear_reference(q, w, bias, x_scale=q_scale, weight_scale=w_scale)
         assert (
             relative_error(
-                backends.cublas_float8(q, q_scale, w, w_scale, bias.bfloat16()), expected
+                operators.cublas_float8(q, q_scale, w, w_scale, bias.bfloat16()), expected
             )
             < 4e-3
         )
@@ -549,13 +549,13 @@ def test_the_measured_table_decides() -> None:
         {**shape, "columns": 768, "amount": 512, "microseconds": {"triton": 1.0}},
     ]
     both = ("cublas", "triton")
-    assert backends.fastest(table, both, 300, **shape) == "triton"
-    assert backends.fastest(table, both, 8192, **shape) == "cublas"
-    assert backends.fastest(table, both, 8193, **shape) is None
-    assert backends.fastest(table, both, 1024, **shape) is None
-    assert backends.fastest(table, ("other",), 256, **shape) is None
-    assert backends.fastest(table, both, 256, **{**shape, "dtype": "float16"}) is None
-    assert backends.tuning_path("NVIDIA H200").name == "nvidia-h200.json"
+    assert tuning.fastest(table, both, 300, **shape) == "triton"
+    assert tuning.fastest(table, both, 8192, **shape) == "cublas"
+    assert tuning.fastest(table, both, 8193, **shape) is None
+    assert tuning.fastest(table, both, 1024, **shape) is None
+    assert tuning.fastest(table, ("other",), 256, **shape) is None
+    assert tuning.fastest(table, both, 256, **{**shape, "dtype": "float16"}) is None
+    assert tuning.tuning_path("NVIDIA H200").name == "nvidia-h200.json"
 
 
 def test_samplers_of_one_model_share_its_engine() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.fused import GRAPH_TOKENS
 from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
@@ -470,7 +470,7 @@ def test_cuda_a_broken_capture_falls_back_once_and_leaves_the_device_usable() ->
 def test_cuda_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = cuda_model(depth=4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "compute capability 8.0 (Ampere) or newer" in backends.why_not_fused(model)
+    assert "compute capability 8.0 (Ampere) or newer" in availability.fused_unavailable(model)
     with pytest.warns(RuntimeWarning, match=r"7\.5"):
         sampler = Sampler(model)
     assert sampler.explain()["backend"] == "eager"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import operators
 from odelt_fast.engine.native.while_graph import AHEAD, DeviceAdaptive, repeat
 from odelt_fast.solvers.adaptive import Limits, integrate_adaptive
 from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
@@ -223,7 +223,7 @@ def test_the_kernels_form_of_a_step_takes_the_same_steps(
 ) -> None:
     """On whatever the operators are given in plain PyTorch; `test_kernels_solver` holds the kernels
     to those."""
-    ops = backends.operators("reference")
+    ops = operators.load_operators("reference")
     for tolerance, (t0, t1) in itertools.product((1e-1, 1e-3), ((0.0, 1.0), (1.0, 0.0))):
         settings = {"t0": t0, "t1": t1, "rtol": tolerance, "atol": tolerance, "error_norm": norm}
         host = integrate_adaptive(field, states().double(), 7, find_tableau(solver)[0], **settings)
@@ -240,7 +240,7 @@ def test_the_kernels_form_of_a_step_takes_the_same_steps(
 
 
 def test_many_samples_go_without_the_kernels() -> None:
-    ops = backends.operators("reference")
+    ops = operators.load_operators("reference")
     assert device_adaptive(smooth, torch.zeros(ops.MOST_SAMPLES, 1), "dopri5", ops=ops).ops is ops
     assert (
         device_adaptive(smooth, torch.zeros(ops.MOST_SAMPLES + 1, 1), "dopri5", ops=ops).ops is None

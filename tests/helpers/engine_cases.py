@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from odelt_fast.engine import fused
-from odelt_fast.engine import operators as backends
+from odelt_fast.engine import availability, fused
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import GraphCache
 from odelt_fast.model import DiT
@@ -32,5 +31,5 @@ def run_fused_on_the_cpu(
     ) -> tuple[Engine, Any]:
         return Engine(model, attention, precision, kind="reference"), graphs()
 
-    monkeypatch.setattr(backends, "why_not_fused", lambda model: None)
+    monkeypatch.setattr(availability, "fused_unavailable", lambda model: None)
     monkeypatch.setattr(fused, "shared_engine", reference)

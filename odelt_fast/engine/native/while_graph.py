@@ -39,7 +39,7 @@ class DeviceAdaptive:
     >>> while solve.flag.item(): solve.attempt()
     >>> solve.solution().x
 
-    ops: `backends.operators`, which make an attempt's arithmetic 2 launches a stage and 3 at its
+    ops: `operators.load_operators`, which make an attempt's arithmetic 2 launches a stage and 3 at its
     end, equal within rounding; None (and for batches of more than ops.MOST_SAMPLES): PyTorch's own
     operators, about 200 launches, equal to the last bit. x (B, ...) and counters (4, B) int64,
     status, accepted, rejected, evaluations: the solution; flag (1,) int32: whether a sample is
