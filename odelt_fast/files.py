@@ -1,41 +1,118 @@
-"""Files: refused before work starts if they cannot be written, written whole or not at all; JSON of
-strangers; the cache folder."""
+"""Files: refused early if they cannot be written, written whole or not at all; strangers' JSON;
+locks; the cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from odelt_fast.checks import shown
 
+PARTIAL = ".odelt-fast-"  # how the names of files begin that are being written
+T = TypeVar("T")
 
-def picture_formats() -> tuple[str, ...]:
-    """File name endings that Pillow can write."""
-    from PIL import Image
 
-    Image.init()
-    return tuple(
-        sorted(
-            ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE
-        )
-    )
+def one_line(error: object, limit: int = 300) -> str:
+    """An error's message (its type where it has none), or text of strangers, as one line.
+
+    Args:
+        error: an exception, or anything else that `str` takes.
+        limit: the most characters; what is longer ends in "...".
+
+    Returns:
+        Printable text without line breaks.
+    """
+    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
+    if not text and isinstance(error, BaseException):
+        return type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def cache_folder() -> Path:
+    """Where the package keeps files of its own: $ODELT_FAST_CACHE, else the user's cache folder."""
+    import platformdirs
+
+    return Path(os.environ.get("ODELT_FAST_CACHE") or platformdirs.user_cache_path("odelt-fast"))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds an advisory lock on a folder, or on a file that is made if missing.
+
+    The lock ends with the process. Where there is none (a folder that cannot be written, some
+    network file systems), work is only done twice.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ImportError):
+            import fcntl
+
+            folder = path.is_dir()
+            if not folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, 0o666)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], T], *, flushed: bool = True) -> T:
+    """Calls write(file) on a file that appears at `path` complete, or not at all.
+
+    Args:
+        path: links in it are written through.
+        write: writes the contents; what it returns is returned.
+        flushed: the file survives a loss of power.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    partial = target.with_name(f"{PARTIAL}{os.urandom(8).hex()}{target.suffix}")
+    try:
+        with partial.open("xb") as file:
+            result = write(file)
+            if flushed:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, target)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    return result
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write_atomically` for a file that the user asked for: ValueError if it cannot be written."""
+    try:
+        write_atomically(path, write, flushed=False)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def flush(path: Path) -> None:
+    """Makes a file's contents, or a folder's names, survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_target(option: str, path: Path, endings: tuple[str, ...]) -> None:
-    """ValueError unless a regular file with one of the endings can be written at `path`; found out
-    by making one beside it."""
+    """ValueError unless a regular file with one of the endings can be written at `path`.
+
+    Found out by making a file beside it.
+    """
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder: name a file in it")
     if path.suffix.lower() not in endings:
-        common = [
-            ending for ending in (".png", ".jpg", ".webp", ".gif") if ending in endings
-        ] or endings
+        common = [e for e in (".png", ".jpg", ".webp", ".gif") if e in endings] or endings
         raise ValueError(
             f"{option} {path}: the name must end in {', '.join(common)}, not"
             f" {path.suffix or path.name!r}"
@@ -49,8 +126,10 @@ def check_target(option: str, path: Path, endings: tuple[str, ...]) -> None:
 
 
 def check_folder(option: str, path: Path, folder: Path) -> None:
-    """ValueError unless a file can be made in `folder`, which `path` needs. Permission bits say too
-    little: root, read-only systems."""
+    """ValueError unless a file can be made in `folder`, which `path` needs.
+
+    Permission bits say too little: root, read-only systems.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -58,39 +137,28 @@ def check_folder(option: str, path: Path, folder: Path) -> None:
         raise ValueError(f"{option} {path} cannot be written: {error.strerror or error}") from None
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes the file beside its place first: it appears under its name complete, or not at all."""
-    target = Path(os.path.realpath(path))
-    partial = target.with_name(f".odelt-fast-{os.getpid()}{target.suffix}")
-    try:
-        with partial.open("xb") as file:
-            write(file)
-        os.replace(partial, target)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
+def picture_formats() -> tuple[str, ...]:
+    """File name endings that Pillow can write."""
+    from PIL import Image
+
+    Image.init()
+    formats = Image.registered_extensions().items()
+    return tuple(sorted(ending for ending, name in formats if name in Image.SAVE))
 
 
 def save_picture(path: Path, picture: Any) -> None:
     """Writes a PIL image, in the format that the name's ending says."""
-    from PIL import Image
-
-    write_whole(
-        path,
-        lambda file: picture.save(file, format=Image.registered_extensions()[path.suffix.lower()]),
-    )
+    write_whole(path, lambda file: _save_picture(path, picture, file))
 
 
 def try_out(option: str, path: Path, picture: Any) -> None:
-    """ValueError unless the format can hold `picture`, whose size and colours are those of the real
-    one; nothing is kept."""
-    from PIL import Image
+    """ValueError unless the format can hold `picture`, of the real one's size and colours.
 
+    Nothing is kept.
+    """
     try:
         with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))) as file:
-            picture.save(file, format=Image.registered_extensions()[path.suffix.lower()])
+            _save_picture(path, picture, file)
     except (OSError, ValueError, KeyError, RuntimeError, SystemError) as error:
         raise ValueError(
             f"{option} {path}: a picture of {picture.width}x{picture.height} cannot be written:"
@@ -98,18 +166,30 @@ def try_out(option: str, path: Path, picture: Any) -> None:
         ) from None
 
 
-def flush(path: Path) -> None:
-    """Makes a file's contents, or a folder's names, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _save_picture(path: Path, picture: Any, file: Any) -> None:
+    from PIL import Image
+
+    picture.save(file, format=Image.registered_extensions()[path.suffix.lower()])
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A regular file of at most `limit` bytes; ValueError and OSError for anything else."""
+    if path.exists() and not path.is_file():
+        raise ValueError("is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"is larger than {limit} bytes")
+    return data
+
+
+def read_object(path: Path, limit: int) -> dict[str, Any]:
+    """The JSON object in a file, as `read_bytes` and `parse_object` take it."""
+    return parse_object(read_bytes(path, limit))
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object in `data`. ValueError for anything else, for doubled keys, and for NaN and
-    infinities."""
+    """The JSON object in `data`. ValueError for anything else, doubled keys, NaN and infinities."""
     try:
         values = json.loads(
             data.decode(),
@@ -124,18 +204,6 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return values
 
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a regular file of at most `limit` bytes. ValueError and OSError for
-    anything else."""
-    if path.exists() and not path.is_file():
-        raise ValueError("is not a regular file")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"is larger than {limit} bytes")
-    return parse_object(data)
-
-
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
@@ -143,22 +211,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _no_constant(said: str) -> None:
-    raise ValueError(f"{said} is not a number that JSON has")
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number that JSON has")
 
 
-def _finite(said: str) -> float:
-    value = float(said)
+def _finite(text: str) -> float:
+    value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{shown(said)} is too large a number")
+        raise ValueError(f"{shown(text)} is too large a number")
     return value
-
-
-def cache_folder() -> Path:
-    """Where the package keeps files of its own: $ODELT_FAST_CACHE, else the user's cache folder."""
-    given = os.environ.get("ODELT_FAST_CACHE")
-    return (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odelt-fast"
-    )

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from odelt_fast.checkpoints.folder import load_model, one_line
+from odelt_fast.checkpoints.folder import load_model
+from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.train.ema import SNAPSHOTS
 from odelt_fast.train.power_profile import Profile, exponent, mixture

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from odelt_fast.config import DiTConfig
-from odelt_fast.files import flush
+from odelt_fast.files import flush, locked, one_line, parse_object, read_bytes
 from odelt_fast.model import DiT
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = (
@@ -51,13 +51,6 @@ _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class CheckpointError(ValueError):
     """A model folder or checkpoint file that cannot be read or written; the message is one line
     that names what is wrong."""
-
-
-def one_line(error: object) -> str:
-    """The message of an error, or any text from a file, as one printable line of at most 300
-    characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -111,7 +104,7 @@ def save_model(
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder) as directory:
+        with locked(folder):
             _finish_interrupted_save(folder)
             partial = folder / _PARTIAL
             shutil.rmtree(partial, ignore_errors=True)
@@ -121,16 +114,15 @@ def save_model(
                 save_file(tensors, partial / WEIGHTS_NAME, header)
                 # The writer of safetensors leaves files that only their owner can read.
                 (partial / WEIGHTS_NAME).chmod((partial / CONFIG_NAME).stat().st_mode)
-                for path in (partial / CONFIG_NAME, partial / WEIGHTS_NAME, partial):
+                for path in (partial / CONFIG_NAME, partial / WEIGHTS_NAME, partial, folder):
                     flush(path)
-                os.fsync(directory)
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             os.replace(partial / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-            os.fsync(directory)
+            flush(folder)
             os.replace(partial / CONFIG_NAME, folder / CONFIG_NAME)
-            os.fsync(directory)
+            flush(folder)
             partial.rmdir()
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
@@ -146,21 +138,6 @@ def _finish_interrupted_save(folder: Path) -> None:
     with contextlib.suppress(CheckpointError):
         if pending.is_file() and _read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
             os.replace(pending, folder / CONFIG_NAME)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Descriptor of the folder, under an advisory lock that ends with the process; some network
-    file systems have none."""
-    import fcntl
-
-    directory = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(directory, fcntl.LOCK_EX)
-        yield directory
-    finally:
-        os.close(directory)
 
 
 def bundled_models() -> tuple[str, ...]:
@@ -271,9 +248,7 @@ def refusals(path: Path) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:
-        raise CheckpointError(
-            f"{one_line(repr(str(path)))}: {one_line(error) or type(error).__name__}"
-        ) from None
+        raise CheckpointError(f"{one_line(repr(str(path)))}: {one_line(error)}") from None
 
 
 def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
@@ -350,26 +325,10 @@ def _member(folder: Path, name: str) -> Path:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], str]:
-    """A JSON object of at most 1 MiB without doubled keys or NaN, and its SHA-256."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            raise ValueError("a key occurs twice")
-        return values
-
-    def constant(text: str) -> None:
-        raise ValueError(f"{text} is not a number that JSON has")
-
+    """The object in a JSON file of at most 1 MiB, and the SHA-256 of the file."""
     with refusals(path):
-        with path.open("rb") as file:
-            data = file.read(_JSON_LIMIT + 1)
-        if len(data) > _JSON_LIMIT:
-            raise ValueError(f"larger than {_JSON_LIMIT} bytes")
-        values = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
-        if not isinstance(values, dict):
-            raise ValueError("must be a JSON object")
-        return values, hashlib.sha256(data).hexdigest()
+        data = read_bytes(path, _JSON_LIMIT)
+        return parse_object(data), hashlib.sha256(data).hexdigest()
 
 
 def _read_config(path: Path) -> tuple[DiTConfig, str]:

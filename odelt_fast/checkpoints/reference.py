@@ -19,11 +19,11 @@ from odelt_fast.checkpoints.folder import (
     CheckpointError,
     WithoutStorage,
     check_finite,
-    one_line,
     refusals,
 )
 from odelt_fast.checkpoints.pickle_records import as_array, as_mapping, read_records
 from odelt_fast.config import DiTConfig
+from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 
 _UNUSED = "Embed_0/embedding"  # 256 x 1, written by the reference and read by nothing

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from odelt_fast.files import one_line
 from odelt_fast.images.folders import open_folder
 from odelt_fast.images.latents import open_latents
 from odelt_fast.images.parquet import open_parquet, parquet_files
@@ -23,7 +24,6 @@ from odelt_fast.images.pixels import (
     check_images,
     decode_image,
     num_threads,
-    one_line,
     resize_square,
 )
 from odelt_fast.images.sources import ImageSource, Noise, check_indices, first_readable, flip_rows

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from odelt_fast.files import PARTIAL, locked, one_line, write_atomically
 from odelt_fast.images.latents import (
     FORMAT,
     MANIFEST_NAME,
@@ -23,7 +23,6 @@ from odelt_fast.images.latents import (
     moments_name,
     read_json,
 )
-from odelt_fast.images.pixels import locked, one_line, write_atomically
 from odelt_fast.images.sources import ImageSource
 
 if TYPE_CHECKING:
@@ -79,13 +78,16 @@ class LatentWriter:
             "facts": dict(facts or {}),
         }
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left in self.folder.glob(f"{PARTIAL}*"):  # by a kill
+            left.unlink()
         self.finished = (self.folder / MANIFEST_NAME).is_file()
         started = self.folder / (MANIFEST_NAME if self.finished else SETTINGS_NAME)
         self._lengths: list[int] = []
         if started.is_file():
             self._continue(started)
         else:
-            write_atomically(started, json.dumps(self._settings).encode())
+            self._write(SETTINGS_NAME, json.dumps(self._settings))
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
 
     def _continue(self, started: Path) -> None:
@@ -164,30 +166,26 @@ class LatentWriter:
             for i, n in enumerate(self._lengths)
         ]
         manifest = self._settings | {"count": self.completed, "shards": shards}
-        write_atomically(self.folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
+        self._write(MANIFEST_NAME, json.dumps(manifest, indent=1))
         (self.folder / SETTINGS_NAME).unlink(missing_ok=True)
         self.finished = True
 
     def _write_shard(self, length: int) -> None:
         shard = len(self._lengths)
         moments, labels = (np.concatenate(parts) for parts in zip(*self._pending))
-        _save_array(self.folder / labels_name(shard), labels[:length])
-        _save_array(self.folder / moments_name(shard), moments[:length])
+        self._write(labels_name(shard), labels[:length])
+        self._write(moments_name(shard), moments[:length])
         self._lengths.append(length)
         self._pending = [(moments[length:].copy(), labels[length:])] if len(labels) > length else []
 
+    def _write(self, name: str, content: str | np.ndarray) -> None:
+        def write(file: BinaryIO) -> None:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                np.save(file, content, allow_pickle=False)
 
-def _save_array(path: Path, array: np.ndarray) -> None:
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        write_atomically(self.folder / name, write)
 
 
 def encode_images(

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from odelt_fast.images.pixels import one_line
+from odelt_fast.files import one_line, read_object
 from odelt_fast.images.sources import ImageSource, Noise, check_indices, first_readable
 from odelt_fast.images.tables import check_labels, numbered_classes
 
@@ -168,16 +168,12 @@ def labels_name(shard: int) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError if it is too large, damaged or no object."""
+    """The object in a JSON file; ValueError that names the file if it is too large, damaged or no
+    object."""
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ValueError(f"larger than {_JSON_LIMIT >> 20} MiB")
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(path, _JSON_LIMIT)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
 
 
 def _whole(value: object, least: int, most: int) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from odelt_fast.images.pixels import Store, cache_folder, locked, one_line, write_atomically
+from odelt_fast.files import cache_folder, locked, one_line, write_atomically
+from odelt_fast.images.pixels import Store
 from odelt_fast.images.tables import (
     Columns,
     check_image_type,
@@ -190,7 +189,8 @@ class ParquetStore:
         with locked(base.with_suffix(".lock")):
             if not offsets.is_file():
                 try:
-                    self._unpack_into(content, offsets)
+                    ends = write_atomically(content, self._unpack)
+                    write_atomically(offsets, lambda file: file.write(ends.tobytes()))
                 except OSError as error:
                     where = f"{base.parent} (choose another with ODELT_FAST_CACHE)"
                     raise ValueError(
@@ -198,21 +198,6 @@ class ParquetStore:
                     ) from None
         self._offsets = np.fromfile(offsets, np.int64)
         self._data = np.memmap(content, np.uint8, mode="r")
-
-    def _unpack_into(self, content: Path, offsets: Path) -> None:
-        partial = content.with_suffix(f".{os.getpid()}.partial")
-        try:
-            content.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                array = self._unpack(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, content)
-            write_atomically(offsets, array.tobytes())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise
 
     def _unpack(self, file: Any) -> np.ndarray:
         """Writes all images one after another; returns where each begins, and the end (N + 1,)

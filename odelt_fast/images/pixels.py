@@ -8,13 +8,14 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+from odelt_fast.files import cache_folder, locked, one_line, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,13 +54,6 @@ class Check:
         tuple[int, int, int, int] | None
     )  # the first pair of rows of different sizes, as row, row, width, height of the second
     grey: bool
-
-
-def one_line(error: object) -> str:
-    """The message of an error, or text from a file, as one printable line of at most 200
-    characters."""
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
@@ -180,7 +174,8 @@ def check_images(store: Store, *, one_size: bool) -> Check:
             check = remembered or _check_all(store, one_size)
             if remembered is None:
                 with contextlib.suppress(OSError):
-                    write_atomically(path, json.dumps(asdict(check)).encode())
+                    found = json.dumps(asdict(check)).encode()
+                    write_atomically(path, lambda file: file.write(found))
     if len(check.skipped) == len(store):
         row, reason = next(iter(check.skipped.items()))
         raise ValueError(
@@ -248,7 +243,7 @@ def decode_failure(error: Exception) -> str:
     """Why an image cannot be decoded, in one line without Pillow's memory addresses."""
     if type(error).__name__ == "UnidentifiedImageError":
         return f"not a {', '.join(_FORMATS)} image"
-    return one_line(error) or type(error).__name__
+    return one_line(error)
 
 
 def _read_check(path: Path, count: int) -> Check | None:
@@ -275,41 +270,3 @@ def num_threads() -> int:
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return min(cores, 16)
-
-
-def cache_folder() -> Path:
-    """Where checks and unpacked data are kept: $ODELT_FAST_CACHE, else odelt-fast in
-    $XDG_CACHE_HOME or ~/.cache."""
-    chosen = os.environ.get("ODELT_FAST_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "odelt-fast"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name complete or not at all; OSError if it cannot be
-    written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, which ends with the process. Without one (a folder that cannot be
-    written), work is only done twice."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, ImportError):
-            import fcntl
-
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path, "ab")), fcntl.LOCK_EX)
-        yield

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.folder import one_line
-from odelt_fast.files import flush
+from odelt_fast.files import flush, one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import NUM_STEP_INDICES, DiT
 from odelt_fast.train.draws import Draws, StepDraws, to_device

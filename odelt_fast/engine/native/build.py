@@ -2,7 +2,7 @@
 
 There are two libraries, "cpu" (built with the C++ compiler that torch would use) and "cuda" (with
 nvcc). Each is built once for a version of its sources, of the flags and of torch's stable ABI, and
-kept in the cache folder: $ODELT_FAST_CACHE, else ~/.cache/odelt-fast. Nothing needs them: where one
+kept in the cache folder (`files.cache_folder`). Nothing needs them: where one
 cannot be built or loaded, `load` says why in one line, and PyTorch does the work.
 """
 
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from odelt_fast.files import cache_folder
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LIBRARIES = ("cpu", "cuda")
@@ -68,13 +70,7 @@ def library_path(library: str) -> Path:
     )
     for path in sorted({*sources(library), *CSRC.glob(f"{library}/*.h")}):
         digest.update(path.read_bytes())
-    given = os.environ.get("ODELT_FAST_CACHE")
-    folder = (
-        Path(given)
-        if given
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "odelt-fast"
-    )
-    return folder / f"odelt_native_{library}_{digest.hexdigest()[:16]}.so"
+    return cache_folder() / f"odelt_native_{library}_{digest.hexdigest()[:16]}.so"
 
 
 def build(library: str, verbose: bool = False, force: bool = False) -> Path:
