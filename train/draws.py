@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odelt_fast.sampling.noise import philox
+
 # One Philox key per purpose. The order is part of a run's reproducibility: append, never reorder.
 _BATCH = (
     "order",
@@ -27,20 +29,8 @@ STREAMS = (*_BATCH, "pair_noise", "pair_label", "pair_drop")
 
 
 def generator(seed: int, stream: str, *counter: int) -> np.random.Generator:
-    """Counter-based generator of one purpose; up to two counter words (step, row) select
-    independent sequences."""
-    words = [
-        0,
-        0,
-        *counter,
-        *[0] * (2 - len(counter)),
-    ]  # the first two words count the numbers drawn
-    return np.random.Generator(
-        np.random.Philox(
-            key=np.array([seed, STREAMS.index(stream)], np.uint64),
-            counter=np.array(words, np.uint64),
-        )
-    )
+    """Generator of one purpose; up to two counter words (step, row) select independent ones."""
+    return philox(seed, STREAMS.index(stream), *counter)
 
 
 class Draws(Protocol):

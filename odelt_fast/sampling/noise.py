@@ -1,9 +1,7 @@
 """Noise and labels from seeds.
 
-Random numbers come from numpy's counter-based Philox with key (seed, stream) and counter (0, 0,
-image index, step index): the first two counter words count the numbers drawn. So image i depends on
-(seed, i) alone, no two (seed, stream, index, step) share a number, and the same pictures come out
-on every device, in any batch size.
+Image i depends on (seed, i) alone: `philox(seed, stream, image index, step index)` draws it. No two
+of these share a number, and the same pictures come out on every device, in any batch size.
 """
 
 from __future__ import annotations
@@ -25,12 +23,25 @@ STREAMS = {
 }
 
 
+def philox(seed: int, stream: int, first: int = 0, second: int = 0) -> np.random.Generator:
+    """Numpy's counter-based generator, all numbers in [0, 2^64).
+
+    Args:
+        seed, stream: the key.
+        first, second: independent sequences of the key. They are the upper two of the counter's
+            four words; the lower two count the numbers drawn.
+    """
+    key, counter = np.array([seed, stream], np.uint64), np.array([0, 0, first, second], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
 def image_noise(
     seed: int, index: int, shape: Sequence[int], stream: str = "noise", step: int = 0
 ) -> np.ndarray:
     """Standard normal float32 of `shape` that belongs to image `index` of `seed` (both in [0,
     2^64))."""
-    return _generator(seed, stream, index, step).standard_normal(shape, dtype=np.float32)
+    generator = philox(seed, STREAMS[stream], index, step)
+    return generator.standard_normal(shape, dtype=np.float32)
 
 
 def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
@@ -38,17 +49,8 @@ def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndar
     models the null label (num_classes)."""
     if num_classes == 1:
         return np.full(len(indices), num_classes, np.int64)
-    return np.array(
-        [_generator(seed, "label", index).integers(num_classes) for index in indices], np.int64
-    )
-
-
-def _generator(seed: int, stream: str, index: int, step: int = 0) -> np.random.Generator:
-    key, counter = (
-        np.array([seed, STREAMS[stream]], np.uint64),
-        np.array([0, 0, index, step], np.uint64),
-    )
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    generators = (philox(seed, STREAMS["label"], index) for index in indices)
+    return np.array([generator.integers(num_classes) for generator in generators], np.int64)
 
 
 def stack_noise(
