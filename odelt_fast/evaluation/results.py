@@ -135,13 +135,15 @@ def to_markdown(results: Mapping[str, Any]) -> str:
             f"{memory / 2**20:.0f} MiB" if memory else "",
             relative,
         ]
-        depth = (
-            ", ".join(f"{time:g}:{blocks}" for time, blocks in row["schedule"])
-            if "schedule" in row
-            else row["depth"]
-        )
-        body.append([depth, row["solver"], at, *quality, *cost])
+        body.append([depth_text(row), row["solver"], at, *quality, *cost])
     return "\n".join([*lines, *_table(head, body)]).rstrip() + "\n"
+
+
+def depth_text(row: Mapping[str, Any], between: str = ", ") -> str:
+    """The depth of a row, or its schedule, such as 0:4, 0.5:12."""
+    if "schedule" not in row:
+        return str(row["depth"])
+    return between.join(f"{time:g}:{depth}" for time, depth in row["schedule"])
 
 
 def number(spread: Mapping[str, Any]) -> str:
