@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from odelt_fast.config import LAYER_NORM_EPS
 from odelt_fast.kernels.compile_case import CompileCase, overlap_options
 from odelt_fast.kernels.quantize import FP8, quantize_tile
 
-EPS = 1e-6  # of the network's LayerNorm
+EPS = LAYER_NORM_EPS
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 # tokens whose gradients to the modulation are added in one program: (B*N/16, D) float32 partial
 # sums

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 INNER_STEPS = ("unit", "inverse_depth")
+LAYER_NORM_EPS = 1e-6
+NUM_STEP_INDICES = 8  # log2 of the number of steps: 0 (one) .. 7 (128, and flow matching)
 # How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the
 # index of 128 steps at any T), consistency (predict the data, re-noise), live_reflow (index 0 below
 # 128 steps), diffusion (probability-flow ODE of the variance-preserving path).

@@ -1,5 +1,4 @@
-"""DiT with an inner ODE over its length: the one definition of the network, eager and
-differentiable.
+"""DiT with an inner ODE over its length: the one definition of the network, differentiable.
 
 The arithmetic is that of the paper's reference implementation (github.com/gudovskiy/odelt), so that
 its checkpoints keep their meaning: attention logits are scaled by 1/head_dim, t is not scaled by
@@ -8,26 +7,31 @@ its checkpoints keep their meaning: attention logits are scaled by 1/head_dim, t
 
 from __future__ import annotations
 
+import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odelt_fast.checkpoints.hub import HubModel
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import LAYER_NORM_EPS, DiTConfig
 
 FREQUENCIES = 128  # of the time and step-size embeddings: 256 features
-LAYER_NORM_EPS = 1e-6
-NUM_STEP_INDICES = (
-    8  # log2 of the number of steps: 0 (one step) .. 7 (128 steps, and flow matching)
-)
+
+
+def _checkpoints(module: str) -> Any:
+    """A module of the room above, which loads, saves and pushes models.
+
+    Looked up by name when it is asked for: the network itself imports nothing from above it.
+    """
+    return importlib.import_module(f"odelt_fast.checkpoints.{module}")
 
 
 def position_table(height: int, width: int, size: int) -> Tensor:
-    """Fixed 2-D sine-cosine position table (height*width, size), float32: the column's half first,
-    each half [sin, cos]."""
+    """2-D positions (height*width, size), float32: halves of column and row, each [sin, cos]."""
     omega = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float32) / (size // 4))
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
@@ -35,15 +39,13 @@ def position_table(height: int, width: int, size: int) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine parameters, then x*(1 + scale) + shift. x (B, N, D); shift, scale (B
-    or 1, D)."""
+    """LN(x)*(1 + scale) + shift: x (B, N, D); shift, scale (B or 1, D); LN without parameters."""
     normalized = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPS)
     return torch.addcmul(shift[:, None], normalized, 1 + scale[:, None])
 
 
 class ScalarEmbedding(nn.Module):
-    """Features [cos, sin] of s*exp(-ln(10000) k/128), k = 0..127, then Linear, SiLU, Linear: (B,)
-    float -> (B, D)."""
+    """(B,) s -> (B, D): [cos, sin] of s*exp(-ln(10000) k/128), k < 128; Linear, SiLU, Linear."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -51,10 +53,8 @@ class ScalarEmbedding(nn.Module):
         self.linear_out = nn.Linear(size, size)
 
     def forward(self, scalar: Tensor) -> Tensor:
-        exponent = (
-            torch.arange(FREQUENCIES, dtype=torch.float32, device=scalar.device) / FREQUENCIES
-        )
-        angles = scalar.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+        k = torch.arange(FREQUENCIES, dtype=torch.float32, device=scalar.device)
+        angles = scalar.float()[:, None] * torch.exp(-math.log(10000.0) * (k / FREQUENCIES))
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 
@@ -81,9 +81,8 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_m[:, None], self.mlp(modulate(x, shift_m, scale_m)))
 
     def attention(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # each (B, heads, N, head_dim)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
         y = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
         return self.attention_out(y.transpose(1, 2).flatten(2))
 
@@ -93,8 +92,10 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a projection to the pixels of each patch: x (B, N, D), condition (B,
-    D) -> (B, N, p*p*C)."""
+    """Modulated LayerNorm and a projection to the pixels of each patch.
+
+    x (B, N, D), condition (B, D) -> (B, N, p*p*C).
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -106,12 +107,12 @@ class FinalLayer(nn.Module):
         return self.out(modulate(x, shift, scale))
 
 
-class DiT(nn.Module, HubModel):
+class DiT(nn.Module):
     """Velocity field v(x, t) of an ODE_t(ODE_l) model, at any allowed number of active blocks.
 
-    >>> model = DiT(DiTConfig(image_size=8, channels=1, hidden_size=96, num_heads=4,
-    num_classes=10)) >>> model(torch.randn(2, 1, 8, 8), 0.0, 0, torch.tensor([3, 10]),
-    depth=4).shape torch.Size([2, 1, 8, 8])
+    >>> model = DiT(DiTConfig(image_size=8, channels=1, hidden_size=96, num_heads=4))
+    >>> model(torch.randn(2, 1, 8, 8), 0.0, 0, torch.tensor([3, 10]), depth=4).shape
+    torch.Size([2, 1, 8, 8])
     """
 
     positions: Tensor  # (N, D) float32: the position table at the configuration's image size
@@ -120,16 +121,14 @@ class DiT(nn.Module, HubModel):
         super().__init__()
         self.config = config
         self.max_depth = config.depth
-        # weights sharded over processes are gathered by all together, whatever the depths of their
-        # rows
+        # Whether forward calls the blocks, too, that no row needs: weights sharded over processes
+        # are gathered by all of them together.
         self.calls_every_block = False
         size = config.hidden_size
         self.patch_embed = nn.Conv2d(config.channels, size, config.patch_size, config.patch_size)
         self.time_embed = ScalarEmbedding(size)
         self.step_embed = ScalarEmbedding(size)
-        self.label_embed = nn.Embedding(
-            config.num_classes + 1, size
-        )  # the last row is the null label
+        self.label_embed = nn.Embedding(config.num_classes + 1, size)  # last row: the null label
         if config.length_conditioned:
             self.length_embed = nn.Embedding(config.depth + 1, size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -139,17 +138,16 @@ class DiT(nn.Module, HubModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The reference's initialisation: Xavier-uniform matrices (q, k, v each on its own),
-        normal(0.02) embeddings, zero final layer."""
+        """Xavier-uniform matrices (q, k, v each), normal(0.02) embeddings, zero final layer."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.modules():
-            if isinstance(block, Block):
-                for part in block.qkv.weight.chunk(3):
+        for name, weight in self.named_parameters():
+            if name.endswith("qkv.weight"):
+                for part in weight.chunk(3):
                     nn.init.xavier_uniform_(part)
         for embed in (self.time_embed, self.step_embed):
             nn.init.normal_(embed.linear_in.weight, std=0.02)
@@ -163,21 +161,21 @@ class DiT(nn.Module, HubModel):
         # would cost accuracy for nothing.
         if self.positions.dtype != torch.float32:
             grid = self.config.image_size // self.config.patch_size
-            self.positions = position_table(grid, grid, self.config.hidden_size).to(
-                self.positions.device
-            )
+            table = position_table(grid, grid, self.config.hidden_size)
+            self.positions = table.to(self.positions.device)
         return self
 
     def truncate(self, depth: int) -> DiT:
-        """Drops, in place, the blocks that no length up to `depth` uses; then depth None means
-        `depth`, longer ones raise ValueError."""
+        """Drops, in place, the blocks that no length up to `depth` uses.
+
+        Then depth None means `depth`, and longer ones raise ValueError.
+        """
         self.blocks = self.blocks[: self.config.live_blocks(depth)]
         self.max_depth = depth
         return self
 
     def check_depth(self, depth: int | None) -> int:
-        """The length l that `depth` asks for (None: the longest loaded); ValueError if this model
-        cannot run at it."""
+        """The length l that `depth` asks for (None: the longest loaded); else ValueError."""
         length = self.config.check_depth(self.max_depth if depth is None else depth)
         if length > self.max_depth:
             raise ValueError(
@@ -185,6 +183,64 @@ class DiT(nn.Module, HubModel):
                 f" {self.max_depth}"
             )
         return length
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        map_location: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        depth: int | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> DiT:
+        """The model of a folder, a bundled name or a Hub id, in eval mode on the device
+        `map_location`; see `load_model` for dtype, depth, errors. What follows `depth` says how a
+        Hub id is downloaded, as everywhere in huggingface_hub."""
+        download = {"revision": revision, "token": token, "cache_dir": cache_dir}
+        download |= {"force_download": force_download, "local_files_only": local_files_only}
+        return _checkpoints("folder").load_model(
+            pretrained_model_name_or_path, map_location, dtype, depth, download=download
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: DiTConfig | None = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: Mapping[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes the model as `save_model` does, and a model card unless the folder has one;
+        returns the commit's URL if it was pushed.
+
+        model_card_kwargs: arguments of `model_card` (measured quality, licence, ...), and picture:
+        the file of a picture (PNG) to show. repo_id: where push_to_hub=True pushes it; by default
+        the folder's name. Errors: those of `save_model`; ValueError for a `config` other than the
+        model's.
+        """
+        if config is not None and config != self.config:
+            raise ValueError("config must be the model's own: the weights belong to it")
+        repo = repo_id or Path(save_directory).name
+        _checkpoints("hub").save_with_card(self, save_directory, repo, model_card_kwargs)
+        if not push_to_hub:
+            return None
+        return self.push_to_hub(repo, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes to the Hub and returns the commit's URL; makes the
+        repository if there is none.
+
+        options: commit_message, private, token, branch, create_pr, allow_patterns, ignore_patterns,
+        delete_patterns, model_card_kwargs.
+        """
+        return _checkpoints("hub").push(self, repo_id, **options)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,16 +258,26 @@ class DiT(nn.Module, HubModel):
         y: Tensor,
         depth: int | Sequence[int] | Tensor | None = None,
     ) -> Tensor:
-        """Velocity at x, in the dtype of the weights.
+        """Velocity at x.
 
-        x (B, C, H, W): state; H and W are multiples of the patch size (the position table follows
-        them). t: time in [0, 1] (0 = noise, 1 = data), a number or (B,). log2_steps: step index,
-        log2 of the number of time steps, 0 (one step) to 7 (128 steps; also plain flow matching), a
-        number or (B,). y (B,) integer: labels; num_classes is the null label. depth: number of
-        active blocks l; None (all), a number, or one per sample (a list, or a (B,) integer tensor,
-        best on the CPU). Rows of a mixed batch are sorted by depth and run as shrinking prefixes:
-        no block is computed for a row that does not use it. Raises ValueError for a shape that does
-        not fit and for a depth that is not one of `config.depths`.
+        Rows of a batch of mixed depths are sorted by depth and run as shrinking prefixes: no block
+        is computed for a row that does not use it.
+
+        Args:
+            x: (B, C, H, W) state; H and W are multiples of the patch size (the position table
+                follows them).
+            t: time in [0, 1] (0 = noise, 1 = data), a number or (B,).
+            log2_steps: step index, log2 of the number of time steps, 0 (one step) to 7 (128 steps;
+                also plain flow matching), a number or (B,).
+            y: (B,) integer labels; num_classes is the null label.
+            depth: number of active blocks l; None (all), a number, or one per sample (a list, or a
+                (B,) integer tensor, best on the CPU).
+
+        Returns:
+            (B, C, H, W) in the dtype of the weights.
+
+        Raises:
+            ValueError: a shape that does not fit, a depth that is not one of `config.depths`.
         """
         tokens = self.embed_patches(x)
         condition = self.condition(t, log2_steps, y)
@@ -229,41 +295,39 @@ class DiT(nn.Module, HubModel):
                 tokens, condition + self.length_embed.weight[length], [length] * len(x)
             )
         else:
-            lengths = [
-                self.check_depth(length)
-                for length in (depth.tolist() if isinstance(depth, Tensor) else depth)
-            ]
+            wanted = depth.tolist() if isinstance(depth, Tensor) else depth
+            lengths = [self.check_depth(length) for length in wanted]
             if len(lengths) != len(x):
                 raise ValueError(f"{len(lengths)} depths for a batch of {len(x)}")
-            # A stable order and its inverse, longest first; made on the host, where the schedule of
-            # the prefixes is needed.
+            # A stable order, longest first, and its inverse: made on the host, which needs the
+            # schedule of the prefixes.
             order = sorted(range(len(x)), key=lambda row: -lengths[row])
             inverse = sorted(range(len(x)), key=order.__getitem__)
-            # From pinned memory: the host would wait for the device to copy it otherwise, in every
-            # training step.
-            index = torch.tensor(
-                [order, inverse, [lengths[row] for row in order]], pin_memory=x.is_cuda
-            ).to(x.device, non_blocking=True)
-            row_condition = condition.expand(len(x), -1)[index[0]] + self.length_embed(index[2])
-            velocity = self.inner_ode(
-                tokens[index[0]], row_condition, [lengths[row] for row in order]
-            )[index[1]]
+            lengths = [lengths[row] for row in order]
+            # From pinned memory: else the host would wait for the copy in every training step.
+            table = torch.tensor([order, inverse, lengths], pin_memory=x.is_cuda)
+            rows, back, row_lengths = table.to(x.device, non_blocking=True)
+            row_condition = condition.expand(len(x), -1)[rows] + self.length_embed(row_lengths)
+            velocity = self.inner_ode(tokens[rows], row_condition, lengths)[back]
         return self.unpatchify(self.final_layer(velocity, condition), x.shape[2], x.shape[3])
 
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Euler steps over the groups of blocks (Algorithm 2): returns vr (B, N, D), the sum of the
-        groups' increments.
+        """Euler steps over the groups of blocks (Algorithm 2).
 
-        tokens (B, N, D); condition (B or 1, D), with the length embedding; lengths: the depth of
-        each row, longest first.
+        Args:
+            tokens: (B, N, D).
+            condition: (B or 1, D), with the length embedding.
+            lengths: the depth of each row, longest first.
+
+        Returns:
+            vr (B, N, D), the sum of the groups' increments.
         """
         config = self.config
         live = [config.live_blocks(length) for length in lengths]
-        scale = torch.ones(())
+        scale: Tensor | None = None  # G/l of each row
         if config.inner_step == "inverse_depth":
-            scale = (config.depth_group / torch.tensor(lengths, dtype=tokens.dtype)).to(
-                tokens.device
-            )[:, None, None]
+            scale = config.depth_group / torch.tensor(lengths, dtype=tokens.dtype)
+            scale = scale.to(tokens.device)[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         finished: list[Tensor] = []
         for start in range(0, live[0], config.depth_group):
@@ -276,7 +340,7 @@ class DiT(nn.Module, HubModel):
             for block in inner:
                 xr = block(xr, condition)
             increment = last(xr, condition)  # holds the last block's own residual already
-            if config.inner_step == "inverse_depth":
+            if scale is not None:
                 increment = increment * scale[:rows]
             xr, vr = xr + increment, vr + increment
         velocity = torch.cat([vr, *reversed(finished)]) if finished else vr
@@ -288,31 +352,23 @@ class DiT(nn.Module, HubModel):
         return velocity
 
     def embed_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> tokens (B, H*W/p^2, D), row-major, with the position table added in
-        float32."""
-        patch = self.config.patch_size
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.config.channels
-            or x.shape[2] % patch
-            or x.shape[3] % patch
-            or not x.shape[2] * x.shape[3]
-        ):
+        """(B, C, H, W) -> tokens (B, H*W/p^2, D), row-major; positions are added in float32."""
+        config, patch = self.config, self.config.patch_size
+        height, width = x.shape[2:] if x.dim() == 4 else (0, 0)
+        if not height * width or x.shape[1] != config.channels or height % patch or width % patch:
             raise ValueError(
-                f"x of shape {tuple(x.shape)} does not fit: (B, {self.config.channels}, H, W), H"
-                f" and W multiples of {patch}"
+                f"x of shape {tuple(x.shape)} does not fit: (B, {config.channels}, H, W), H and W"
+                f" multiples of {patch}"
             )
         tokens = self.patch_embed(x.to(self.dtype)).flatten(2).transpose(1, 2)
         positions = self.positions
-        if x.shape[2:] != (self.config.image_size, self.config.image_size):
-            positions = position_table(
-                x.shape[2] // patch, x.shape[3] // patch, self.config.hidden_size
-            ).to(x.device)
+        if (height, width) != (config.image_size, config.image_size):
+            table = position_table(height // patch, width // patch, config.hidden_size)
+            positions = table.to(x.device)
         return (tokens + positions).to(self.dtype)
 
     def condition(self, t: float | Tensor, log2_steps: int | Tensor, y: Tensor) -> Tensor:
-        """Time + label + step-size embedding (B, D), which the final layer sees; blocks see it plus
-        the length embedding."""
+        """Time + label + step-size embedding (B, D); blocks see it plus the length embedding."""
         index = log2_steps if self.config.step_conditioned else 0
         time, step = (_as_vector(value, y.device) for value in (t, index))
         # Summed in float32 at least, as in the reference: rounding it would shift every token of a
@@ -323,15 +379,16 @@ class DiT(nn.Module, HubModel):
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p*p*C) -> (B, C, H, W); each patch holds its pixels row by row, channels last."""
         patch, channels = self.config.patch_size, self.config.channels
-        grid = patches.unflatten(1, (height // patch, width // patch)).unflatten(
-            3, (patch, patch, channels)
-        )  # (B, h, w, p, q, C)
+        grid = patches.unflatten(1, (height // patch, width // patch))
+        grid = grid.unflatten(3, (patch, patch, channels))  # (B, h, w, p, q, C)
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, height, width)
 
 
 def _as_vector(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number or (B,) tensor as a (1,) or (B,) float32 tensor; numbers are filled in on the
-    device, without a copy from the host."""
+    """A number or (B,) tensor as a (1,) or (B,) float32 tensor.
+
+    Numbers are filled in on the device, without a copy from the host.
+    """
     if isinstance(value, Tensor):
         return value.reshape(-1).to(device, torch.float32)
     return torch.full((1,), float(value), device=device)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.model import NUM_STEP_INDICES, DiT
+from odelt_fast.config import NUM_STEP_INDICES
+from odelt_fast.model import DiT
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
 DepthSchedule = Sequence[tuple[float, int]] | Callable[[float], int]

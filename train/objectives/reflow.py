@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odelt_fast.config import NUM_STEP_INDICES
 from odelt_fast.files import flush, one_line
 from odelt_fast.images import ImageSource
-from odelt_fast.model import NUM_STEP_INDICES, DiT
+from odelt_fast.model import DiT
 from odelt_fast.train.draws import Draws, StepDraws, to_device
 from odelt_fast.train.objectives.targets import Networks, Targets, grid_times, guided_velocity
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from odelt_fast.config import LAYER_NORM_EPS
 from odelt_fast.files import cache_folder
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -33,7 +34,7 @@ CXX_FLAGS = ("-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 # Code for Hopper, and PTX that the driver turns into code for every other card.
 ARCHITECTURES = ("-gencode=arch=compute_80,code=compute_80", "-gencode=arch=compute_90,code=sm_90")
 NVCC_FLAGS = (*CXX_FLAGS, "-std=c++20", "-shared", "-Xcompiler=-fPIC", *ARCHITECTURES)
-EPS = 1e-6  # of the network's LayerNorm
+EPS = LAYER_NORM_EPS
 DEFAULT_NVCC = "/usr/local/cuda/bin/nvcc"
 PANEL, TILE, MAX_TOKENS, MAX_HEAD_DIM = 32, 32, 1024, 192  # of csrc/cpu/products.h
 WHILE_NODES = 12040  # CUDA 12.4, the first with while nodes
