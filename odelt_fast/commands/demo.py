@@ -55,7 +55,7 @@ def run(options: Command) -> None:
 
     from odelt_fast.demo.app import LOOPBACK, serve
     from odelt_fast.demo.page import build_page, import_gradio
-    from odelt_fast.serving.http_limits import listen
+    from odelt_fast.serving.listening import listen
 
     import_gradio()
     with listen(options.host, options.port) as listener:

@@ -68,54 +68,40 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     for name in ("shutdown", "max_connections"):
-        if getattr(options, name) < 1:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}"
-            )
+        value = getattr(options, name)
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     try:
-        from odelt_fast.serving import server
-        from odelt_fast.serving.http_limits import HttpLimits, listen
-        from odelt_fast.serving.service import Limits, Service
+        from odelt_fast.serving.listening import listen, url_of
+        from odelt_fast.serving.server import HttpLimits, create_app, create_server
+        from odelt_fast.serving.service import RequestLimits, Service
     except ImportError as missing:
         raise ValueError(str(missing)) from None
-    limits = Limits(
-        **{field.name: getattr(options, field.name) for field in dataclasses.fields(Limits)}
-    )
+    names = [field.name for field in dataclasses.fields(RequestLimits)]
+    limits = RequestLimits(**{name: getattr(options, name) for name in names})
+    http = HttpLimits(max_connections=options.max_connections, shutdown_seconds=options.shutdown)
     with listen(options.host, options.port) as listener:
-        on_cpu = device_of(options.device).type == "cpu"
-        model = load(
-            options.model,
-            options.device,
-            "float32" if options.dtype == "auto" and on_cpu else options.dtype,
-            options.depth,
-        )
+        dtype = options.dtype
+        if dtype == "auto" and device_of(options.device).type == "cpu":
+            dtype = "float32"
+        model = load(options.model, options.device, dtype, options.depth)
 
-        def say(line: str) -> None:
+        def write_error(line: str) -> None:
             print(line, file=sys.stderr, flush=True)
 
         plan = find_plan(options, model)
         if isinstance(plan, str):
-            say(f"deadlines choose no depth and steps: {plan}")
-        service = Service(
-            model,
-            limits,
-            name=options.model,
-            decoder=load_decoder(options.decoder, model),
-            plan=plan,
-        )
+            write_error(f"deadlines choose no depth and steps: {plan}")
+        decoder = load_decoder(options.decoder, model)
+        service = Service(model, limits, name=options.model, decoder=decoder, plan=plan)
         service.warm_up()
-        host, port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        url = url_of(listener)
 
         def started() -> None:
             print(f"{options.model} on {model.device}: {url} (Ctrl-C stops it)", flush=True)
 
-        http = HttpLimits(
-            max_connections=options.max_connections, shutdown_seconds=options.shutdown
-        )
-        server.run(
-            service, listener, limits=http, log=say if options.log else None, on_start=started
-        )
+        app = create_app(service, http, write_error if options.log else None, started)
+        create_server(app, http).run([listener])
     print("stopped", flush=True)
 
 

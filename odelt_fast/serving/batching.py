@@ -9,13 +9,15 @@ side submits and withdraws jobs and never waits for the thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,12 @@ import numpy as np
 MISSING = (
     "odelt-fast serve needs FastAPI, uvicorn and prometheus_client: pip install 'odelt-fast[serve]'"
 )
-INLINE_BYTES = (
-    1 << 16
-)  # pixels of a batch that are encoded at once: handing them to another thread takes longer
+# Pixels of a batch that are encoded at once: handing them to another thread takes longer.
+INLINE_BYTES = 1 << 16
 _KEYS = 256  # keys whose durations are remembered
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A request that is not served: HTTP status, a word for the metrics, and for how many seconds
     it is useless to ask again."""
 
@@ -39,6 +40,12 @@ class Refused(Exception):
         super().__init__(message)
         self.status, self.reason = status, reason
         self.retry_after = None if retry_after is None else min(60, max(1, math.ceil(retry_after)))
+
+    @classmethod
+    def hopeless(cls, wait: float) -> Rejected:
+        """For a deadline that will have passed after `wait` seconds of others' work."""
+        message = f"the deadline cannot be met: other requests take about {wait * 1e3:.0f} ms"
+        return cls(503, "deadline", message, wait)
 
 
 @dataclass(frozen=True)
@@ -76,53 +83,54 @@ Part = tuple[Job, range]  # a job and the indices of its images
 Draw = Callable[[Key, Sequence[Part]], np.ndarray]  # images (N, H, W, C), part after part
 
 
-@dataclass
 class Durations:
-    """Seconds that batches took, by key and size: an optimistic guess at what the next one
+    """Seconds that batches took, by key and size: an optimistic estimate of what the next one
     takes."""
 
-    seconds: OrderedDict[Key, dict[int, float]] = field(default_factory=OrderedDict)
+    def __init__(self) -> None:
+        self.seconds = OrderedDict[Key, dict[int, float]]()
 
     def add(self, key: Key, images: int, seconds: float) -> None:
-        sizes = self.seconds.setdefault(key, {})
+        sizes, size = self.seconds.setdefault(key, {}), _size_class(images)
         self.seconds.move_to_end(key)
-        size = 1 << (images - 1).bit_length()
         sizes[size] = 0.7 * sizes[size] + 0.3 * seconds if size in sizes else seconds
         if len(self.seconds) > _KEYS:
             self.seconds.popitem(last=False)
 
-    def guess(self, key: Key, images: int) -> float:
+    def estimate(self, key: Key, images: int) -> float:
         """At least so long, as far as is known: 0 for a key never met."""
-        sizes = self.seconds.get(key)
-        if not sizes:
-            return 0.0
-        size = 1 << (images - 1).bit_length()
+        sizes, size = self.seconds.get(key, {}), _size_class(images)
         if size in sizes:
             return sizes[size]
-        smaller = [seconds for known, seconds in sizes.items() if known < size]
         return max(
-            [
-                *smaller,
-                *(seconds * size / known for known, seconds in sizes.items() if known > size),
-            ]
+            (seconds * min(1.0, size / known) for known, seconds in sizes.items()), default=0.0
         )
 
-    def doubt(self, key: Key) -> None:
-        """A request was refused because of what `guess` says, so that no batch will correct it: it
+    def decay(self, key: Key) -> None:
+        """A request was rejected because of the estimate, so that no batch will correct it: it
         shrinks until one is tried again."""
         sizes = self.seconds.get(key, {})
         for size in sizes:
             sizes[size] *= 0.9
 
 
-class Batcher:
-    """Draws jobs in batches of at most `max_batch` images, with at most `max_queue` images waiting,
-    `max_client` of one client.
+def _size_class(images: int) -> int:
+    return 1 << (images - 1).bit_length()
 
-    draw(key, parts) makes a batch's images, in the batcher's own thread; `Job.encode` makes a job's
-    answer there or in a pool. Every submitted job's future gets the answer, or an exception:
-    `Refused`, or what draw raised (ValueError: the job's own fault). on_batch(jobs, images,
-    seconds) is called after each batch.
+
+class Batcher:
+    """Draws jobs in batches, in a thread of its own.
+
+    Every submitted job's future gets the answer, or an exception: `Rejected`, or what draw raised
+    (ValueError: the job's own fault).
+
+    Args:
+        draw: makes a batch's images of (key, parts), in the batcher's thread; `Job.encode` makes a
+            job's answer there or in a pool.
+        max_batch: images in a batch.
+        max_queue: images that wait.
+        max_client: images of one client that wait.
+        on_batch: called with (jobs, images, seconds) after each batch.
     """
 
     def __init__(
@@ -134,20 +142,17 @@ class Batcher:
         max_client: int = 1024,
         on_batch: Callable[[int, int, float], Any] = lambda jobs, images, seconds: None,
     ) -> None:
-        self.draw, self.max_batch, self.max_queue, self.max_client, self.on_batch = (
-            draw,
-            max_batch,
-            max_queue,
-            max_client,
-            on_batch,
-        )
+        self.draw, self.on_batch = draw, on_batch
+        self.max_batch, self.max_queue, self.max_client = max_batch, max_queue, max_client
         self.durations, self.waiting = Durations(), 0
-        self._clients, self._queues, self._numbers = Counter[str](), dict[Key, deque[Job]](), 0
-        self._changed = threading.Condition()
-        self._closed = self._stopped = False
-        self._running: tuple[Key, int, float] | None = (
-            None  # key, images and start of the batch that is being drawn
+        self._clients, self._queues = Counter[str](), dict[Key, deque[Job]]()
+        self._numbers, self._changed, self._stopped = (
+            itertools.count(),
+            threading.Condition(),
+            False,
         )
+        # Key, images and start of the batch that is being drawn.
+        self._running: tuple[Key, int, float] | None = None
         self._pool = ThreadPoolExecutor(2, "encode")
         self._thread = threading.Thread(target=self._work, name="draw", daemon=True)
         self._thread.start()
@@ -155,44 +160,34 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether jobs are taken and drawn."""
-        return self._thread.is_alive() and not self._closed
+        return self._thread.is_alive() and not self._stopped
 
     @property
     def healthy(self) -> bool:
         """Whether the thread lives, or was told to end."""
-        return self._thread.is_alive() or self._closed
+        return self._thread.is_alive() or self._stopped
 
     def submit(self, job: Job) -> None:
-        """Queues a job. Raises Refused when a queue is full, when closing, and when its deadline
-        cannot be met."""
+        """Queues a job.
+
+        Raises:
+            Rejected: a queue is full, the batcher was stopped, or the deadline cannot be met.
+        """
         with self._changed:
             if not self.alive:
-                raise Refused(503, "closing", "the server is shutting down")
-            wait = self._backlog()
+                raise _stopping()
+            wait, own = self._backlog(), self._clients[job.client]
             if self.waiting + job.num_images > self.max_queue:
-                raise Refused(429, "queue", f"the queue is full: {self.waiting} images wait", wait)
-            if self._clients[job.client] + job.num_images > self.max_client:
-                raise Refused(
-                    429,
-                    "client_queue",
-                    f"your queue is full: {self._clients[job.client]} of your images wait",
-                    wait,
-                )
-            if (
-                time.monotonic()
-                + wait
-                + self.durations.guess(job.key, min(job.num_images, self.max_batch))
-                > job.deadline
-            ):
-                self.durations.doubt(job.key)
-                raise Refused(
-                    503,
-                    "deadline",
-                    f"the deadline cannot be met: other requests take about {wait * 1e3:.0f} ms",
-                    wait,
-                )
-            self._numbers += 1
-            job.number = self._numbers
+                message = f"the queue is full: {self.waiting} images wait"
+                raise Rejected(429, "queue", message, wait)
+            if own + job.num_images > self.max_client:
+                message = f"your queue is full: {own} of your images wait"
+                raise Rejected(429, "client_queue", message, wait)
+            least = self.durations.estimate(job.key, min(job.num_images, self.max_batch))
+            if time.monotonic() + wait + least > job.deadline:
+                self.durations.decay(job.key)
+                raise Rejected.hopeless(wait)
+            job.number = next(self._numbers)
             self._queues.setdefault(job.key, deque()).append(job)
             self._count(job, job.num_images)
             self._changed.notify()
@@ -207,8 +202,7 @@ class Batcher:
             queue.remove(job)
             if not queue:
                 del self._queues[job.key]
-            self._count(job, job.begun - job.num_images)
-            job.begun = job.num_images
+            self._drop(job)
             return True
 
     def backlog(self) -> float:
@@ -216,21 +210,14 @@ class Batcher:
         with self._changed:
             return self._backlog()
 
-    def close(self) -> None:
-        """Takes no more jobs; those that were taken are drawn."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
     def stop(self, seconds: float = 10.0) -> None:
-        """Closes, refuses what still waits, and waits for the batch that runs, at most so long."""
+        """Takes no more jobs, rejects those that wait, and waits for the batch that runs, at most
+        so long."""
         with self._changed:
-            self._closed = self._stopped = True
+            self._stopped = True
             left = [job for queue in self._queues.values() for job in queue]
             self._changed.notify()
-        for job in left:
-            if self.withdraw(job):
-                self._finish([(job, Refused(503, "closing", "the server is shutting down"))])
+        self._finish([(job, _stopping()) for job in left if self.withdraw(job)])
         self._thread.join(seconds)
         self._pool.shutdown(wait=False)
 
@@ -240,25 +227,30 @@ class Batcher:
         if not self._clients[job.client]:
             del self._clients[job.client]
 
+    def _drop(self, job: Job) -> None:
+        """Forgets the images that have not been begun."""
+        self._count(job, job.begun - job.num_images)
+        job.begun = job.num_images
+
     def _backlog(self) -> float:
         seconds = 0.0
         if self._running:
             key, images, start = self._running
-            seconds = max(0.0, self.durations.guess(key, images) - (time.monotonic() - start))
+            ran = time.monotonic() - start
+            seconds = max(0.0, self.durations.estimate(key, images) - ran)
         for key, queue in self._queues.items():
             images = sum(job.num_images - job.begun for job in queue)
             whole, rest = divmod(images, self.max_batch)
-            seconds += whole * self.durations.guess(key, self.max_batch) + (
-                self.durations.guess(key, rest) if rest else 0.0
-            )
+            seconds += whole * self.durations.estimate(key, self.max_batch)
+            seconds += self.durations.estimate(key, rest) if rest else 0.0
         return seconds
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queues and not self._closed:
+                while not self._queues and not self._stopped:
                     self._changed.wait()
-                if self._stopped or not self._queues:
+                if self._stopped:
                     return
                 parts = self._take()
             if parts:
@@ -266,21 +258,21 @@ class Batcher:
                 self._running = None
 
     def _take(self) -> list[Part]:
-        """The next batch; jobs whose deadline it cannot meet are refused on the way."""
+        """The next batch; jobs whose deadline it cannot meet are rejected on the way."""
         key = min(self._queues, key=lambda key: self._queues[key][0].number)
         queue, parts, late, room = self._queues[key], list[Part](), list[Job](), self.max_batch
         now, earliest = time.monotonic(), math.inf
         while queue and room:
             job = queue[0]
             count = min(room, job.num_images - job.begun)
-            if now + self.durations.guess(key, count) > job.deadline:
-                self.durations.doubt(key)
+            if now + self.durations.estimate(key, count) > job.deadline:
+                self.durations.decay(key)
                 late.append(queue.popleft())
-                self._count(job, job.begun - job.num_images)
-                job.begun = job.num_images
+                self._drop(job)
                 continue
             earliest = min(earliest, job.deadline)
-            if parts and now + self.durations.guess(key, self.max_batch - room + count) > earliest:
+            together = self.durations.estimate(key, self.max_batch - room + count)
+            if parts and now + together > earliest:
                 break  # company that would make somebody late waits for the next batch
             parts.append((job, range(job.begun, job.begun + count)))
             self._count(job, -count)
@@ -291,31 +283,17 @@ class Batcher:
         if not queue:
             del self._queues[key]
         self._running = (key, self.max_batch - room, now) if parts else None
-        self._finish(
-            [
-                (
-                    job,
-                    Refused(
-                        503, "deadline", "the deadline passed before it was this request's turn"
-                    ),
-                )
-                for job in late
-            ]
-        )
+        passed = Rejected(503, "deadline", "the deadline passed before it was this request's turn")
+        self._finish([(job, passed) for job in late])
         return parts
 
     def _draw(self, parts: Sequence[Part]) -> None:
-        key, count, start = (
-            parts[0][0].key,
-            sum(len(indices) for _, indices in parts),
-            time.monotonic(),
-        )
+        key, start = parts[0][0].key, time.monotonic()
         try:
             images = self.draw(key, parts)
         except Exception as error:
-            if (
-                isinstance(error, ValueError) and len(parts) > 1
-            ):  # one request's fault must not become another's
+            # One request's fault must not become another's.
+            if isinstance(error, ValueError) and len(parts) > 1:
                 for part in parts:
                     self._draw([part])
                 return
@@ -325,7 +303,7 @@ class Batcher:
             return
         seconds, first, complete = time.monotonic() - start, 0, []
         with self._changed:
-            self.durations.add(key, count, seconds)
+            self.durations.add(key, len(images), seconds)
         for job, indices in parts:
             rows = images[first : first + len(indices)]
             first += len(indices)
@@ -338,7 +316,7 @@ class Batcher:
             job.done += len(indices)
             if job.done == job.num_images:
                 complete.append(job)
-        self.on_batch(len(parts), count, seconds)
+        self.on_batch(len(parts), len(images), seconds)
         if images.nbytes <= INLINE_BYTES:
             self._encode(complete)
         else:
@@ -357,8 +335,6 @@ class Batcher:
     def _finish(self, answers: Sequence[tuple[Job, bytes | Exception]]) -> None:
         """Hands answers to their futures, in the event loop's thread: one wake-up for all of
         them."""
-        if not answers:
-            return
 
         def hand_out() -> None:
             for job, answer in answers:
@@ -369,7 +345,11 @@ class Batcher:
                 else:
                     job.future.set_result(answer)
 
-        try:
-            answers[0][0].future.get_loop().call_soon_threadsafe(hand_out)
-        except RuntimeError:  # the loop has closed: nobody waits
-            return
+        if answers:
+            # A loop that has closed has nobody who waits.
+            with contextlib.suppress(RuntimeError):
+                answers[0][0].future.get_loop().call_soon_threadsafe(hand_out)
+
+
+def _stopping() -> Rejected:
+    return Rejected(503, "closing", "the server is shutting down")

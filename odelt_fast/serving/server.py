@@ -1,101 +1,77 @@
-"""The service over HTTP: routes, errors, metrics, start and stop (extra `serve`). What may be
+"""The service over HTTP: routes, errors, limits, start and stop (extra `serve`). What may be
 asked: service.py."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
+import logging
+import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from odelt_fast import __version__
-from odelt_fast.serving.batching import MISSING, Batcher, Job, Refused
-from odelt_fast.serving.http_limits import Guard, HttpLimits, Message, Server
-from odelt_fast.serving.service import Asked, Service
+from odelt_fast.serving.batching import MISSING, Batcher, Job, Rejected
+from odelt_fast.serving.listening import allow_files
+from odelt_fast.serving.metrics import Metrics
+from odelt_fast.serving.service import GenerateRequest, Service
 
 try:
+    import h11
+    import uvicorn
     from fastapi import FastAPI, Request, Response
     from fastapi.responses import JSONResponse
-    from prometheus_client import (
-        CONTENT_TYPE_LATEST,
-        CollectorRegistry,
-        Counter,
-        Gauge,
-        Histogram,
-        generate_latest,
-    )
+    from prometheus_client import CONTENT_TYPE_LATEST
     from pydantic import ValidationError
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 except ImportError:
     raise ImportError(MISSING) from None
 
 MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npz": "application/octet-stream"}
 ROUTES = ("/", "/generate", "/health", "/ready", "/metrics", "/openapi.json")
+_KEEP_ALIVE_SECONDS = 15
+_CLIENT_LEFT = 499  # nginx's status for it
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
-class Metrics:
-    """What /metrics shows of a service."""
+@dataclass(frozen=True)
+class HttpLimits:
+    """Bytes of a request's body; connections at a time; seconds for a body to come, and for what
+    runs to finish when the server is told to stop. Slow headers and slow readers are a proxy's
+    (docs/serving.md)."""
 
-    def __init__(self, service: Service) -> None:
-        self.registry = CollectorRegistry()
-        own: dict[str, Any] = {"registry": self.registry, "namespace": "odelt"}
-        sizes = [2.0**i for i in range(9)]
-        times = [0.001 * 2**i for i in range(16)]
-        self.requests = Counter(
-            "requests",
-            "Requests by route and status; 499: the client left",
-            ["route", "status"],
-            **own,
-        )
-        self.refused = Counter(
-            "refused", "Requests answered with 429 or 503, by reason", ["reason"], **own
-        )
-        self.latency = Histogram(
-            "request_seconds",
-            "Seconds from a request of /generate to its answer",
-            buckets=times,
-            **own,
-        )
-        self.late = Counter("late", "Answers that came after their deadline", **own)
-        self.batch_images = Histogram("batch_images", "Images of a batch", buckets=sizes, **own)
-        self.batch_requests = Histogram(
-            "batch_requests", "Requests that shared a batch", buckets=sizes, **own
-        )
-        self.batch_seconds = Histogram(
-            "batch_seconds", "Seconds that a batch took to draw", buckets=times, **own
-        )
-        Gauge("waiting_images", "Images that wait", **own).set_function(
-            lambda: service.batcher.waiting
-        )
-        Gauge("ready", "1 if requests are taken", **own).set_function(lambda: service.batcher.alive)
-        service.batcher.on_batch = self.batch
-
-    def batch(self, jobs: int, images: int, seconds: float) -> None:
-        self.batch_requests.observe(jobs)
-        self.batch_images.observe(images)
-        self.batch_seconds.observe(seconds)
-
-    def request(self, scope: Message, status: int, seconds: float) -> str:
-        """Counts a request; returns its route, or "other", since anybody can think of any number of
-        paths."""
-        route: str = scope["path"] if scope["path"] in ROUTES else "other"
-        self.requests.labels(route, status).inc()
-        if route == "/generate":
-            self.latency.observe(seconds)
-        return route
+    max_body: int = 16 << 10
+    max_connections: int = 1024
+    body_seconds: float = 10.0
+    shutdown_seconds: int = 30
 
 
 def create_app(
-    service: Service, limits: HttpLimits | None = None, log: Callable[[str], object] | None = None
-) -> Guard:
-    """The ASGI application of a service. log(line) is called for each request with its route,
-    status, time and address: no contents."""
-    metrics = Metrics(service)
+    service: Service,
+    limits: HttpLimits | None = None,
+    log: Callable[[str], object] | None = None,
+    on_start: Callable[[], object] = lambda: None,
+) -> App:
+    """The ASGI application of a service.
+
+    Args:
+        limits: of a request's body.
+        log: called with a line for each request: address, route, status, time; no contents.
+        on_start: called when the server has started.
+    """
+    metrics, limits = Metrics(service.batcher), limits or HttpLimits()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        on_start()
         yield
         await asyncio.to_thread(service.batcher.stop)
 
@@ -103,19 +79,18 @@ def create_app(
         title="odelt-fast", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
 
-    def error(status: int, message: str) -> JSONResponse:
-        return JSONResponse({"error": message[:500]}, status)
+    def error(status: int, message: str, headers: Any = None) -> JSONResponse:
+        return JSONResponse({"error": message[:500]}, status, headers)
 
-    def refuse(refused: Refused) -> JSONResponse:
-        metrics.refused.labels(refused.reason).inc()
-        response = error(refused.status, str(refused))
-        if refused.retry_after is not None:
-            response.headers["retry-after"] = str(refused.retry_after)
-        return response
+    def reject(rejected: Rejected) -> JSONResponse:
+        metrics.rejected.labels(rejected.reason).inc()
+        seconds = rejected.retry_after
+        headers = None if seconds is None else {"retry-after": str(seconds)}
+        return error(rejected.status, str(rejected), headers)
 
     @app.exception_handler(HTTPException)
-    async def no_route(request: Request, wrong: HTTPException) -> JSONResponse:
-        return error(wrong.status_code, wrong.detail)
+    async def http_error(request: Request, wrong: HTTPException) -> JSONResponse:
+        return error(wrong.status_code, wrong.detail, wrong.headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, wrong: Exception) -> JSONResponse:
@@ -123,31 +98,31 @@ def create_app(
 
     async def generate(request: Request) -> Response:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if (
-            kind != "application/json"
-        ):  # other types are what a page of another origin may send without asking first
+        # Other types are what a page of another origin may send without asking first.
+        if kind != "application/json":
             return error(415, "the body must be JSON, with content-type: application/json")
         try:
-            asked = Asked.model_validate_json(await request.body())
+            wanted = GenerateRequest.model_validate_json(await read_body(request, limits))
             future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-            job, form = service.job(asked, request.client.host if request.client else "", future)
+            client = request.client.host if request.client else ""
+            job, form = service.job(wanted, client, future)
             service.batcher.submit(job)
             body = await wait(service.batcher, job, request)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_LEFT)
         except ValidationError as wrong:
             return error(*explain(wrong))
         except ValueError as wrong:
             return error(422, str(wrong))
-        except Refused as refused:
-            return refuse(refused)
+        except Rejected as rejected:
+            return reject(rejected)
         except MemoryError:
-            return refuse(Refused(503, "memory", "not enough memory: ask for fewer images", 1))
-        if body is None:
-            return Response(status_code=499)
+            return reject(Rejected(503, "memory", "not enough memory: ask for fewer images", 1))
         headers = {
             f"x-odelt-{name.replace('_', '-')}": str(value)
             for name, value in service.about(job).items()
         }
-        if asked.deadline_ms is not None:
+        if wanted.deadline_ms is not None:
             late = time.monotonic() > job.deadline
             metrics.late.inc(late)
             headers["x-odelt-deadline-met"] = str(not late).lower()
@@ -156,70 +131,105 @@ def create_app(
     async def describe() -> dict[str, Any]:
         return service.describe()
 
-    async def health() -> JSONResponse:
-        return (
-            JSONResponse({"status": "ok"})
-            if service.batcher.healthy
-            else error(503, "the thread that draws has died")
-        )
+    async def health() -> Response:
+        if service.batcher.healthy:
+            return JSONResponse({"status": "ok"})
+        return error(503, "the thread that draws has died")
 
-    async def ready() -> JSONResponse:
-        return (
-            JSONResponse({"ready": True})
-            if service.batcher.alive
-            else error(503, "requests are not taken any more")
-        )
+    async def ready() -> Response:
+        if service.batcher.alive:
+            return JSONResponse({"ready": True})
+        return error(503, "requests are not taken any more")
 
     async def numbers() -> Response:
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    schema = {
-        "required": True,
-        "content": {"application/json": {"schema": Asked.model_json_schema()}},
-    }
-    app.add_api_route(
-        "/generate",
-        generate,
-        methods=["POST"],
-        response_model=None,
-        openapi_extra={"requestBody": schema},
-    )
-    for path, route in (
-        ("/", describe),
-        ("/health", health),
-        ("/ready", ready),
-        ("/metrics", numbers),
-    ):
-        app.add_api_route(path, route, methods=["GET"], response_model=None)
+    schema = GenerateRequest.model_json_schema()
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    extra = {"requestBody": body}
+    app.post("/generate", response_model=None, openapi_extra=extra)(generate)
+    app.get("/")(describe)
+    for path, route in (("/health", health), ("/ready", ready), ("/metrics", numbers)):
+        app.get(path, response_model=None)(route)
 
     def observe(scope: Message, status: int, seconds: float) -> None:
-        route = metrics.request(scope, status, seconds)
+        # Anybody can think of any number of paths.
+        route = scope["path"] if scope["path"] in ROUTES else "other"
+        metrics.observe_request(route, status, seconds)
         if log is not None:
             log(f"{(scope['client'] or ('',))[0]} {route} {status} {seconds * 1e3:.1f} ms")
 
-    return Guard(app, limits or HttpLimits(), observe)
+    return observed(app, observe)
 
 
-async def wait(batcher: Batcher, job: Job, request: Request) -> bytes | None:
-    """A job's answer, or None if the client leaves. Raises what became of it; Refused when its
-    deadline passes before it is begun."""
+def observed(app: App, observe: Callable[[Message, int, float], None]) -> App:
+    """`app`, with observe(scope, status, seconds) called after each request; status 499: the client
+    left before it had an answer."""
+
+    async def observing(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await app(scope, receive, send)
+        start, status = time.perf_counter(), _CLIENT_LEFT
+
+        async def note_status(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await app(scope, receive, note_status)
+        finally:
+            observe(scope, status, time.perf_counter() - start)
+
+    return observing
+
+
+async def read_body(request: Request, limits: HttpLimits) -> bytes:
+    """A request's body.
+
+    Raises:
+        HTTPException: 413 for a body that is too large, 408 for one that does not come in time.
+        ClientDisconnect: the client has left.
+    """
+    body, close = bytearray(), {"connection": "close"}
+    try:
+        async with asyncio.timeout(limits.body_seconds):
+            async for part in request.stream():
+                # What is too large is read to its end all the same, and forgotten: who is still
+                # sending would not read the answer.
+                if len(body) <= limits.max_body:
+                    body += part
+    except TimeoutError:
+        if len(body) <= limits.max_body:
+            late = f"the body did not come within {limits.body_seconds:g} s"
+            raise HTTPException(408, late, close) from None
+    if len(body) > limits.max_body:
+        raise HTTPException(413, f"the body may have at most {limits.max_body} bytes", close)
+    return bytes(body)
+
+
+async def wait(batcher: Batcher, job: Job, request: Request) -> bytes:
+    """A job's answer.
+
+    Raises:
+        ClientDisconnect: the client has left.
+        Rejected: the deadline passed before the job was begun.
+        Exception: whatever else became of the job.
+    """
     gone = asyncio.ensure_future(request.receive())  # after the body: ends when the client leaves
     try:
         left = max(0.0, job.deadline - time.monotonic())
         await asyncio.wait((job.future, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if not job.future.done() and not gone.done():
             if batcher.withdraw(job):
-                raise Refused(
-                    503,
-                    "deadline",
-                    "the deadline passed before the images were drawn",
-                    batcher.backlog(),
-                )
+                late = "the deadline passed before the images were drawn"
+                raise Rejected(503, "deadline", late, batcher.backlog())
             await asyncio.wait((job.future, gone), return_when=asyncio.FIRST_COMPLETED)
         if job.future.done():
             return job.future.result()
         batcher.withdraw(job)
-        return None
+        raise ClientDisconnect
     except asyncio.CancelledError:
         batcher.withdraw(job)
         raise
@@ -233,22 +243,43 @@ def explain(wrong: ValidationError) -> tuple[int, str]:
     where = ".".join(
         str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()
     )[:60]
-    return (400 if first["type"] == "json_invalid" else 422), (
-        f"{where}: {first['msg']}" if where else first["msg"]
-    )
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return 400 if first["type"] == "json_invalid" else 422, message
 
 
-def run(
-    service: Service,
-    listener: socket.socket,
-    *,
-    limits: HttpLimits | None = None,
-    log: Callable[[str], object] | None = None,
-    on_start: Callable[[], None] = lambda: None,
-) -> None:
-    """Serves on a listening socket until SIGTERM or SIGINT; on_start() is called when requests are
-    answered."""
-    limits = limits or HttpLimits()
-    Server(create_app(service, limits, log), limits, on_start, service.batcher.close).run(
-        sockets=[listener]
+class Server(uvicorn.Server):
+    """Returns after SIGTERM and SIGINT, which uvicorn's own would raise again, once what runs is
+    finished; a second SIGINT hangs up on everybody."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+        self.should_exit = True
+
+
+def create_server(app: App, limits: HttpLimits) -> Server:
+    """A server of `app` for clients that are not trusted, behind a proxy or not."""
+    allow_files(limits.max_connections + 256)
+    # A client that sends no HTTP after its answer trips uvicorn; one line each time would let
+    # anyone fill a disk, as would uvicorn's own warnings.
+    logging.getLogger("asyncio").addFilter(_not_by_a_client)
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,  # whoever may name his own address has as many queues as he likes
+        server_header=False,
+        limit_concurrency=limits.max_connections + 1,  # the number that it does not serve any more
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=limits.shutdown_seconds,
     )
+    return Server(config)
+
+
+def _not_by_a_client(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], h11.LocalProtocolError))

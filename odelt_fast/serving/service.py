@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import secrets
 import time
@@ -28,7 +30,7 @@ from odelt_fast.sampling.decoder import Decoder
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.serving.batching import MISSING, Batcher, Job, Key, Part, Refused
+from odelt_fast.serving.batching import MISSING, Batcher, Job, Key, Part, Rejected
 from odelt_fast.solvers.tableau import TABLEAUS, find_tableau
 
 try:
@@ -41,7 +43,7 @@ SAMPLERS = 64  # that are kept: clients choose depth, steps, solver and guidance
 
 
 @dataclass(frozen=True)
-class Limits:
+class RequestLimits:
     """Of a request: images, steps, evaluations of the network in all (images x steps x stages,
     twice if guided), seconds until it is given up if its client sets no earlier deadline. Of the
     service: images in a batch (None: 32 on a CPU, 128 on a GPU), images that wait, images of one
@@ -67,7 +69,10 @@ Plan = Callable[[int, float | None, float], Operation]
 _MARGIN = 1.15  # what is planned for takes up to 15 % longer than its profile says
 
 
-class Asked(BaseModel):
+Seed = Annotated[int, Field(ge=0, lt=2**64)] | Annotated[str, Field(pattern="^[0-9]{1,20}$")]
+
+
+class GenerateRequest(BaseModel):
     """The body of POST /generate."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -78,11 +83,7 @@ class Asked(BaseModel):
     labels: int | list[int] | None = Field(
         None, description="one label for all images or one each; null: drawn from the seed"
     )
-    seed: (
-        Annotated[int, Field(ge=0, lt=2**64)]
-        | Annotated[str, Field(pattern="^[0-9]{1,20}$")]
-        | None
-    ) = Field(
+    seed: Seed | None = Field(
         None,
         description=(
             "from 0 to 2^64 - 1, as a number or, where numbers above 2^53 are not exact, as a"
@@ -120,28 +121,21 @@ class Service:
     def __init__(
         self,
         model: DiT,
-        limits: Limits | None = None,
+        limits: RequestLimits | None = None,
         *,
         name: str = "model",
         decoder: Decoder | None = None,
         plan: Plan | str = "this server has no planner",
     ) -> None:
-        self.model, self.limits, self.name, self.decoder, self.plan = (
-            model,
-            limits or Limits(),
-            name,
-            decoder,
-            plan,
-        )
+        self.model, self.name, self.decoder, self.plan = model, name, decoder, plan
+        self.limits, config = limits or RequestLimits(), model.config
         self.decoding = 0.0  # seconds an image, which profiles leave out
-        config = model.config
         self.channels = decoder.channels if decoder else config.channels
         self.shape = (config.channels, config.image_size, config.image_size)
         self.formats = ("png", "json", "npz") if self.channels in (1, 3) else ("npz",)
-        self.pads = (
-            model.device.type != "cpu"
-        )  # every batch size is a graph of its own there: powers of two only
-        self._samplers, self._alone = OrderedDict[Key, Sampler](), 0
+        # Every batch size is a graph of its own there: powers of two only.
+        self.pads = model.device.type != "cpu"
+        self._samplers, self._alone = OrderedDict[Key, Sampler](), itertools.count(1)
         self.batcher = Batcher(
             self.draw,
             max_batch=self.limits.max_batch or (128 if self.pads else 32),
@@ -153,10 +147,8 @@ class Service:
         """One image at full depth: what fails, fails before anybody asks."""
         self.sampler(Key(self.model.check_depth(None), 4, "euler", None))(1)
         if self.decoder:
-            latents, start = (
-                torch.zeros(1, *self.shape, device=self.model.device),
-                time.perf_counter(),
-            )
+            latents = torch.zeros(1, *self.shape, device=self.model.device)
+            start = time.perf_counter()
             with torch.inference_mode():
                 self.decoder(latents).cpu()
             self.decoding = time.perf_counter() - start
@@ -181,68 +173,76 @@ class Service:
             raise MemoryError from None
 
     def _draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
-        sampler = self.sampler(key)
+        sampler, classes = self.sampler(key), self.model.config.num_classes
         for job, _ in parts:
             if job.labels is None:
-                job.labels = drawn_labels(
-                    job.seed, range(job.num_images), self.model.config.num_classes
-                )
-        labels = np.concatenate(
-            [job.labels[indices.start : indices.stop] for job, indices in parts]
-        )  # type: ignore[index]
+                job.labels = drawn_labels(job.seed, range(job.num_images), classes)
+        labels = np.concatenate([job.labels[part.start : part.stop] for job, part in parts])  # type: ignore[index]
         count = len(labels)
         if key.alone:
             [(job, indices)] = parts
             images = sampler(count, labels, job.seed, first_image=indices.start)
         else:
-            noise = torch.cat(
-                [stack_noise(job.seed, indices, self.shape) for job, indices in parts]
-            )
+            noise = torch.cat([stack_noise(job.seed, part, self.shape) for job, part in parts])
             if self.pads:
                 rows = np.arange(1 << (count - 1).bit_length()).clip(max=count - 1)
                 noise, labels = noise[rows], labels[rows]
             images = sampler(noise=noise, labels=labels)[:count]
-        return (
-            to_uint8(images) if "png" in self.formats else images.permute(0, 2, 3, 1).cpu().numpy()
-        )
+        if "png" in self.formats:
+            return to_uint8(images)
+        return images.permute(0, 2, 3, 1).cpu().numpy()
 
-    def job(self, asked: Asked, client: str, future: asyncio.Future[bytes]) -> tuple[Job, str]:
-        """A request's job and the format of its answer. Raises ValueError for what the model or the
-        limits forbid, Refused for a deadline that others have used up."""
-        limits, config, now = self.limits, self.model.config, time.monotonic()
-        count = asked.num_images or (len(asked.labels) if isinstance(asked.labels, list) else 1)
+    def job(
+        self, wanted: GenerateRequest, client: str, future: asyncio.Future[bytes]
+    ) -> tuple[Job, str]:
+        """A request's job and the format of its answer.
+
+        Raises:
+            ValueError: the model or the limits forbid it.
+            Rejected: others have used up its deadline.
+        """
+        limits, labels, now = self.limits, wanted.labels, time.monotonic()
+        count = wanted.num_images or (len(labels) if isinstance(labels, list) else 1)
         if not 1 <= count <= limits.max_images:
             raise ValueError(f"num_images must be from 1 to {limits.max_images}, not {count}")
+        classes = self.model.config.num_classes
         try:
-            labels = check_labels(asked.labels, count, config.num_classes)
+            chosen = check_labels(labels, count, classes)
         except OverflowError:
-            raise ValueError(
-                f"labels must be whole numbers from 0 to {config.num_classes}"
-            ) from None
-        seed = secrets.randbits(64) if asked.seed is None else int(asked.seed)
+            raise ValueError(f"labels must be whole numbers from 0 to {classes}") from None
+        seed = secrets.randbits(64) if wanted.seed is None else int(wanted.seed)
         if seed >= 2**64:
             raise ValueError("seed must be from 0 to 2^64 - 1")
-        form = asked.format or (
-            "png" if count == 1 and "png" in self.formats else self.formats[-2:][0]
-        )
-        if form not in self.formats or (form == "png" and count > 1):
-            others = " or ".join(name for name in self.formats if name != "png" or count == 1)
+        form = self._format(wanted.format, count)
+        deadline = now + min(limits.timeout, (wanted.deadline_ms or 1e9) / 1e3)
+        key = self._key(wanted, count, deadline - now)
+        encode = functools.partial(self.encode, form=form)
+        return Job(key, seed, count, chosen, deadline, client, future, encode), form
+
+    def _format(self, wanted: str | None, count: int) -> str:
+        allowed = [name for name in self.formats if name != "png" or count == 1]
+        form = wanted or allowed[0]
+        if form not in allowed:
             raise ValueError(
-                f"format must be {others} for {count} image{'s' * (count > 1)} of this model, not"
-                f" {form}"
+                f"format must be {' or '.join(allowed)} for {count} image{'s' * (count > 1)} of"
+                f" this model, not {form}"
             )
-        guidance = None if asked.guidance_scale in (None, 1) else asked.guidance_scale
+        return form
+
+    def _key(self, wanted: GenerateRequest, count: int, seconds: float) -> Key:
+        """What decides about company: for `count` images in so many seconds."""
+        limits, consistency = self.limits, self.model.config.sampling == "consistency"
+        guidance = None if wanted.guidance_scale in (None, 1) else wanted.guidance_scale
         if guidance is not None and abs(guidance) > MAX_GUIDANCE:
             raise ValueError(
                 f"guidance_scale must be from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, not {guidance:g}"
             )
-        deadline = now + min(limits.timeout, (asked.deadline_ms or 1e9) / 1e3)
-        depth, steps, solver = asked.depth, asked.steps, asked.solver
-        if asked.deadline_ms is not None and depth is None and steps is None and solver is None:
-            planned = self.planned(count, guidance, deadline - now)
+        depth, steps, solver = wanted.depth, wanted.steps, wanted.solver
+        if wanted.deadline_ms is not None and depth is None and steps is None and solver is None:
+            planned = self.planned(count, guidance, seconds)
             depth, steps, solver = planned.depth, planned.steps, planned.solver
         steps, solver = steps or 4, fixed_solver(solver or "euler")
-        if config.sampling == "consistency" and solver != "euler":
+        if consistency and solver != "euler":
             raise ValueError(f"solver must be euler for a consistency model, not {solver}")
         if steps > limits.max_steps:
             raise ValueError(f"steps must be from 1 to {limits.max_steps}, not {steps}")
@@ -255,32 +255,16 @@ class Service:
                 f"that takes {evaluations} evaluations of the network; a request may take"
                 f" {limits.max_evaluations}"
             )
-        if config.sampling == "consistency" and steps > 1:
-            self._alone += 1  # noise that is drawn on the way comes from the sampler's one seed
-        alone = self._alone if config.sampling == "consistency" and steps > 1 else 0
-        key = Key(self.model.check_depth(depth), steps, solver, guidance, alone)
-        return (
-            Job(
-                key,
-                seed,
-                count,
-                labels,
-                deadline,
-                client,
-                future,
-                lambda job: self.encode(job, form),
-            ),
-            form,
-        )
+        # Noise that is drawn on the way comes from the sampler's one seed.
+        alone = next(self._alone) if consistency and steps > 1 else 0
+        return Key(self.model.check_depth(depth), steps, solver, guidance, alone)
 
     def planned(self, images: int, guidance: float | None, seconds: float) -> Operation:
         """The best (l, T) for a deadline in so many seconds, after the work that waits."""
         if isinstance(self.plan, str):
             raise ValueError(f"a deadline needs depth, steps or solver beside it here: {self.plan}")
         wait = self.batcher.backlog()
-        least = (
-            images * self.decoding
-        )  # at most: a batch decodes no slower than its images one by one
+        least = images * self.decoding  # at most: a batch takes no longer than one by one
         alone = max((seconds - least) / _MARGIN, 1e-9)
         try:
             if seconds > wait + least:
@@ -289,22 +273,14 @@ class Service:
             if not wait:
                 raise
         self.plan(images, guidance, alone)  # raises what is true without a queue
-        raise Refused(
-            503,
-            "deadline",
-            f"the deadline cannot be met: other requests take about {wait * 1e3:.0f} ms",
-            wait,
-        )
+        raise Rejected.hopeless(wait)
 
     def about(self, job: Job) -> dict[str, Any]:
         """What made the images of a job: labels, seed (as a string: JSON's numbers are exact up to
         2^53 only), and its key."""
         assert job.labels is not None
-        about = {
-            "labels": job.labels.tolist(),
-            "seed": str(job.seed),
-            **dataclasses.asdict(job.key),
-        }
+        about = {"labels": job.labels.tolist(), "seed": str(job.seed)}
+        about |= dataclasses.asdict(job.key)
         about.pop("alone")
         return about
 
@@ -318,33 +294,20 @@ class Service:
         pictures = [png(image) for image in job.images]
         if form == "png":
             return pictures[0]
-        return json.dumps(
-            {
-                "images": [base64.b64encode(picture).decode() for picture in pictures],
-                **self.about(job),
-            }
-        ).encode()
+        images = [base64.b64encode(picture).decode() for picture in pictures]
+        return json.dumps({"images": images, **self.about(job)}).encode()
 
     def describe(self) -> dict[str, Any]:
         """What may be asked: for GET /."""
-        config = self.model.config
-        names = [
-            *TABLEAUS,
-            *(f"fixed:{name}" for name, tableau in TABLEAUS.items() if tableau.error is not None),
-        ]
+        config, factor = self.model.config, self.decoder.factor if self.decoder else 1
+        solvers = [name for name in TABLEAUS if not find_tableau(name)[1]]
+        solvers += [f"fixed:{name}" for name in TABLEAUS if find_tableau(name)[1]]
         return {
             "odelt_fast": __version__,
             "model": self.name,
-            "image": [
-                self.channels,
-                *[side * (self.decoder.factor if self.decoder else 1) for side in self.shape[1:]],
-            ],
+            "image": [self.channels, *(side * factor for side in self.shape[1:])],
             "depths": [depth for depth in config.depths if depth <= self.model.max_depth],
-            "solvers": (
-                ["euler"]
-                if config.sampling == "consistency"
-                else [name for name in names if not find_tableau(name)[1]]
-            ),
+            "solvers": ["euler"] if config.sampling == "consistency" else solvers,
             "labels": {"classes": config.num_classes, "null": config.num_classes},
             "formats": self.formats,
             "device": str(self.model.device),
@@ -373,8 +336,6 @@ def png(image: np.ndarray) -> bytes:
     """(H, W, C) uint8 as PNG, quickly."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(
-        file, "PNG", compress_level=1
-    )
+    file, picture = io.BytesIO(), image[:, :, 0] if image.shape[2] == 1 else image
+    Image.fromarray(picture).save(file, "PNG", compress_level=1)
     return file.getvalue()

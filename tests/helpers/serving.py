@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -12,8 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,13 @@ from PIL import Image
 from odelt_fast.model import DiT
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.serving.http_limits import HttpLimits, Server, listen
-from odelt_fast.serving.server import create_app
+from odelt_fast.serving.batching import Batcher, Key, Part
+from odelt_fast.serving.listening import listen
+from odelt_fast.serving.server import HttpLimits, create_app, create_server
 from odelt_fast.serving.service import Service
 
 ROOT = Path(__file__).resolve().parents[2]
+HANG = 120.0  # seconds: what takes longer has hung, however slow the machine
 
 
 @dataclass(frozen=True)
@@ -42,32 +45,61 @@ class Answer:
         return json.loads(self.body)["error"]
 
 
-@contextmanager
+@contextlib.contextmanager
 def serving(service: Service, limits: HttpLimits | None = None) -> Iterator[int]:
     """The port on which a service answers, from a thread of this process."""
     limits, started = limits or HttpLimits(), threading.Event()
     with listen("127.0.0.1", 0) as listener:
         port = listener.getsockname()[1]
-        server = Server(create_app(service, limits), limits, started.set, service.batcher.close)
+        server = create_server(create_app(service, limits, on_start=started.set), limits)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
-        assert started.wait(30)
+        assert started.wait(HANG)
         try:
             yield port
         finally:
             server.should_exit = True
-            service.batcher.close()
-            thread.join(60)
+            thread.join(HANG)
             assert not thread.is_alive()
 
 
-@contextmanager
+@contextlib.contextmanager
+def held(batcher: Batcher) -> Iterator[threading.Event]:
+    """Batches are begun but not drawn while this lasts; the event says that one has begun."""
+    begun, go, draw = threading.Event(), threading.Event(), batcher.draw
+
+    def wait_and_draw(key: Key, parts: Sequence[Part]) -> np.ndarray:
+        begun.set()
+        assert go.wait(HANG)
+        return draw(key, parts)
+
+    batcher.draw = wait_and_draw
+    try:
+        yield begun
+    finally:
+        batcher.draw = draw
+        go.set()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Returns when it has become true."""
+    end = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.01)
+
+
+def interruptible() -> None:
+    """Undoes that a shell's background jobs ignore SIGINT: for `preexec_fn`."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
 def serve_command(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """`odelt-fast serve` in a process of its own, and its port. Killed at the end if it still
     runs."""
     command = [sys.executable, "-m", "odelt_fast.cli", "serve", "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    interruptible = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731 (a shell's background jobs ignore it)
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -92,7 +124,7 @@ def ask(
     method: str = "POST",
     path: str = "/generate",
     kind: str = "application/json",
-    timeout: float = 60,
+    timeout: float = HANG,
 ) -> Answer:
     """One request on a connection of its own; a body that is not bytes is sent as JSON."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
@@ -119,15 +151,19 @@ def metric(port: int, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
-def say(port: int, *parts: bytes, timeout: float = 20) -> bytes:
+def say(port: int, *parts: bytes) -> bytes:
     """Everything that comes back after these bytes, until the server closes the connection."""
-    with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
-        for part in parts:
-            connection.sendall(part)
-        said = b""
+    answer = b""
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=HANG) as connection,
+        contextlib.suppress(ConnectionError),  # refused while sending
+    ):
+        with contextlib.suppress(ConnectionError):
+            for part in parts:
+                connection.sendall(part)
         while part := connection.recv(65536):
-            said += part
-        return said
+            answer += part
+    return answer
 
 
 def pictures(headers: Mapping[str, str], body: bytes) -> np.ndarray:

@@ -1,15 +1,15 @@
 """Attacks and loads `odelt-fast serve`, in a process of its own. Exit code 1 if anything is not as
 it must be.
 
-    python -m tests.stress.stress_server --hostile 10000 --clients 200 --seconds 60 --burst 1000
-    --throughput
+    python -m tests.stress.stress_server --hostile 10000 --clients 200 --seconds 60 --burst 1000 \\
+        --throughput
 
 --hostile N: N malformed or oversized requests, 32 at a time; each must be answered with 4xx or 503
-(what is not HTTP at all, too), good requests between them with their image. --clients C --seconds
-S: C connections that ask for images of random seeds, again and again; afterwards every image is
-compared with the one that the library makes alone: at most one level of 255 apart. --burst N: N
-requests at once, each answered with 200, 429 or 503, images right. --throughput: requests per
-second of one image, one at a time and 64 at a time.
+(what is not HTTP may be hung up on instead), good requests between them with their image.
+--clients C --seconds S: C connections that ask for images of random seeds, again and again;
+afterwards every image is compared with the one that the library makes alone: at most one level of
+255 apart. --burst N: N requests at once, each answered with 200, 429 or 503, images right.
+--throughput: requests per second of one image, one at a time and 64 at a time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from odelt_fast import DiT, load_model
-from tests.helpers.serving import alone, ask, difference, metric, pictures, serve_command
+from tests.helpers.serving import HANG, alone, ask, difference, metric, pictures, serve_command
 
 GOOD = [
     {"depth": 4, "steps": 1},
@@ -40,20 +40,10 @@ GOOD = [
     {"depth": 4, "guidance_scale": 2.0},
 ]
 HUGE = (
-    "9" * 4000,
-    "-1",
-    "1e400",
-    "1e308",
-    "18446744073709551616",
-    "9223372036854775808",
-    "NaN",
-    "-Infinity",
-    "0.5",
-    '"x"',
-    "[[1]]",
-    "{}",
-    "true",
+    *("9" * 4000, "-1", "1e400", "1e308", "18446744073709551616", "9223372036854775808", "NaN"),
+    *("-Infinity", "0.5", '"x"', "[[1]]", "{}", "true"),
 )
+HEAD = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 NUMBERS = ("num_images", "labels", "seed", "depth", "steps", "guidance_scale", "deadline_ms")
 
 
@@ -96,145 +86,64 @@ class Connection:
             self.writer = None
 
 
+TYPES = ([], "x", 5, None, True, [{}], {"labels": {}}, {"solver": 5}, {"format": []})
+FIELDS = ("__class__", "path", "x" * 9000, "\u202e")
+CHUNKS = (b"zz\r\n", b"-1\r\n", b"1000\r\n" + b" " * 4096 + b"\r\n", b"fffffffffffffffffffff\r\n")
+MEDIA = (b"text/plain", b"multipart/form-data", b"image/png", b"application/json5", b"\xff")
+LINES = (
+    *(b"GET /generate", b"PUT /generate", b"POST /", b"POST /generate/../../etc/passwd"),
+    *(b"POST /%00", b"PATCH /metrics"),
+)
+GARBAGE = (
+    *(b"GET\r\n", b"POST /generate HTTP/one\r\n", b"PRI * HTTP/2.0\r\n"),
+    b"\x16\x03\x01\x02\x00",
+)
+HEADERS = (b"a" * 2_000_000 + b": 1", b"a: " + b"b" * 2_000_000, b"no colon", b"a b: c", b"a: \x00")
+LENGTHS = (
+    *(b"-5", b"1e3", b"99999999999999999999", b"5\r\ncontent-length: 6", b"0x10"),
+    b"5\r\ntransfer-encoding: chunked",
+)
+NOT_HTTP = ("chunked", "http", "header", "length")  # kinds that may be hung up on
+
+
 def hostile(draw: random.Random) -> tuple[str, bytes]:
     """A kind and a request that must be refused."""
-    valid = json.dumps({"seed": draw.randrange(2**64), **draw.choice(GOOD)}).encode()
-    kind = draw.choice(
-        (
-            "cut",
-            "binary",
-            "type",
-            "huge",
-            "field",
-            "nested",
-            "large",
-            "chunked",
-            "media",
-            "route",
-            "http",
-            "header",
-            "length",
-        )
-    )
-    if kind == "cut":
-        return kind, request(valid[: draw.randrange(len(valid))])
-    if kind == "binary":
-        return kind, request(draw.randbytes(draw.randrange(1, 2000)) + b"\xff")
-    if kind == "type":
-        return kind, request(
-            json.dumps(
-                draw.choice(
-                    ([], "x", 5, None, True, [{}], {"labels": {}}, {"solver": 5}, {"format": []})
-                )
-            ).encode()
-        )
-    if kind == "huge":
-        name = draw.choice(NUMBERS)
-        allowed = {"guidance_scale": ("-1", "0.5"), "deadline_ms": ()}.get(name, ())
-        value = draw.choice([value for value in HUGE if value not in allowed])
-        if name == "seed" and value == '"9223372036854775808"':
-            value = "-1"
-        if name == "seed" and value == "9223372036854775808":
-            value = "36893488147419103232"
-        return kind, request(b'{"%s": %s}' % (name.encode(), value.encode()))
-    if kind == "field":
-        return kind, request(
-            json.dumps(
-                {**json.loads(valid), draw.choice(("__class__", "path", "x" * 9000, "\u202e")): 1}
-            ).encode()
-        )
-    if kind == "nested":
-        return kind, request(
-            draw.choice((b"[", b'{"a":', b'{"labels":[')) * draw.randrange(200, 1400)
-        )
-    if kind == "large":
-        return kind, request(b" " * draw.choice((16385, 100_000, 5_000_000)) + valid)
-    if kind == "chunked":
-        head = (
-            b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type:"
-            b" application/json\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
-        return (
-            kind,
-            head
-            + draw.choice(
-                (
-                    b"zz\r\n",
-                    b"-1\r\n",
-                    b"1000\r\n" + b" " * 4096 + b"\r\n",
-                    b"fffffffffffffffffffff\r\n",
-                )
-            )
-            * 8,
-        )
-    if kind == "media":
-        return kind, request(
-            valid,
-            kind=draw.choice(
-                (b"text/plain", b"multipart/form-data", b"image/png", b"application/json5", b"\xff")
-            ),
-        )
-    if kind == "route":
-        line = draw.choice(
-            (
-                b"GET /generate",
-                b"PUT /generate",
-                b"POST /",
-                b"POST /generate/../../etc/passwd",
-                b"POST /%00",
-                b"PATCH /metrics",
-            )
-        )
-        return kind, request(valid, line=line + b" HTTP/1.1")
-    if kind == "http":
-        garbage = bytes(
-            draw.choice(b"\x00\x01\x16\x7f\xff \r") for _ in range(draw.randrange(1, 300))
-        )
-        return (
-            kind,
-            draw.choice(
-                (
-                    garbage,
-                    b"GET\r\n",
-                    b"POST /generate HTTP/one\r\n",
-                    b"PRI * HTTP/2.0\r\n",
-                    b"\x16\x03\x01\x02\x00",
-                )
-            )
-            + b"\r\n\r\n",
-        )
-    if kind == "header":
-        return kind, request(
-            valid,
-            head=[
-                draw.choice(
-                    (
-                        b"a" * 70_000 + b": 1",
-                        b"a: " + b"b" * 70_000,
-                        b"no colon",
-                        b"a b: c",
-                        b"a: \x00",
-                    )
-                )
-            ],
-        )
-    length = draw.choice(
-        (
-            b"-5",
-            b"1e3",
-            b"99999999999999999999",
-            b"5\r\ncontent-length: 6",
-            b"0x10",
-            b"5\r\ntransfer-encoding: chunked",
-        )
-    )
-    return (
-        kind,
-        b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
-        + length
-        + b"\r\n\r\n"
-        + valid,
-    )
+    asked = {"seed": draw.randrange(2**64), **draw.choice(GOOD)}
+    valid = json.dumps(asked).encode()
+    kinds = ("cut", "binary", "type", "huge", "field", "nested", "large", "media", "route")
+    match draw.choice(kinds + NOT_HTTP):
+        case "cut" as kind:
+            return kind, request(valid[: draw.randrange(len(valid))])
+        case "binary" as kind:
+            return kind, request(draw.randbytes(draw.randrange(1, 2000)) + b"\xff")
+        case "type" as kind:
+            return kind, request(json.dumps(draw.choice(TYPES)).encode())
+        case "huge" as kind:
+            name = draw.choice(NUMBERS)
+            allowed = {"guidance_scale": ("-1", "0.5"), "seed": ("9223372036854775808",)}
+            value = draw.choice([value for value in HUGE if value not in allowed.get(name, ())])
+            return kind, request(b'{"%s": %s}' % (name.encode(), value.encode()))
+        case "field" as kind:
+            return kind, request(json.dumps({**asked, draw.choice(FIELDS): 1}).encode())
+        case "nested" as kind:
+            opened = draw.choice((b"[", b'{"a":', b'{"labels":['))
+            return kind, request(opened * draw.randrange(200, 1400))
+        case "large" as kind:
+            return kind, request(b" " * draw.choice((16385, 100_000, 5_000_000)) + valid)
+        case "media" as kind:
+            return kind, request(valid, kind=draw.choice(MEDIA))
+        case "route" as kind:
+            return kind, request(valid, line=draw.choice(LINES) + b" HTTP/1.1")
+        case "chunked" as kind:
+            body = draw.choice(CHUNKS) * 8 + b"0\r\n\r\n"
+            return kind, HEAD + b"transfer-encoding: chunked\r\n\r\n" + body
+        case "http" as kind:
+            noise = bytes(draw.choices(b"\x00\x01\x16\x7f\xff \r", k=draw.randrange(1, 300)))
+            return kind, draw.choice((noise, *GARBAGE)) + b"\r\n\r\n"
+        case "header" as kind:
+            return kind, request(valid, head=[draw.choice(HEADERS)])
+        case kind:
+            return kind, HEAD + b"content-length: " + draw.choice(LENGTHS) + b"\r\n\r\n" + valid
 
 
 def check(model: DiT, asked: dict[str, Any], headers: dict[str, str], body: bytes) -> bool:
@@ -256,15 +165,10 @@ def server(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
         assert ask(port, method="GET", path="/health").status == 200
         assert metric(port, "odelt_waiting_images") == 0
         process.terminate()
-        said, complained = process.communicate(timeout=60)
-        lines = [
-            line for line in complained.splitlines() if not line.startswith("deadlines choose")
-        ]
-        assert (process.returncode, said, lines) == (0, "stopped\n", []), (
-            process.returncode,
-            said,
-            lines[:20],
-        )
+        output, errors = process.communicate(timeout=HANG)
+        lines = [line for line in errors.splitlines() if not line.startswith("deadlines choose")]
+        ended = process.returncode, output, lines[:20]
+        assert ended == (0, "stopped\n", []), ended
 
 
 def attack(model: DiT, count: int, seed: int) -> bool:
@@ -274,18 +178,22 @@ def attack(model: DiT, count: int, seed: int) -> bool:
         connection = Connection(port)
         for turn in turns:
             kind, data = hostile(random.Random(f"{seed} {turn}"))
+            status, what = 0, repr(data[:300])
             try:
-                status = (await asyncio.wait_for(connection.ask(data), 60))[0]
+                status = (await asyncio.wait_for(connection.ask(data), HANG))[0]
             except (OSError, EOFError, TimeoutError) as error:
-                status, data = 0, repr(error).encode() + b" after " + data[:200]
+                what = f"{error!r} after {what}"
+                hung_up = kind in NOT_HTTP and not isinstance(error, TimeoutError)
+            else:
+                hung_up = False
             statuses[kind, status] += 1
-            if not (400 <= status < 500 or status == 503):
-                wrong.append(f"{kind}: {status} {data[:300]!r}")
+            if not (400 <= status < 500 or status == 503 or hung_up):
+                wrong.append(f"{kind}: {status} {what}")
             if turn % 100 == 0:
                 connection.close()
                 asked = {"seed": turn, **GOOD[0]}
                 status, headers, body = await asyncio.wait_for(
-                    connection.ask(request(json.dumps(asked).encode())), 60
+                    connection.ask(request(json.dumps(asked).encode())), HANG
                 )
                 if status != 200 or not check(model, asked, headers, body):
                     wrong.append(f"a good request: {status}")
@@ -333,7 +241,7 @@ def load(model: DiT, clients: int, seconds: float, seed: int) -> bool:
         while time.perf_counter() < end:
             asked = some_request(draw)
             status, headers, body = await asyncio.wait_for(
-                connection.ask(request(json.dumps(asked).encode())), 120
+                connection.ask(request(json.dumps(asked).encode())), HANG
             )
             statuses[status] += 1
             if status == 200:
@@ -370,7 +278,7 @@ def burst(model: DiT, count: int, seed: int) -> bool:
 
     async def one(port: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
         connection = Connection(port)
-        answer = await asyncio.wait_for(connection.ask(request(json.dumps(body).encode())), 120)
+        answer = await asyncio.wait_for(connection.ask(request(json.dumps(body).encode())), HANG)
         connection.close()
         return answer
 
