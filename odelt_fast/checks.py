@@ -4,7 +4,9 @@ write them (20ms, 2GB)."""
 from __future__ import annotations
 
 import math
+import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -21,12 +23,38 @@ BYTES = {
 }
 
 
-def whole(name: str, value: Any, least: int = 1, most: int = 2**53) -> int:
-    """value, if it is a whole number from least to most; else ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    """`value` as an int, if it is a whole number (numpy's too) from least to most.
+
+    Raises:
+        ValueError: for anything else, truth values included.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {bounds}, not {shown(value)}")
+    return number
+
+
+def check_seed(value: Any, name: str = "seed") -> int:
+    """`value` as an int, if it is a seed: a whole number in [0, 2^64); else ValueError."""
+    try:
+        return whole(name, value, 0, 2**64 - 1)
+    except ValueError:
         raise ValueError(
-            f"{name} must be a whole number from {least} to {most}, not {shown(value)}"
-        )
+            f"{name} must be a whole number from 0 to 2^64 - 1, not {shown(value)}"
+        ) from None
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """`value`, if it is one of `allowed`; else ValueError that lists them."""
+    if not any(value is option or (isinstance(value, str) and value == option) for option in allowed):
+        listed = ", ".join(map(str, allowed))
+        many = "one of " if len(allowed) > 1 else ""
+        raise ValueError(f"{name} must be {many}{listed}, not {shown(value)}")
     return value
 
 

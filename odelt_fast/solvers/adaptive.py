@@ -1,19 +1,20 @@
 """Integration of a velocity field with steps that each sample, or the batch, chooses by its error.
 
 `AdaptiveSteps` is one attempted step, from state to state, with the decisions of step_control.py;
-`integrate_adaptive` repeats it on the host, and while_loop.py on the device.
+`integrate_adaptive` repeats it on the host, and engine/native/while_graph.py on the device.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import (
     DONE,
     NON_FINITE,
@@ -37,42 +38,6 @@ from odelt_fast.solvers.step_control import (
     proposed,
 )
 from odelt_fast.solvers.tableau import Tableau
-
-ERROR_NORMS = ("per_sample", "batch")
-
-
-def check_tolerances(rtol: float, atol: float) -> tuple[float, float]:
-    """Both as floats; ValueError unless they are finite, neither is negative and one is above 0."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 <= value < math.inf
-        ):
-            raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
-    if rtol == atol == 0:
-        raise ValueError("rtol and atol must not both be 0: no step would be accurate enough")
-    return float(rtol), float(atol)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How accurate the steps of an adaptive solver must be, over what the error is taken, and how
-    many may be tried for a sample."""
-
-    rtol: float = 1e-2
-    atol: float = 1e-2
-    max_steps: int = 4096
-    error_norm: str = "per_sample"
-
-    def __post_init__(self) -> None:
-        check_tolerances(self.rtol, self.atol)
-        if self.error_norm not in ERROR_NORMS:
-            raise ValueError(
-                f"error_norm must be one of {', '.join(ERROR_NORMS)}, not {self.error_norm!r}"
-            )
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, not {self.max_steps!r}")
 
 
 class State(NamedTuple):
@@ -247,32 +212,34 @@ def integrate_adaptive(
     x: Tensor,
     log2_steps: int,
     tableau: Tableau,
+    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     *,
-    t0: float = 0.0,
-    t1: float = 1.0,
+    span: tuple[float, float] = (0.0, 1.0),
     on_step: Hook | None = None,
     save_at: Sequence[float] = (),
-    **limits: Any,
 ) -> Solution:
-    """State at t1 of x (B, ...) at t0 (t1 may be the earlier one), with steps whose estimated error
-    is at most atol + rtol |x|.
+    """State at the end of `span` of x (B, ...) at its begin, with steps that each sample chooses.
 
-    limits: rtol, atol, max_steps and error_norm (`Limits`). The error is a root mean square over a
-    sample, or with error_norm="batch" over all samples, which then share time and step. A sample
-    takes at most max_steps steps, accepted or not. Its steps are chosen by the PI controller of
-    Hairer and Wanner's DOPRI5 (Solving ODEs II, IV.2), the first one by Hairer's rule (I, II.4).
-    The whole batch is evaluated every time and finished samples are masked, so that no sample's
-    result depends on the others' contents. A sample that becomes non-finite however small the step
-    ends alone, with a status; under "batch" the others retry with their last good step size.
-    save_at: times from t0 to t1 in that order, whose states come back by cubic Hermite
-    interpolation (order 3). on_step(n) is called after attempted step n.
+    Steps are chosen by the PI controller of Hairer and Wanner's DOPRI5 (Solving ODEs II, IV.2), the
+    first one by Hairer's rule (I, II.4), within `limits`. The whole batch is evaluated every time
+    and finished samples are masked, so that no sample's result depends on the others' contents. A
+    sample that becomes non-finite however small the step ends alone, with a status; under
+    error_norm "batch" the others retry with their last good step size.
 
-    Raises ValueError for tolerances, times or a tableau that cannot work, and for a field whose
-    result does not have x's shape.
+    Args:
+        span: (t0, t1), t1 may be the earlier one.
+        on_step: called with n after attempted step n.
+        save_at: times from t0 to t1 in that order, whose states come back by cubic Hermite
+            interpolation (order 3).
+
+    Raises:
+        ValueError: for times or a tableau that cannot work, and for a field whose result does not
+            have x's shape.
     """
-    checked, save = Limits(**limits), check_times(t0, t1, save_at)
+    t0, t1 = span
+    save = check_times(t0, t1, save_at)
     steps = AdaptiveSteps(
-        field, log2_steps, tableau, t0, t1, checked, on_host=True, velocity_at_end=bool(save)
+        field, log2_steps, tableau, t0, t1, limits, on_host=True, velocity_at_end=bool(save)
     )
     state = steps.first(x)
     trajectory = torch.full((len(save), *x.shape), math.nan, dtype=x.dtype, device=x.device)

@@ -1,5 +1,4 @@
-"""Integration of a velocity field from noise (t = 0) to data (t = 1), or between any two times: the
-solvers by name, and given steps.
+"""Integration of a velocity field with given steps, and the sampling rule of consistency models.
 
 A field is a function (t, x, step index) -> dx/dt of x's shape and dtype, x (B, ...). Fixed steps
 pass t as a number; adaptive ones (`adaptive`) as a (B,) float64 tensor, since every sample has its
@@ -8,128 +7,13 @@ own time.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.adaptive import ERROR_NORMS, check_tolerances, integrate_adaptive
-from odelt_fast.solvers.solution import (
-    DONE,
-    MAX_STEPS,
-    NON_FINITE,
-    RUNNING,
-    STATUSES,
-    STEP_UNDERFLOW,
-    Field,
-    Hook,
-    Solution,
-    check_times,
-    combine,
-    hermite,
-)
-from odelt_fast.solvers.tableau import Tableau, find_tableau
-from odelt_fast.solvers.torchdiffeq import (
-    TORCHDIFFEQ_ADAPTIVE,
-    TORCHDIFFEQ_FIXED,
-    integrate_torchdiffeq,
-)
-
-__all__ = [
-    "DONE",
-    "ERROR_NORMS",
-    "MAX_STEPS",
-    "NON_FINITE",
-    "RUNNING",
-    "STATUSES",
-    "STEP_UNDERFLOW",
-    "TORCHDIFFEQ_ADAPTIVE",
-    "TORCHDIFFEQ_FIXED",
-    "Field",
-    "Hook",
-    "Solution",
-    "check_solver",
-    "check_time_grid",
-    "check_tolerances",
-    "integrate",
-    "integrate_adaptive",
-    "integrate_fixed",
-    "integrate_torchdiffeq",
-    "is_adaptive",
-    "predict_and_renoise",
-    "solve",
-    "time_grid",
-]
-
-
-def check_solver(name: str) -> str:
-    """`name` if it is a solver; otherwise ValueError that names those there are."""
-    if isinstance(name, str) and name.startswith("torchdiffeq:"):
-        allowed = (*TORCHDIFFEQ_ADAPTIVE, *TORCHDIFFEQ_FIXED)
-        if name.removeprefix("torchdiffeq:") not in allowed:
-            raise ValueError(
-                f"solver torchdiffeq: must be followed by one of {', '.join(allowed)}, not {name!r}"
-            )
-    else:
-        find_tableau(name)
-    return name
-
-
-def is_adaptive(solver: str) -> bool:
-    """Whether a solver chooses its own steps."""
-    if solver.startswith("torchdiffeq:"):
-        return solver.removeprefix("torchdiffeq:") in TORCHDIFFEQ_ADAPTIVE
-    return find_tableau(solver)[1]
-
-
-def check_time_grid(grid: str | tuple[str, float]) -> float:
-    """The shift s that a time grid asks for: 1 for "uniform"; "shift:3.0" or ("shift", 3.0) give 3.
-    ValueError for anything else."""
-    if isinstance(grid, str) and grid == "uniform":
-        return 1.0
-    try:
-        name, value = grid.split(":", 1) if isinstance(grid, str) else grid
-        shift = float(value) if name == "shift" and not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
-        shift = math.nan
-    if not 0 < shift < math.inf:
-        raise ValueError(
-            "time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not"
-            f" {grid!r}"
-        )
-    return shift
-
-
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """`steps` + 1 times from 0 to 1: t = u/(s - (s - 1) u) for u = i/steps.
-
-    A shift s > 1 spends more steps near the noise, where images of high resolution need them. It is
-    tau' = s tau/(1 + (s - 1) tau) of Esser et al. 2024 (equation 23, s = sqrt(m/n)) for their noise
-    level tau = 1 - t.
-    """
-    return [u / (shift - (shift - 1) * u) for u in (i / steps for i in range(steps))] + [1.0]
-
-
-def integrate(
-    field: Field,
-    x: Tensor,
-    steps: int,
-    log2_steps: int,
-    solver: str = "euler",
-    on_step: Hook | None = None,
-    shift: float = 1.0,
-) -> Tensor:
-    """State at t = 1 after `steps` fixed steps of a tableau from t = 0; x (B, ...) is left as it
-    is.
-
-    log2_steps: the step index that the field is fed. on_step(i) is called after step i. shift: see
-    `time_grid`. Raises ValueError for an unknown solver.
-    """
-    return integrate_fixed(
-        field, x, time_grid(steps, shift), log2_steps, find_tableau(solver)[0], on_step
-    ).x
+from odelt_fast.solvers.solution import Field, Hook, Solution, check_times, combine, hermite
+from odelt_fast.solvers.tableau import Tableau
 
 
 def integrate_fixed(
@@ -174,51 +58,6 @@ def integrate_fixed(
     )
 
 
-def solve(
-    field: Field,
-    x: Tensor,
-    log2_steps: int,
-    solver: str = "dopri5",
-    *,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    steps: int = 4,
-    shift: float = 1.0,
-    rtol: float = 1e-2,
-    atol: float = 1e-2,
-    max_steps: int = 4096,
-    error_norm: str = "per_sample",
-    on_step: Hook | None = None,
-    save_at: Sequence[float] = (),
-) -> Solution:
-    """State at t1 of x (B, ...) at t0, forward or backward in time, by any solver's name.
-
-    steps and shift are for solvers with fixed steps (backward, they take the same grid from its
-    end); rtol, atol, max_steps and error_norm for adaptive ones; save_at as in
-    `integrate_adaptive`. Raises ValueError for an unknown solver and for what the solver refuses.
-    """
-    check_solver(solver)
-    low, high, grid = min(t0, t1), max(t0, t1), time_grid(steps, shift)
-    times = [low, *(low + (high - low) * u for u in grid[1:-1]), high]
-    times = times if t1 >= t0 else times[::-1]
-    limits: dict[str, Any] = {
-        "rtol": rtol,
-        "atol": atol,
-        "max_steps": max_steps,
-        "on_step": on_step,
-        "save_at": save_at,
-    }
-    if solver.startswith("torchdiffeq:"):
-        method = solver.removeprefix("torchdiffeq:")
-        return integrate_torchdiffeq(field, x, times, log2_steps, method, **limits)
-    tableau, adaptive = find_tableau(solver)
-    if not adaptive:
-        return integrate_fixed(field, x, times, log2_steps, tableau, on_step, save_at)
-    return integrate_adaptive(
-        field, x, log2_steps, tableau, t0=t0, t1=t1, error_norm=error_norm, **limits
-    )
-
-
 def predict_and_renoise(
     field: Field,
     x: Tensor,
@@ -231,7 +70,7 @@ def predict_and_renoise(
     i/T, d = 1/T.
 
     noise(i) gives eps (B, C, H, W) of step i; it is not asked for after the last step, where its
-    weight is 0. on_step as in `integrate`.
+    weight is 0. on_step(i) is called after step i.
     """
     for i in range(steps):
         data = x + field(i / steps, x, log2_steps) * ((steps - i) / steps)

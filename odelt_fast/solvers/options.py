@@ -1,5 +1,5 @@
-"""What a solver can be asked for: its name, a grid of times for equal steps, tolerances for chosen
-ones. Torch is not needed to know it."""
+"""What a solver can be asked for: its name, equal steps on a grid of times, or limits of the steps
+that it chooses. Knowing it takes no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 from dataclasses import dataclass
 
 from odelt_fast.checks import one_of, shown, whole
-from odelt_fast.solvers.tableau import find_tableau
+from odelt_fast.solvers.tableau import Tableau, find_tableau
 
 ERROR_NORMS = ("per_sample", "batch")
+TORCHDIFFEQ = "torchdiffeq:"  # begins the name of a solver of that package
 TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams")
-TORCHDIFFEQ = "torchdiffeq:"  # in front of the name of a solver of that package
+TORCHDIFFEQ_FIXED = (
+    *("euler", "midpoint", "heun2", "heun3", "rk4"),
+    *("explicit_adams", "implicit_adams"),
+)
 
 TimeGrid = str | tuple[str, float]
 
@@ -21,10 +24,12 @@ TimeGrid = str | tuple[str, float]
 class Limits:
     """How an adaptive solver takes its steps.
 
-    rtol, atol: their estimated error is at most atol + rtol |x|. max_steps: how many may be tried
-    for a sample. error_norm: the error is a root mean square over a sample ("per_sample"), or over
-    all of them, which then share time and step ("batch"). Raises ValueError for values that cannot
-    be used.
+    rtol, atol: the estimated error of a step is at most atol + rtol |x|. max_steps: how many may be
+    tried for a sample. error_norm: the error is a root mean square over a sample ("per_sample"), or
+    over all samples, which then share time and step ("batch").
+
+    Raises:
+        ValueError: for a value that cannot be used.
     """
 
     rtol: float = 1e-2
@@ -35,8 +40,8 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not 0 <= value < math.inf:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
             object.__setattr__(self, name, float(value))
         if self.rtol == self.atol == 0:
@@ -45,12 +50,77 @@ class Limits:
         one_of("error_norm", self.error_norm, ERROR_NORMS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SolverOptions(Limits):
+    """How to integrate in time: a solver by name, with its equal steps or its limits.
+
+    solver: euler, midpoint, heun2, ralston, kutta3, rk4, rk38 take `steps` steps; adaptive_heun,
+    bosh3, dopri5, tsit5, dop853 choose theirs ("fixed:dopri5" takes equal ones); torchdiffeq:NAME
+    is torchdiffeq's. steps: the number T of equal steps; None for solvers that choose theirs.
+    time_grid: "uniform", or "shift:3.0" with more steps near t = 0 (`time_grid`).
+
+    Raises:
+        ValueError: for a value that cannot be used, alone or with the others.
+    """
+
+    solver: str = "euler"
+    steps: int | None = 4
+    time_grid: TimeGrid = "uniform"
+
+    def __post_init__(self) -> None:
+        check_solver(self.solver)
+        steps = None if self.steps is None and self.adaptive else whole("steps", self.steps)
+        object.__setattr__(self, "steps", None if self.adaptive else steps)
+        if self.shift != 1 and self.adaptive:
+            raise ValueError(
+                f"time_grid {self.time_grid!r} is for solvers with fixed steps: {self.solver}"
+                " chooses its own"
+            )
+        if self.shift != 1 and self.solver.endswith("_adams"):
+            raise ValueError(
+                f"time_grid {self.time_grid!r} does not go with {self.solver}, whose weights hold"
+                " for equal steps only"
+            )
+        super().__post_init__()
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the solver chooses its steps by their error."""
+        return is_adaptive(self.solver)
+
+    @property
+    def limits(self) -> Limits:
+        """Those of the steps of an adaptive solver, alone."""
+        return Limits(self.rtol, self.atol, self.max_steps, self.error_norm)
+
+    @property
+    def torchdiffeq(self) -> str | None:
+        """The name of torchdiffeq's solver, if it is one of those."""
+        name = self.solver.removeprefix(TORCHDIFFEQ)
+        return None if name == self.solver else name
+
+    @property
+    def tableau(self) -> Tableau:
+        """The Butcher tableau of a solver that is not torchdiffeq's."""
+        return find_tableau(self.solver)[0]
+
+    @property
+    def shift(self) -> float:
+        """The shift of the time grid; 1 for equal steps."""
+        return check_time_grid(self.time_grid)
+
+    @property
+    def times(self) -> list[float]:
+        """The T + 1 times of equal steps from 0 to 1."""
+        return time_grid(self.steps or 1, self.shift)
+
+
 def check_solver(name: str) -> str:
     """`name` if it is a solver; otherwise ValueError that names those there are."""
     if not isinstance(name, str) or not name.startswith(TORCHDIFFEQ):
         find_tableau(name)
     elif name.removeprefix(TORCHDIFFEQ) not in TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED:
-        allowed = ", ".join(TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED)
+        allowed = ", ".join(dict.fromkeys(TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED))
         raise ValueError(
             f"solver torchdiffeq: must be followed by one of {allowed}, not {shown(name)}"
         )
@@ -76,8 +146,7 @@ def check_time_grid(grid: TimeGrid) -> float:
         shift = math.nan
     if not 0 < shift < math.inf:
         raise ValueError(
-            "time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not"
-            f" {grid!r}"
+            f"time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not {grid!r}"
         )
     return shift
 

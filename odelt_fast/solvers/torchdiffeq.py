@@ -10,18 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odelt_fast.solvers.options import TORCHDIFFEQ_ADAPTIVE, Limits
 from odelt_fast.solvers.solution import Field, Hook, Solution, check_times
 
-TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-TORCHDIFFEQ_FIXED = (
-    "euler",
-    "midpoint",
-    "heun2",
-    "heun3",
-    "rk4",
-    "explicit_adams",
-    "implicit_adams",
-)
 
 
 def integrate_torchdiffeq(
@@ -30,10 +21,7 @@ def integrate_torchdiffeq(
     times: Sequence[float],
     log2_steps: int,
     method: str,
-    *,
-    rtol: float = 1e-2,
-    atol: float = 1e-2,
-    max_steps: int = 4096,
+    limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     on_step: Hook | None = None,
     save_at: Sequence[float] = (),
 ) -> Solution:
@@ -43,6 +31,7 @@ def integrate_torchdiffeq(
     Raises ValueError where torchdiffeq gives up."""
     from torchdiffeq import odeint
 
+    rtol, atol = limits.rtol, limits.atol
     save = check_times(times[0], times[-1], save_at)
     if times[0] == times[-1]:
         return Solution.of_fixed_steps(x, 0, 0, torch.stack([x] * len(save)) if save else None)
@@ -67,7 +56,7 @@ def integrate_torchdiffeq(
     wanted = sorted({times[0], *save, times[-1]}, reverse=sign < 0)
     options: dict[str, Any]
     if method in TORCHDIFFEQ_ADAPTIVE:
-        options = {"max_num_steps": max_steps}
+        options = {"max_num_steps": limits.max_steps}
         hooks = {"callback_accept_step": "accepted", "callback_reject_step": "rejected"}
     else:
         options = {"grid_constructor": lambda function, state, t: grid}
