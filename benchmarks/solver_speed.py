@@ -26,7 +26,7 @@ from odelt_fast import DiT, Sampler
 from odelt_fast.engine.graphs import capture
 from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive, repeat
 from odelt_fast.sampling.velocity import compiled
-from odelt_fast.solvers.adaptive import Limits
+from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.tableau import find_tableau
 
 THEIRS = "torchdiffeq"

@@ -51,7 +51,9 @@ def check_seed(value: Any, name: str = "seed") -> int:
 
 def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     """`value`, if it is one of `allowed`; else ValueError that lists them."""
-    if not any(value is option or (isinstance(value, str) and value == option) for option in allowed):
+    if not any(
+        value is option or (isinstance(value, str) and value == option) for option in allowed
+    ):
         listed = ", ".join(map(str, allowed))
         many = "one of " if len(allowed) > 1 else ""
         raise ValueError(f"{name} must be {many}{listed}, not {shown(value)}")

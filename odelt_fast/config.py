@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# log2 of the number of time steps: 0 (one step) to 7 (128 steps, and plain flow matching).
-NUM_STEP_INDICES = 8
 INNER_STEPS = ("unit", "inverse_depth")
 LAYER_NORM_EPS = 1e-6
 NUM_STEP_INDICES = 8  # log2 of the number of steps: 0 (one) .. 7 (128, and flow matching)

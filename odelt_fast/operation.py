@@ -56,9 +56,7 @@ class Operation(SolverOptions):
         if not callable(self.depth_schedule):
             object.__setattr__(self, "depth_schedule", _pairs(self.depth_schedule))
         if self.depth is not None:
-            raise ValueError(
-                f"depth {self.depth} and depth_schedule are both given: leave one out"
-            )
+            raise ValueError(f"depth {self.depth} and depth_schedule are both given: leave one out")
         if self.adaptive and self.error_norm == "per_sample" and not self.torchdiffeq:
             raise ValueError(
                 f"depth_schedule with {self.solver} needs error_norm='batch': with per_sample every"
@@ -130,7 +128,7 @@ class Operation(SolverOptions):
         return step_index(sampling, self.steps, jumps)
 
     def __str__(self) -> str:
-        depth = self.depth
+        depth: Any = self.depth
         if self.depth_schedule is not None:
             scheduled = not callable(self.depth_schedule)
             depth = show_schedule(self.depth_schedule) if scheduled else "by schedule"

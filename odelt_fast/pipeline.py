@@ -211,7 +211,7 @@ class OdeltPipeline(DiffusionPipeline):
             **options,
         )
         with self.progress_bar(
-            total=math.inf if sampler.adaptive else len(labels) * num_inference_steps
+            total=(math.inf if sampler.operation.adaptive else len(labels) * num_inference_steps)
         ) as bar:
             images = sampler(len(labels), labels, seed, noise=noise, progress=bar.update)
         if overlapped:

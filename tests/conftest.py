@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 _GIVEN = os.environ.get("ODELT_FAST_CACHE")
+os.environ["ODELT_FAST_STRICT"] = "1"  # `auto` hides no fault of our own from a test
 
 
 @pytest.fixture(scope="session", autouse=True)

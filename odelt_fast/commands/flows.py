@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odelt_fast.planning.profile import parse_schedule
-
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -43,14 +41,6 @@ class Plan:
     draw: Callable[[Callable[[int], None]], Drawing]
 
 
-def depth_schedule(text: str) -> list[tuple[float, int]] | None:
-    """Pairs (t, l) of "0:4,0.5:12"; None of an empty text; ValueError for anything else."""
-    try:
-        return list(parse_schedule(text)) if text else None
-    except ValueError as error:
-        raise ValueError(f"--depth-schedule {error}") from None
-
-
 def check_options(options: Command) -> None:
     """ValueError for options that exclude each other or are out of range."""
     given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
@@ -77,7 +67,7 @@ def check_options(options: Command) -> None:
 
 def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
     """What the options ask for; opens the images of --invert."""
-    count, steps = options.num_images, sampler.steps
+    count, steps = options.num_images, sampler.operation.steps or 0
     if options.trajectory:
         times = options.trajectory
         return Plan(
@@ -94,7 +84,7 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
             import numpy as np
 
             from odelt_fast.sampling.flow_map import interpolate
-            from odelt_fast.sampling.sampler import drawn_labels
+            from odelt_fast.sampling.noise import drawn_labels
 
             chosen = (
                 int(drawn_labels(seed_a, [0], sampler.model.config.num_classes)[0])

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from odelt_fast.commands.flows import data_images, depth_schedule
+from odelt_fast.commands.flows import data_images
+from odelt_fast.commands.operations import operation_of
 from odelt_fast.commands.options import Device, Dtype, File, Number, Whole, load, plural
 from odelt_fast.files import check_target, write_whole
 
@@ -80,64 +81,35 @@ def run(options: Command) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if not 0 <= options.seed < 2**64:
         raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
-    schedule = depth_schedule(options.depth_schedule)
-    if schedule and options.depth is not None:
-        raise ValueError("--depth and --depth-schedule are both given: leave one out")
+    operation = operation_of(options)
     if options.npz is not None:
         check_target("--npz", options.npz, (".npz",))
 
     import numpy as np
-    import torch
     from tqdm import tqdm
 
     from odelt_fast.sampling.likelihood import dequantise, log_likelihood
     from odelt_fast.sampling.sampler import Sampler
 
-    model = load(
-        options.model,
-        options.device,
-        options.dtype,
-        max(depth for _, depth in schedule) if schedule else options.depth,
-    )
-    names = (
-        "depth",
-        "steps",
-        "solver",
-        "rtol",
-        "atol",
-        "max_steps",
-        "error_norm",
-        "guidance_scale",
-        "batch_size",
-    )
-    sampler = Sampler(
-        model, **{name: getattr(options, name) for name in names}, depth_schedule=schedule
-    )
+    model = load(options.model, options.device, options.dtype, operation.deepest)
+    sampler = Sampler.of(model, operation, batch_size=options.batch_size)
     images, found, step = data_images(options.data, sampler, options.num_images)
     labels = None if options.null_label else found
     count = len(images)
     if step is not None:
         images = dequantise(images, step, options.seed)
     hidden = True if options.quiet or options.json else None
-    try:
-        with tqdm(
-            total=None if sampler.adaptive else count * options.steps,
-            unit="step",
-            leave=False,
-            disable=hidden,
-        ) as bar:
-            measured = log_likelihood(
-                sampler,
-                images,
-                labels,
-                probes=options.probes,
-                exact=options.exact,
-                probe=options.probe,
-                seed=options.seed,
-                progress=bar.update,
-            )
-    except torch.OutOfMemoryError as error:
-        raise MemoryError from error
+    steps = None if operation.adaptive else count * options.steps
+    with tqdm(total=steps, unit="step", leave=False, disable=hidden) as bar:
+        measured = log_likelihood(
+            sampler,
+            images,
+            labels,
+            probes=None if options.exact else options.probes,
+            probe=options.probe,
+            seed=options.seed,
+            progress=bar.update,
+        )
     bits = measured.bits_per_dimension(step).cpu().numpy()
     if options.npz is not None:
         arrays: dict[str, Any] = {
@@ -152,42 +124,29 @@ def run(options: Command) -> None:
     spread = float(bits.std(ddof=1) / count**0.5) if count > 1 else None
     log_prob, evaluations = float(measured.log_prob.mean()), sampler.stats["evaluations_per_image"]
     if options.json:
-        numbers = {
+        values = {
+            "model": options.model,
+            "data": str(options.data),
             "num_images": count,
             "bits_per_dimension": float(bits.mean()),
             "standard_error": spread,
             "log_prob": log_prob,
-        }
-        told = {
-            "model": options.model,
-            "data": str(options.data),
-            **numbers,
             "levels_apart": step,
-            "depth": about["depth"],
+            **{name: about[name] for name in ("depth", "solver", "steps", "device", "dtype")},
+            "exact": options.exact,
+            "probes": options.probes,
+            "evaluations_per_image": evaluations,
         }
-        settings = {name: about[name] for name in ("solver", "steps", "device", "dtype")}
-        print(
-            json.dumps(
-                {
-                    **told,
-                    **settings,
-                    "exact": options.exact,
-                    "probes": options.probes,
-                    "evaluations_per_image": evaluations,
-                }
-            )
-        )
+        print(json.dumps(values))
         return
     margin = "" if spread is None else f" +- {spread:.3f} (standard error over images)"
     print(
         f"{bits.mean():.4f}{margin} bits per dimension: {plural(count, 'image')} of {options.data}"
         f" under {options.model}"
     )
-    levels = (
-        "the density of numbers that are not quantised"
-        if step is None
-        else f"dequantised levels, {step:.4g} apart"
-    )
+    levels = "the density of numbers that are not quantised"
+    if step is not None:
+        levels = f"dequantised levels, {step:.4g} apart"
     print(
         f"log p {log_prob:.2f} nats an image; {levels};"
         f" {'p(x)' if labels is None else 'p(x | class)'}"

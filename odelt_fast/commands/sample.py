@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from odelt_fast.commands.budgets import as_options, choice_json, choose_for
-from odelt_fast.commands.flows import check_options, depth_schedule, plan
+from odelt_fast.commands.flows import check_options, plan
+from odelt_fast.commands.operations import operation_of
 from odelt_fast.commands.options import (
     Device,
     Dtype,
@@ -131,9 +132,7 @@ def run(options: Command) -> None:
             " --num-images"
         )
     check_options(options)
-    schedule = depth_schedule(options.depth_schedule)
-    if schedule and options.depth is not None:
-        raise ValueError("--depth and --depth-schedule are both given: leave one out")
+    operation = operation_of(options)
     picture = Path("samples.png") if options.out is None and options.npz is None else options.out
     if picture is not None:
         check_target("--out", picture, picture_formats())
@@ -142,61 +141,31 @@ def run(options: Command) -> None:
     chosen = choose_for(options)
     if chosen:
         options = replace(options, **as_options(chosen.point))
-        schedule = depth_schedule(options.depth_schedule)
+        operation = operation_of(options)
 
     import numpy as np
-    import torch
     from tqdm import tqdm
 
+    from odelt_fast.sampling.noise import drawn_labels
     from odelt_fast.sampling.pictures import image_grid, to_uint8
-    from odelt_fast.sampling.sampler import Sampler, drawn_labels
+    from odelt_fast.sampling.sampler import Sampler
 
-    model = load(
-        options.model,
-        options.device,
-        options.dtype,
-        max(depth for _, depth in schedule) if schedule else options.depth,
-    )
+    model = load(options.model, options.device, options.dtype, operation.deepest)
     decoder = load_decoder(options.decoder, model)
-    sampler = Sampler(
-        model,
-        depth=options.depth,
-        steps=options.steps or 4,
-        solver=options.solver or "euler",
-        rtol=options.rtol,
-        atol=options.atol,
-        max_steps=options.max_steps,
-        error_norm=options.error_norm,
-        depth_schedule=schedule,
-        time_grid="uniform" if options.time_shift == 1 else ("shift", options.time_shift),
-        guidance_scale=options.guidance_scale,
-        batch_size=options.batch_size,
-        decoder=decoder,
-    )
+    sampler = Sampler.of(model, operation, batch_size=options.batch_size, decoder=decoder)
     config = model.config
-    channels, side = (
-        (decoder.channels, config.image_size * decoder.factor)
-        if decoder
-        else (config.channels, config.image_size)
-    )
-    labels: np.ndarray | None = (
-        np.resize(options.labels, options.num_images) if options.labels else None
-    )
+    channels, side = config.channels, config.image_size
+    if decoder:
+        channels, side = decoder.channels, side * decoder.factor
+    labels = np.resize(options.labels, options.num_images) if options.labels else None
     planned = plan(options, sampler, labels)
     if picture is not None:
         blank = np.broadcast_to(np.uint8(0), (planned.tiles, side, side, channels))
         try_out("--out", picture, image_grid(blank, planned.columns))
     hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
-    try:
-        with tqdm(
-            total=None if sampler.adaptive else planned.steps,
-            unit="step",
-            leave=False,
-            disable=hidden,
-        ) as bar:
-            drawing = planned.draw(bar.update)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError from error
+    steps = None if operation.adaptive else planned.steps
+    with tqdm(total=steps, unit="step", leave=False, disable=hidden) as bar:
+        drawing = planned.draw(bar.update)
     written = []
     if options.npz is not None:
         images = drawing.images
@@ -222,45 +191,31 @@ def report(
     options: Command, sampler: Sampler, blocks: int, written: Sequence[Path], chosen: Choice | None
 ) -> None:
     """Prints what was drawn, where it is, and what it cost (without loading the model)."""
-    about, count = sampler.explain(), sampler.stats["images"]
-    evaluations, seconds = sampler.stats["evaluations_per_image"], sampler.stats["seconds"] / count
+    about, stats = sampler.explain(), sampler.stats
+    count, seconds = stats["images"], stats["seconds"] / stats["images"]
     if options.json:
-        numbers = {
+        about = {
+            "files": list(map(str, written)),
+            "model": options.model,
+            "seed": options.seed,
             "num_images": count,
-            "evaluations": sampler.stats["evaluations"],
+            "evaluations": stats["evaluations"],
             "seconds_per_image": seconds,
-        }
+        } | about
         if chosen:
             about["choice"] = choice_json(chosen)
-        print(
-            json.dumps(
-                {
-                    "files": list(map(str, written)),
-                    "model": options.model,
-                    "seed": options.seed,
-                    **numbers,
-                    **about,
-                }
-            )
-        )
+        print(json.dumps(about))
         return
     print(f"{' and '.join(map(str, written))}: {plural(count, 'image')} of {options.model}")
     if chosen:
         print(chosen.why)
     used = f"{about['live_blocks']} of {plural(blocks, 'block')}"
-    if sampler.adaptive:
-        taken = [
-            a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"], strict=True)
-        ]
-        steps = (
-            f"{min(taken)} to {max(taken)} steps"
-            if min(taken) < max(taken)
-            else plural(taken[0], "step")
-        )
-    else:
-        steps = plural(sampler.steps, "step")
+    taken = [a + r for a, r in zip(stats["accepted"], stats["rejected"], strict=True)]
+    steps = plural(sampler.operation.steps or taken[0], "step")
+    if sampler.operation.adaptive and min(taken) < max(taken):
+        steps = f"{min(taken)} to {max(taken)} steps"
     print(f"depth {about['depth']} ({used}), {steps} of {about['solver']}")
     print(
-        f"{plural(round(evaluations), 'evaluation')} and {seconds:.3g} s per image on"
-        f" {about['device']} in {about['dtype']}"
+        f"{plural(round(stats['evaluations_per_image']), 'evaluation')} and {seconds:.3g} s per"
+        f" image on {about['device']} in {about['dtype']}"
     )

@@ -12,9 +12,8 @@ from torch import Tensor
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import Captured
 from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive, repeat
-from odelt_fast.solvers.adaptive import Limits
+from odelt_fast.operation import Operation
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
-from odelt_fast.solvers.tableau import Tableau
 
 
 class AdaptiveTrajectory:
@@ -23,28 +22,16 @@ class AdaptiveTrajectory:
 
     x (B, C, H, W) float32; labels as for `Trajectory`. counters int64: status, accepted, rejected,
     evaluations (`Solution`). Calling it launches the steps one by one; `CapturedSolve` is its form
-    as CUDA graphs.
+    as CUDA graphs. operation: with an adaptive solver and one depth.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tableau: Tableau,
-        log2_steps: int,
-        depth: int,
-        guidance: float | None,
-        limits: Limits,
-        t0: float = 0.0,
-        t1: float = 1.0,
+        self, engine: Engine, operation: Operation, t0: float = 0.0, t1: float = 1.0
     ) -> None:
-        self.engine, self.tableau, self.log2_steps, self.depth, self.guidance = (
-            engine,
-            tableau,
-            log2_steps,
-            depth,
-            guidance,
-        )
-        self.limits, self.t0, self.t1 = limits, t0, t1
+        self.engine, self.operation, self.guidance = engine, operation, operation.mixing_scale
+        self.tableau, self.limits, self.t0, self.t1 = operation.tableau, operation.limits, t0, t1
+        self.log2_steps = operation.step_index(engine.config.sampling)
+        self.depth = engine.max_depth if operation.depth is None else operation.depth
         with torch.inference_mode(False), torch.no_grad():
             self.null = torch.tensor([engine.config.num_classes], device=engine.device)
 
@@ -63,38 +50,25 @@ class AdaptiveTrajectory:
     def prepare(self, x: Tensor, labels: Tensor | None = None) -> DeviceAdaptive:
         """The solve from x, which is not copied: filled anew it can be solved again. labels are
         read at every evaluation, too."""
-        engine, depth, guidance = (
-            self.engine,
-            self.depth,
-            self.guidance if labels is not None else None,
-        )
-        chosen, says_noise, shared = (
-            self.null if labels is None else labels,
-            engine.config.sampling == "diffusion",
-            self._shared,
-        )
+        engine, depth = self.engine, self.depth
+        guidance = self.guidance if labels is not None else None
+        chosen = self.null if labels is None else labels
+        predicts_noise = engine.config.sampling == "diffusion"
+        shared = self.limits.error_norm == "batch"
 
         def field(t: Tensor, state: Tensor, log2_steps: int) -> Tensor:
             condition = engine.condition(t[:1].float() if shared else t.float(), log2_steps)
             if guidance is not None and len(condition) > 1:
                 condition = torch.cat([condition, condition])
             final = condition + engine.weights.label_embed(chosen)
-            said = engine.velocity(
-                state,
-                *engine.modulations(final + engine.length_rows(depth), final, depth),
-                depth,
-                guidance,
-            )
-            return probability_flow_velocity(said, state, t) if says_noise else said
+            tables = engine.modulations(final + engine.length_rows(depth), final, depth)
+            output = engine.velocity(state, *tables, depth, guidance)
+            return probability_flow_velocity(output, state, t) if predicts_noise else output
 
         times = {"t0": self.t0, "t1": self.t1}
         return DeviceAdaptive(
             field, x, self.log2_steps, self.tableau, **times, limits=self.limits, ops=engine.ops
         )
-
-    @property
-    def _shared(self) -> bool:
-        return self.limits.error_norm == "batch"
 
     def evaluations(self, attempts: int) -> int:
         """Of the velocity, in a solve of that many attempted steps."""

@@ -6,9 +6,10 @@ Samplers of one model share its engine and its graphs.
 
 from __future__ import annotations
 
-import warnings
+import logging
+import os
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,12 @@ from odelt_fast.engine.graphs import (
     place,
 )
 from odelt_fast.engine.trajectory import Trajectory
+from odelt_fast.files import one_line
 from odelt_fast.model import DiT
-from odelt_fast.solvers.adaptive import Limits
-from odelt_fast.solvers.solution import Solution
-from odelt_fast.solvers.tableau import Tableau
+from odelt_fast.operation import Operation
+from odelt_fast.solvers.solution import DONE, NON_FINITE, BatchResult, Solution
+
+logger = logging.getLogger(__name__)
 
 # Above so many tokens an evaluation takes longer than launching it (a DiT-B/2 block: 0.8 ms against
 # 0.2 ms), and a graph only holds memory.
@@ -56,98 +59,126 @@ def shared_engine(
     return engines[key]
 
 
-class Fused:
-    """Solves on an engine, as CUDA graphs. strict: where none can be captured it raises ValueError;
-    otherwise it warns once and launches.
+class Unavailable(RuntimeError):
+    """The fused backend cannot run here; the message is the reason."""
 
-    source: gives the engine and its graphs (None: launches only), again when the weights have
-    changed. tableau, times, log2_steps, depth, guidance: those of a `Trajectory`; with limits in
-    place of times those of an `AdaptiveTrajectory`. With neither there is use for `network` only,
-    one evaluation at a time.
+
+class Fused:
+    """Solves an operation on an engine, as CUDA graphs.
+
+    `trajectory` is None where the steps are the host's (torchdiffeq's solvers; an adaptive one
+    whose depth changes with the time, which the device alone knows): then there is use for
+    `network` only, one evaluation at a time. `fallbacks`: what runs slower than it might, and why.
+
+    Args:
+        source: gives the engine and its graphs (None: launches only), again when the weights have
+            changed.
+        strict: whether a graph that cannot be captured is a ValueError; else the same launches are
+            made without one.
     """
 
     def __init__(
         self,
         source: Callable[[], tuple[Engine, GraphCache | None]],
+        operation: Operation,
         strict: bool = False,
-        *,
-        tableau: Tableau | None = None,
-        times: Sequence[float] | None = None,
-        limits: Limits | None = None,
-        log2_steps: int = 7,
-        depth: int | Callable[[float], int] = 0,
-        guidance: float | None = None,
     ) -> None:
-        self.source, self.strict = source, strict
+        self.source, self.operation, self.strict = source, operation, strict
         self.graphs_off: str | None = None
-        self.loop_off: str | None = (
-            None  # why CUDA does not repeat the steps of an adaptive solver by itself
-        )
+        # Why CUDA does not repeat the steps of an adaptive solver by itself.
+        self.loop_off: str | None = None
         self.last_key: Hashable = None
-
-        def plan(engine: Engine) -> Trajectory | AdaptiveTrajectory | None:
-            if limits is not None and tableau is not None and not callable(depth):
-                return AdaptiveTrajectory(engine, tableau, log2_steps, depth, guidance, limits)
-            return (
-                None
-                if times is None
-                else Trajectory(engine, tableau, times, log2_steps, depth, guidance)
-            )
-
-        self._plan = plan
         self._prepare()
 
     def _prepare(self) -> None:
         self.engine, self.graphs = self.source()
-        self.trajectory = self._plan(self.engine)
+        operation = self.operation
+        self.trajectory: Trajectory | AdaptiveTrajectory | None = None
+        if operation.torchdiffeq:
+            return
+        if not operation.adaptive:
+            self.trajectory = Trajectory(self.engine, operation)
+        elif operation.depth_schedule is None:
+            self.trajectory = AdaptiveTrajectory(self.engine, operation)
 
     def refresh(self) -> None:
         """Prepares the weights again if they have changed since."""
         if not self.engine.weights.is_current():
             self._prepare()
 
+    def release(self) -> None:
+        """Gives back the memory of all graphs."""
+        if self.graphs:
+            self.graphs.clear()
+
+    @property
+    def fallbacks(self) -> list[str]:
+        """A sentence for each thing that could not be done in the fastest way so far."""
+        sentences = []
+        if self.graphs_off:
+            sentences.append(
+                f"{self.graphs_off}: the same kernels are launched one by one, which is slower for"
+                " small batches"
+            )
+        if self.loop_off:
+            sentences.append(
+                f"the GPU cannot repeat a solver's steps by itself ({self.loop_off}): the host"
+                " does, a little slower, with the same numbers"
+            )
+        return sentences
+
     def solve(
-        self, x: Tensor, labels: np.ndarray, fresh: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """(x at the end (B, C, H, W) float32, whether each sample is finite (B,)) of fixed steps,
-        new tensors on the engine's device.
+        self,
+        x: Tensor,
+        labels: np.ndarray,
+        fresh: Callable[[int], Tensor] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> BatchResult:
+        """One batch from t = 0 to 1: x float32, a new tensor on the engine's device.
 
-        x and fresh (`Trajectory`) on any device; labels (B,) int64 on the host. Where the labels
-        are all equal, less is computed.
+        Where the labels are all equal, less is computed.
+
+        Args:
+            x: (B, C, H, W) at t = 0, on any device.
+            labels: (B,) int64, on the host.
+            fresh: the noise of step i (B, C, H, W), for consistency models.
+            progress: called with B for each step, at the end.
         """
-        return self._run_trajectory(x, labels, (fresh,), Captured)  # type: ignore[return-value]
-
-    def solve_adaptive(self, x: Tensor, labels: np.ndarray) -> tuple[Solution, int]:
-        """(solution, its x float32 on the engine's device and its counts on the host; steps that
-        the batch attempted); as `solve`."""
-        end, counters = self._run_trajectory(x, labels, (), CapturedSolve)
-        solution = Solution(
-            end, *counters.cpu()
-        )  # all in one: each wait for the GPU takes longer than the copy
-        return solution, int((solution.accepted + solution.rejected).max())
-
-    def _run_trajectory(
-        self, x: Tensor, labels: np.ndarray, more: tuple[Tensor | None, ...], kind: type[Captured]
-    ) -> tuple[Tensor, ...]:
-        trajectory = self.trajectory
+        trajectory, operation = self.trajectory, self.operation
         assert trajectory is not None
-        guided = trajectory.guidance is not None
-        null = self.engine.config.num_classes
-        rows: Tensor | None = torch.from_numpy(
-            np.concatenate([labels, np.full_like(labels, null)]) if guided else labels
-        )
+        null, guided = self.engine.config.num_classes, trajectory.guidance is not None
+        nulls = np.full_like(labels, null)
+        if operation.guidance_scale == 0:
+            labels = nulls
+        rows = torch.from_numpy(np.concatenate([labels, nulls]) if guided else labels)
+        inputs: tuple[Tensor | None, ...] = (x, rows)
         if len(labels) == 1 or (labels == labels[0]).all():
-            rows = None if labels[0] == null else rows if guided else rows[:1]  # type: ignore[index]
-        guidance = None if rows is None else trajectory.guidance
-        key = (
-            "trajectory",
-            trajectory.key,
-            guidance,
-            tuple(x.shape),
-            0 if rows is None else len(rows),
-        )
+            inputs = (x, None if labels[0] == null else rows if guided else rows[:1])
+        guidance = None if inputs[1] is None else trajectory.guidance
         samples = len(x) if guidance is None else 2 * len(x)
-        return self._run(key, trajectory, (x, rows, *more), samples, kind)
+        count = 0 if inputs[1] is None else len(inputs[1])
+        key = ("trajectory", trajectory.key, guidance, tuple(x.shape), count)
+        if isinstance(trajectory, AdaptiveTrajectory):
+            end, counters = self._run(key, trajectory, inputs, samples, CapturedSolve)
+            # All in one: each wait for the GPU takes longer than the copy.
+            solution = Solution(end, *counters.cpu())
+            steps = int((solution.accepted + solution.rejected).max())
+            calls = trajectory.evaluations(steps) * operation.rows_per_image
+            result = BatchResult.of(solution, calls)
+        else:
+            steps = len(trajectory.times) - 1
+            noise = None
+            if trajectory.tableau is None and steps > 1 and fresh is not None:
+                noise = torch.stack([fresh(i) for i in range(steps - 1)])
+            x, finite = self._run(key, trajectory, (*inputs, noise), samples)
+            status = [DONE if each else NON_FINITE for each in finite.tolist()]
+            # Lists at once: by way of tensors they would take as long as a small sample.
+            taken, evaluations = [steps] * len(status), [trajectory.evaluations] * len(status)
+            calls = trajectory.evaluations * operation.rows_per_image
+            result = BatchResult(x, status, taken, [0] * len(status), evaluations, calls)
+        for _ in range(steps if progress else 0):
+            progress(len(labels))  # type: ignore[misc]
+        return result
 
     def network(
         self, x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: int | None = None
@@ -155,10 +186,8 @@ class Fused:
         """The velocity as the model gives it, with its signature: one evaluation as one graph."""
         engine, depth = self.engine, self.engine.max_depth if depth is None else depth
 
-        def function(
-            *inputs: Tensor,
-        ) -> tuple[Tensor]:  # kept with its graph: it must not hold the model
-            x, t, log2_steps, y = inputs
+        # Kept with its graph: it must not hold the model.
+        def function(x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor) -> tuple[Tensor]:
             return (engine(x, t, log2_steps, y, depth),)
 
         t = t.reshape(-1).float()
@@ -182,35 +211,19 @@ class Fused:
         self.last_key = key
         try:
             # A solve repeats its graph many times: it pays at the first call.
-            results = self.graphs.run(
-                key, function, inputs, self.strict or kind is CapturedSolve, kind
-            )
-            self._say_fallback(self.graphs.graphs.get(key))
+            at_once = self.strict or kind is CapturedSolve
+            results = self.graphs.run(key, function, inputs, at_once, kind)
+            captured = self.graphs.graphs.get(key)
+            if isinstance(captured, CapturedSolve) and captured.loop.fallback:
+                self.loop_off = captured.loop.fallback
             return results
         except CaptureError as error:
             reason = f"no CUDA graph could be captured ({error})"
             if self.strict:
                 raise ValueError(f"backend 'fused' cannot run here: {reason}") from error
+            logger.info("%s", reason, exc_info=True)
             self.graphs_off = reason
-            warnings.warn(
-                f"{reason}: the same kernels are launched one by one, which is slower for small"
-                " batches",
-                RuntimeWarning,
-                7,
-            )
         return function(*place(inputs, self.engine.device))
-
-    def _say_fallback(self, captured: Captured | None) -> None:
-        """Warns once where the steps of an adaptive solver are replayed from the host."""
-        if self.loop_off or not isinstance(captured, CapturedSolve) or not captured.loop.fallback:
-            return
-        self.loop_off = captured.loop.fallback
-        warnings.warn(
-            f"the GPU cannot repeat a solver's steps by itself ({self.loop_off}): the host does, a"
-            " little slower, with the same numbers",
-            RuntimeWarning,
-            8,
-        )
 
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What runs on `samples` rows (guided ones count twice) of `tokens` tokens, and the graph
@@ -249,31 +262,36 @@ class Fused:
 
 
 def choose_fused(
-    model: DiT, backend: str, attention: str, precision: str | None, **settings: Any
+    model: DiT, operation: Operation, backend: str, attention: str, precision: str | None
 ) -> tuple[Fused | None, str]:
     """The fused backend if `backend` ("auto", "fused", "eager", "compile") makes it run, else None
     and the reason why it does not.
 
-    settings: those of `Fused`. On a GPU "auto" warns with the reason. Raises ValueError where the
-    backend was asked for by name, or an attention or a precision that only it has.
+    Raises:
+        ValueError: where the backend was asked for by name, or an attention or a precision that
+            only it has.
     """
 
     def source() -> tuple[Engine, GraphCache | None]:
-        unable = availability.fused_unavailable(
-            model
-        )  # asked again when the weights have changed: the model may have been moved
-        if unable:
-            raise RuntimeError(unable)
+        # Asked again when the weights have changed: the model may have been moved.
+        unavailable = availability.fused_unavailable(model)
+        if unavailable:
+            raise Unavailable(unavailable)
         return shared_engine(model, attention, precision)
 
     reason = f"backend {backend} was asked for"
     if backend in ("auto", "fused"):
         try:
-            return Fused(source, backend == "fused", **settings), ""
+            return Fused(source, operation, backend == "fused"), ""
         except torch.OutOfMemoryError:
             reason = "out of memory"
+        except Unavailable as error:
+            reason = str(error)
         except Exception as error:  # auto never fails
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            if is_bug(error):
+                raise
+            logger.info("the fused backend cannot run", exc_info=True)
+            reason = one_line(error)
         if backend == "fused":
             raise ValueError(f"backend 'fused' cannot run here: {reason}")
     for option, value, plain in (
@@ -284,10 +302,11 @@ def choose_fused(
             raise ValueError(
                 f"{option} {value!r} is for the fused backend, which does not run: {reason}"
             )
-    if backend == "auto" and model.device.type == "cuda":
-        warnings.warn(
-            f"the fused backend cannot run: {reason}; the model itself runs, which is slower",
-            RuntimeWarning,
-            stacklevel=4,
-        )
     return None, reason
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether `auto` must not hide an error: where ODELT_FAST_STRICT is set, as in the tests, a
+    fault of this package's own."""
+    own = (AssertionError, AttributeError, KeyError, NameError, TypeError)
+    return isinstance(error, own) and bool(os.environ.get("ODELT_FAST_STRICT"))

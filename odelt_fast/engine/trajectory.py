@@ -1,5 +1,5 @@
-"""A whole trajectory of fixed steps as launches alone: nothing in it waits for the host, so that
-one CUDA graph can hold it.
+"""A whole trajectory of fixed steps as launches alone: nothing in it waits for the host, so that one
+CUDA graph can hold it.
 
 Times, steps and lengths of all evaluations are known beforehand, so their embeddings are; and the
 modulation of all blocks at many steps is one matrix product, which reads the modulation weights
@@ -8,12 +8,13 @@ once (DiT-B/2, 12 blocks: 85 MB in bfloat16) and not once a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from odelt_fast.engine.engine import Engine
+from odelt_fast.operation import Operation
 from odelt_fast.solvers.fixed import integrate_fixed, predict_and_renoise
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 from odelt_fast.solvers.tableau import Tableau
@@ -37,43 +38,31 @@ def evaluation_times(tableau: Tableau | None, times: Sequence[float]) -> list[fl
 
 
 class Trajectory:
-    """x at the last of `times` from x at the first: `trajectory(x, labels)` -> (x (B, C, H, W)
-    float32, whether each is finite (B,)).
+    """x at t = 1 from x at t = 0 by an operation with equal steps: `trajectory(x, labels)` -> (x
+    (B, C, H, W) float32, whether each is finite (B,)).
 
     x (B, C, H, W) float32; labels (B,) integer, (1,) for one label on all samples, or None for the
     null label alone, whose modulations are made once and kept. With guidance labels are (2B,):
-    first the samples', then as many null labels. tableau None: the sampling rule of consistency
-    models, which wants their fresh noise (T - 1, B, C, H, W). depth: a length l, or a function t ->
-    l.
+    first the samples', then as many null labels. Consistency models follow a rule of their own in
+    place of a tableau, which wants their fresh noise (T - 1, B, C, H, W).
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        tableau: Tableau | None,
-        times: Sequence[float],
-        log2_steps: int,
-        depth: int | Callable[[float], int],
-        guidance: float | None = None,
-    ) -> None:
-        self.engine, self.tableau, self.times, self.log2_steps, self.guidance = (
-            engine,
-            tableau,
-            tuple(times),
-            log2_steps,
-            guidance,
-        )
-        asked = evaluation_times(tableau, times)
-        self.depths = tuple(depth(t) if callable(depth) else depth for t in asked)
-        self.asked = torch.tensor(asked, dtype=torch.float32, device=engine.device)
+    def __init__(self, engine: Engine, operation: Operation) -> None:
+        sampling, length = engine.config.sampling, operation.length
+        self.engine, self.operation, self.guidance = engine, operation, operation.mixing_scale
+        self.tableau = None if sampling == "consistency" else operation.tableau
+        self.times, self.log2_steps = tuple(operation.times), operation.step_index(sampling)
+        times = evaluation_times(self.tableau, self.times)
+        longest = length or engine.max_depth
+        self.depths = tuple(longest(t) if callable(longest) else longest for t in times)
+        self.evaluation_times = torch.tensor(times, dtype=torch.float32, device=engine.device)
         with torch.inference_mode(False), torch.no_grad():
-            final = engine.condition(self.asked, log2_steps)
-            self.conditions = torch.stack(
-                [final + engine.length_rows(self.depths), final]
-            )  # (2, evaluations, D): blocks, final layer
-            null = torch.tensor([engine.config.num_classes], device=engine.device)
-            fits = self._steps_at_once(1) >= len(asked)
-            self.null, self.null_table = null, list(self._modulations(null)) if fits else None
+            final = engine.condition(self.evaluation_times, self.log2_steps)
+            # (2, evaluations, D): of the blocks, and of the final layer.
+            self.conditions = torch.stack([final + engine.length_rows(self.depths), final])
+            self.null = torch.tensor([engine.config.num_classes], device=engine.device)
+            fits = self._steps_at_once(1) >= len(times)
+            self.null_table = list(self._modulations(self.null)) if fits else None
 
     @property
     def evaluations(self) -> int:
@@ -83,17 +72,13 @@ class Trajectory:
     def key(self) -> tuple[object, ...]:
         """What two trajectories share that make the same launches for the same shapes and
         guidance."""
-        return (
-            self.tableau.name if self.tableau else "consistency",
-            self.times,
-            self.log2_steps,
-            self.depths,
-        )
+        rule = self.tableau.name if self.tableau else "consistency"
+        return (rule, self.times, self.log2_steps, self.depths)
 
     def __call__(
         self, x: Tensor, labels: Tensor | None = None, fresh: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        engine, says_noise = self.engine, self.engine.config.sampling == "diffusion"
+        engine, predicts_noise = self.engine, self.engine.config.sampling == "diffusion"
         guidance = self.guidance if labels is not None else None
         modulations = iter(self._modulations(self.null if labels is None else labels))
         if labels is None and self.null_table is not None:
@@ -102,33 +87,28 @@ class Trajectory:
 
         def field(t: float, state: Tensor, log2_steps: int) -> Tensor:
             i, (tables, depth) = next(evaluations)
-            said = engine.velocity(state, *tables, depth, guidance)
-            return (
-                probability_flow_velocity(said, state, self.asked[i : i + 1])
-                if says_noise
-                else said
-            )
+            output = engine.velocity(state, *tables, depth, guidance)
+            if not predicts_noise:
+                return output
+            return probability_flow_velocity(output, state, self.evaluation_times[i : i + 1])
+
+        def noise(i: int) -> Tensor:
+            assert fresh is not None
+            return fresh[i]
 
         if self.tableau is None:
-            assert fresh is not None or len(self.times) == 2
-            x = predict_and_renoise(
-                field, x, len(self.times) - 1, self.log2_steps, lambda i: fresh[i]
-            )  # type: ignore[index]
-        elif self.tableau.stages > 1 or says_noise:
+            x = predict_and_renoise(field, x, len(self.times) - 1, self.log2_steps, noise)
+        elif self.tableau.stages > 1 or predicts_noise:
             x = integrate_fixed(field, x, self.times, self.log2_steps, self.tableau).x
         else:
             for i, (tables, depth) in evaluations:
-                x = engine.euler_step(
-                    x, *tables, depth, self.times[i + 1] - self.times[i], guidance
-                )
+                step = self.times[i + 1] - self.times[i]
+                x = engine.euler_step(x, *tables, depth, step, guidance)
         return x, torch.isfinite(x).flatten(1).all(1)
 
     def _steps_at_once(self, rows: int) -> int:
-        columns = (
-            6
-            * self.engine.config.hidden_size
-            * max(1, self.engine.config.live_blocks(max(self.depths)))
-        )
+        blocks = max(1, self.engine.config.live_blocks(max(self.depths)))
+        columns = 6 * self.engine.config.hidden_size * blocks
         return max(1, TABLE_BYTES // (rows * columns * self.engine.dtype.itemsize))
 
     def _modulations(self, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.model import DiT
 from odelt_fast.planning.profile import Schedule, parse_schedule, show_schedule
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.solvers.fixed import check_solver, is_adaptive
+from odelt_fast.solvers.options import check_solver, is_adaptive
 
 
 @dataclass(frozen=True)

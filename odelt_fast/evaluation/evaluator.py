@@ -49,8 +49,9 @@ from odelt_fast.files import write_whole
 from odelt_fast.images import ImageSource, open_source
 from odelt_fast.model import DiT
 from odelt_fast.planning.profile import parse_schedule
+from odelt_fast.sampling.noise import drawn_labels, image_noise
 from odelt_fast.sampling.pictures import to_uint8
-from odelt_fast.sampling.sampler import Sampler, drawn_labels, image_noise
+from odelt_fast.sampling.sampler import Sampler
 
 _EXTENDABLE = (
     "depths",

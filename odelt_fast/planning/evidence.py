@@ -129,7 +129,7 @@ def find_quality(
 
 def _check_operations(operations: Iterable[Operation], config: DiTConfig, path: Path) -> None:
     """ValueError unless the model can run them all: files may name any."""
-    from odelt_fast.solvers.fixed import check_solver, is_adaptive
+    from odelt_fast.solvers.options import check_solver, is_adaptive
 
     try:
         for operation in operations:

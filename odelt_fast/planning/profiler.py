@@ -247,7 +247,7 @@ def operations_of(
 ) -> tuple[Operation, ...]:
     """The grid: every depth with every solver, at every number of steps or, if it chooses its own,
     every tolerance. ValueError for an unknown solver."""
-    from odelt_fast.solvers.fixed import check_solver, is_adaptive
+    from odelt_fast.solvers.options import check_solver, is_adaptive
 
     steps, tolerances, found = tuple(steps), tuple(tolerances), list[Operation]()
     for depth in depths:

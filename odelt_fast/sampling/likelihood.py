@@ -13,19 +13,16 @@ import torch
 from scipy.special import ndtr
 from torch import Tensor
 
+from odelt_fast.checks import check_seed, one_of, whole
 from odelt_fast.images import DigitsSource, EncodedImages, ImageSource
-from odelt_fast.sampling.flow_map import (
-    Labels,
-    Progress,
-    check_seed,
-    in_batches,
-    labels_of_data,
-    record,
-    solve_with,
-)
-from odelt_fast.sampling.sampler import Sampler, image_noise
-from odelt_fast.sampling.velocity import VelocityField, step_index
-from odelt_fast.solvers.fixed import Field, Solution
+from odelt_fast.operation import step_index
+from odelt_fast.sampling.batches import Batches, default_batch, evaluating
+from odelt_fast.sampling.flow_map import Labels, Progress, labels_of_data, on_each_step, record
+from odelt_fast.sampling.noise import image_noise
+from odelt_fast.sampling.sampler import Sampler
+from odelt_fast.sampling.velocity import VelocityField
+from odelt_fast.solvers.dispatch import solve
+from odelt_fast.solvers.solution import BatchResult, Field, Solution
 
 PROBES = ("rademacher", "gaussian")
 
@@ -71,8 +68,7 @@ def log_likelihood(
     images: Tensor,
     labels: Labels = None,
     *,
-    probes: int = 1,
-    exact: bool = False,
+    probes: int | None = 1,
     probe: str = "rademacher",
     seed: int = 0,
     first_image: int = 0,
@@ -83,54 +79,49 @@ def log_likelihood(
 
     log p_1(x_1) = log N(x_0; 0, I) - integral over t from 0 to 1 of div v(t, x_t), with x_0 the
     state that x_1 flows back to. The integral is one more number of the solver's state for each
-    probe, and counts in its error norm. The divergence is exact (D backward passes an evaluation)
-    or Hutchinson's mean of e^T (dv/dx) e over `probes` probes e with E[e e^T] = I, "rademacher"
-    (+-1) or "gaussian". The probes of image i depend on (seed, first_image + i) alone and stay the
-    same over the whole solve, so that its integrand is smooth.
+    probe, and counts in its error norm. The divergence is Hutchinson's mean of e^T (dv/dx) e over
+    probes e with E[e e^T] = I. The probes of image i depend on (seed, first_image + i) alone and
+    stay the same over the whole solve, so that its integrand is smooth. States are float64; the
+    network runs in its own dtype (float32 is advised).
 
-    labels: one, or one each; None: the null label. States are float64; the network runs in its own
-    dtype (float32 is advised). Raises ValueError for what cannot be, and naming the images that the
-    solver could not finish.
+    Args:
+        labels: one, or one each; None: the null label.
+        probes: their number; None: the exact divergence (D backward passes an evaluation).
+        probe: "rademacher" (+-1) or "gaussian".
+
+    Raises:
+        ValueError: for what cannot be, and naming the images that the solver could not finish.
     """
-    if probe not in PROBES:
-        raise ValueError(f"probe must be one of {', '.join(PROBES)}, not {probe!r}")
-    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
-        raise ValueError(f"probes must be a whole number of at least 1, not {probes!r}")
+    one_of("probe", probe, PROBES)
     check_seed(seed)
+    columns = 1 if probes is None else whole("probes", probes)
     model, shape = sampler.model, tuple(images.shape[1:])
-    chosen = labels_of_data(sampler, labels, len(images))
+    chosen = labels_of_data(sampler, labels, len(images)).to(model.device)
     states = images.detach().to(model.device, torch.float64)
-    index, columns = step_index(model.config.sampling, None), 1 if exact else probes
-
-    def integrate(rows: slice) -> Solution:
-        x = states[rows]
-        start = torch.cat([x.flatten(1), x.new_zeros(len(x), columns)], 1)
-        vectors = None
-        if not exact:
-            drawn = [
-                [_probe(seed, first_image + rows.start + i, shape, n, probe) for n in range(probes)]
-                for i in range(len(x))
-            ]
-            vectors = (
-                torch.from_numpy(np.array(drawn)).transpose(0, 1).to(x)
-            )  # (probes, B, C, H, W)
-        depth = sampler.depth_schedule or sampler.depth
-        field = VelocityField(model, depth, chosen[rows].to(x.device), sampler.guidance_scale)
-        return solve_with(
-            sampler,
-            with_divergence(field, shape, vectors),
-            start,
-            index,
-            1.0,
-            0.0,
-            progress=progress,
-        )
-
-    begun = time.perf_counter()
-    fewer = max(1, sampler.default_batch(shape) // 4)  # the backward pass keeps every activation
-    solution = in_batches(sampler, states, integrate, sampler.batch_size or fewer)
-    record(sampler, time.perf_counter() - begun, solution)
-    return Likelihood.of_flow(solution, shape, exact)
+    index = step_index(model.config.sampling, None)
+    start = time.perf_counter()
+    # A quarter of the usual batch: the backward pass keeps every activation.
+    size = sampler.batch_size or max(1, default_batch(sampler, shape) // 4)
+    batches = Batches(sampler, len(images), shape, size, end=0.0)
+    with evaluating(model):
+        for rows in batches:
+            x, vectors = states[rows], None
+            if probes is not None:
+                drawn = [
+                    [_probe(seed, first_image + i, shape, n, probe) for n in range(probes)]
+                    for i in range(rows.start, rows.stop)
+                ]
+                # (probes, B, C, H, W)
+                vectors = torch.from_numpy(np.array(drawn)).transpose(0, 1).to(x)
+            with batches:
+                field = VelocityField(model, sampler.operation, chosen[rows])
+                augmented = with_divergence(field, shape, vectors)
+                state = torch.cat([x.flatten(1), x.new_zeros(len(x), columns)], 1)
+                on_step, how = on_each_step(progress, rows), sampler.operation
+                solution = solve(augmented, state, index, how, t0=1.0, t1=0.0, on_step=on_step)
+                batches.add(BatchResult.of(solution, field.evaluations))
+    record(sampler, time.perf_counter() - start, batches.solution)
+    return Likelihood.of_flow(batches.solution, shape, probes is None)
 
 
 def with_divergence(field: Field, shape: Sequence[int], probes: Tensor | None) -> Field:
@@ -199,7 +190,6 @@ def dequantise(images: Tensor, step: float, seed: int = 0, first_image: int = 0)
             for i in range(len(images))
         ]
     )
-    uniform = torch.from_numpy(
-        ndtr(normal.astype(np.float64))
-    )  # the distribution function of a normal number is uniform
+    # The distribution function of a normal number is uniform.
+    uniform = torch.from_numpy(ndtr(normal.astype(np.float64)))
     return images.double() + step * (uniform - 0.5).to(images.device)

@@ -28,6 +28,7 @@ __all__ = [
     "RUNNING",
     "STATUSES",
     "STEP_UNDERFLOW",
+    "BatchResult",
     "Field",
     "Hook",
     "Solution",
@@ -69,6 +70,29 @@ class Solution:
         return cls(
             x, torch.where(finite_rows(x), DONE, NON_FINITE), accepted, rejected, needed, trajectory
         )
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The `Solution` of a batch with its counts as lists on the host, one entry a sample.
+
+    calls: evaluations of the velocity that the batch took; `evaluations` of a sample are those that
+    it needed.
+    """
+
+    x: Tensor
+    status: list[int]
+    accepted: list[int]
+    rejected: list[int]
+    evaluations: list[int]
+    calls: int
+    trajectory: Tensor | None = None
+
+    @classmethod
+    def of(cls, solution: Solution, calls: int) -> BatchResult:
+        names = ("status", "accepted", "rejected", "evaluations")
+        counts: dict[str, Any] = {name: getattr(solution, name).tolist() for name in names}
+        return cls(solution.x, calls=calls, trajectory=solution.trajectory, **counts)
 
 
 def combine(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

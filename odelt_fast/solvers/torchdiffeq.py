@@ -14,7 +14,6 @@ from odelt_fast.solvers.options import TORCHDIFFEQ_ADAPTIVE, Limits
 from odelt_fast.solvers.solution import Field, Hook, Solution, check_times
 
 
-
 def integrate_torchdiffeq(
     field: Field,
     x: Tensor,

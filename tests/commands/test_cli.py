@@ -22,8 +22,9 @@ from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.cli import main
 from odelt_fast.commands.options import choose_dtype
 from odelt_fast.files import write_whole
+from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.pictures import image_grid, to_uint8
-from odelt_fast.sampling.sampler import Sampler, drawn_labels
+from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.small_model import random_model
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"

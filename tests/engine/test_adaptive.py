@@ -18,14 +18,15 @@ from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
 from odelt_fast.engine.native import build as native
 from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive
+from odelt_fast.operation import Operation
 from odelt_fast.sampling.flow_map import flow
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.solvers.adaptive import Limits, integrate_adaptive
 from odelt_fast.solvers.tableau import find_tableau
 from tests.engine.test_graphs import CPU, NEEDS_CUDA, Replayed, cuda_model, replayed, warned
 from tests.engine.test_while_graph import NoHost, smooth, states
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
 from tests.helpers.reference_cases import relative_error
+from tests.helpers.solving import solve_adaptive
 
 STATS = ("accepted", "rejected", "evaluations_needed", "status")
 KINDS = [
@@ -182,7 +183,8 @@ def test_a_solve_on_the_engine_reads_nothing_on_the_host(
     engine = Engine(random_model(sampling=sampling), kind="reference")
     engine.ops.MOST_SAMPLES = 0
     trajectory = AdaptiveTrajectory(
-        engine, find_tableau("dopri5")[0], 7, 4, guidance, Limits(error_norm=norm)
+        engine,
+        Operation(depth=4, solver="dopri5", guidance_scale=guidance, error_norm=norm),
     )
     with torch.no_grad():
         x, chosen = torch.randn(3, 2, 8, 8), None if labels is None else torch.tensor(labels)
@@ -251,7 +253,7 @@ def test_cuda_graphs_of_any_field_take_the_host_loops_steps(
         graph.loop = None
     for seed in (1, 2, 1):
         x.copy_(states(seed))
-        host = integrate_adaptive(smooth, x, 7, tableau)
+        host = solve_adaptive(smooth, x, 7, tableau)
         graph.replay()
         found = graph.solve.solution()
         torch.testing.assert_close(

@@ -241,12 +241,12 @@ def test_samples_are_the_models(
             assert sampler.stats[name] == eager.stats[name], name
         # Without FSAL the host's loop leaves out the velocity at t = 1, which no step needs.
         more = sampler.stats["evaluations_per_image"] - eager.stats["evaluations_per_image"]
-        assert more == 0 or (sampler.solver == "dop853" and more == 1)
-        if sampler.adaptive:  # as many steps as the slowest image of each batch tried
+        assert more == 0 or (sampler.operation.solver == "dop853" and more == 1)
+        if sampler.operation.adaptive:  # as many steps as the slowest image of each batch tried
             tried = [a + r for a, r in zip(sampler.stats["accepted"], sampler.stats["rejected"])]
             assert sum(advanced) == 3 * max(tried[:3]) + 2 * max(tried[3:])
         else:
-            assert sum(advanced) == 5 * sampler.steps
+            assert sum(advanced) == 5 * sampler.operation.steps
 
 
 @pytest.mark.parametrize("sampling", ["flow", "consistency", "live_reflow", "diffusion"])

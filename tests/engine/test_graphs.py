@@ -365,7 +365,9 @@ def test_cuda_every_solver_and_kind(options: dict, changes: dict) -> None:
     fused = Sampler(model, depth=4, backend="fused", **options)
     for _ in range(2):
         # The steps of an adaptive solver may fall a little apart.
-        assert relative_error(fused(5, seed=1), expected) < (1e-2 if fused.adaptive else 1e-3)
+        assert relative_error(fused(5, seed=1), expected) < (
+            1e-2 if fused.operation.adaptive else 1e-3
+        )
 
 
 @NEEDS_CUDA

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from odelt_fast.engine import operators
 from odelt_fast.engine.native.while_graph import AHEAD, DeviceAdaptive, repeat
-from odelt_fast.solvers.adaptive import Limits, integrate_adaptive
+from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
 from odelt_fast.solvers.tableau import find_tableau
+from tests.helpers.solving import solve_adaptive
 
 MATRIX = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 SOLVERS = ("dopri5", "tsit5", "bosh3", "dop853", "adaptive_heun")
@@ -91,7 +92,7 @@ def test_it_is_the_host_loop_to_the_last_bit(solver: str, norm: str, field: Any)
             "max_steps": max_steps,
             "error_norm": norm,
         }
-        host = integrate_adaptive(field, states(), 7, find_tableau(solver)[0], **settings)
+        host = solve_adaptive(field, states(), 7, find_tableau(solver)[0], **settings)
         assert_same(host, on_device(field, states(), solver, **settings)[0])
 
 
@@ -102,7 +103,7 @@ def test_every_status_comes_about() -> None:
     ):
         x = states()
         x[3, 2] = torch.inf if field is smooth else x[3, 2]
-        host = integrate_adaptive(
+        host = solve_adaptive(
             field, x, 7, find_tableau("dopri5")[0], max_steps=max_steps, error_norm=norm
         )
         assert_same(host, on_device(field, x, "dopri5", max_steps=max_steps, error_norm=norm)[0])
@@ -226,7 +227,7 @@ def test_the_kernels_form_of_a_step_takes_the_same_steps(
     ops = operators.load_operators("reference")
     for tolerance, (t0, t1) in itertools.product((1e-1, 1e-3), ((0.0, 1.0), (1.0, 0.0))):
         settings = {"t0": t0, "t1": t1, "rtol": tolerance, "atol": tolerance, "error_norm": norm}
-        host = integrate_adaptive(field, states().double(), 7, find_tableau(solver)[0], **settings)
+        host = solve_adaptive(field, states().double(), 7, find_tableau(solver)[0], **settings)
         device, solve = on_device(field, states().double(), solver, ops=ops, **settings)
         for part in PARTS:
             near = (

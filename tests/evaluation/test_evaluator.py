@@ -26,8 +26,9 @@ from odelt_fast.evaluation.metrics import frechet_distance, moments_of, read_sta
 from odelt_fast.evaluation.results import number, read_results, summarise, to_markdown
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.images import open_source
+from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.pictures import to_uint8
-from odelt_fast.sampling.sampler import Sampler, drawn_labels
+from odelt_fast.sampling.sampler import Sampler
 from tests.evaluation.test_metrics import small_network
 from tests.helpers.forked import start, wait
 from tests.stress.kill_evaluate import (

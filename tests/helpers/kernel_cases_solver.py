@@ -21,13 +21,8 @@ from odelt_fast.kernels.solver_update import (
     error_norm,
     error_norm_reference,
 )
-from odelt_fast.solvers.adaptive import (
-    ERROR_NORMS,
-    AdaptiveSteps,
-    Limits,
-    State,
-    integrate_adaptive,
-)
+from odelt_fast.solvers.adaptive import AdaptiveSteps, State
+from odelt_fast.solvers.options import ERROR_NORMS, Limits
 from odelt_fast.solvers.solution import Solution, column, combine
 from odelt_fast.solvers.step_control import StepRules
 from odelt_fast.solvers.tableau import BOSH3, DOPRI5, HEUN_EULER, Tableau, find_tableau
@@ -39,6 +34,7 @@ from tests.helpers.kernel_checks import (
     guarded,
     watched,
 )
+from tests.helpers.solving import solve_adaptive
 from tests.stress.kernel_audit import exact_fma
 
 Field = Callable[[Any, Tensor, int], Tensor]
@@ -296,9 +292,7 @@ def both_solutions(
 ) -> tuple[Solution, Solution]:
     """(on the device, `integrate_adaptive`'s); both start with the latter's first step size."""
     steps = AdaptiveSteps(field, 0, tableau, t0, t1, Limits(**tolerances, error_norm=error_norm))
-    host = integrate_adaptive(
-        field, x, 0, tableau, t0=t0, t1=t1, error_norm=error_norm, **tolerances
-    )
+    host = solve_adaptive(field, x, 0, tableau, t0=t0, t1=t1, error_norm=error_norm, **tolerances)
     return solve(update, steps, steps.first(x)), host
 
 

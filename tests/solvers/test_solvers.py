@@ -17,24 +17,22 @@ from torch import Tensor
 from odelt_fast import Sampler, load_model
 from odelt_fast.cli import main
 from odelt_fast.model import DiT
-from odelt_fast.sampling.velocity import VelocityField, step_index
-from odelt_fast.solvers.fixed import (
-    DONE,
-    MAX_STEPS,
-    NON_FINITE,
-    STEP_UNDERFLOW,
+from odelt_fast.operation import Operation, step_index
+from odelt_fast.sampling.velocity import VelocityField
+from odelt_fast.solvers.dispatch import solve
+from odelt_fast.solvers.fixed import integrate_fixed
+from odelt_fast.solvers.options import (
     TORCHDIFFEQ_ADAPTIVE,
     TORCHDIFFEQ_FIXED,
-    Solution,
-    integrate,
-    integrate_adaptive,
-    integrate_fixed,
-    integrate_torchdiffeq,
-    solve,
+    Limits,
+    is_adaptive,
     time_grid,
 )
+from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
 from odelt_fast.solvers.tableau import TABLEAUS
+from odelt_fast.solvers.torchdiffeq import integrate_torchdiffeq
 from tests.helpers.small_model import random_model
+from tests.helpers.solving import solve_adaptive
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.error]
 
@@ -118,7 +116,7 @@ def test_error_follows_the_tolerance_over_six_decades(name: str, error_norm: str
     # From where the steps are short enough for the theory: methods of high order take longer ones.
     powers = {"bosh3": range(1, 8), "dop853": range(6, 13)}.get(name, range(3, 10))
     for power in powers:
-        solution = integrate_adaptive(
+        solution = solve_adaptive(
             swing, x, 7, TABLEAUS[name], rtol=10.0**-power, atol=10.0**-power, error_norm=error_norm
         )
         assert (solution.status == DONE).all()
@@ -138,7 +136,7 @@ def test_evaluations_and_steps_are_counted(name: str) -> None:
         calls.append(log2_steps)
         return swing(t, x, log2_steps)
 
-    solution = integrate_adaptive(counted, starts(1), 5, tableau, rtol=1e-4, atol=1e-4)
+    solution = solve_adaptive(counted, starts(1), 5, tableau, rtol=1e-4, atol=1e-4)
     accepted, rejected = int(solution.accepted), int(solution.rejected)
     # Two to choose the first step; a method that is not FSAL evaluates anew after each accepted
     # step but the last.
@@ -170,7 +168,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
         state, speeds = x.clone(), speeds.clone()
         state[2], speeds[2] = neighbour, speed
         results.append(
-            integrate_adaptive(field(speeds), state, 7, TABLEAUS["dopri5"], rtol=1e-5, atol=1e-5)
+            solve_adaptive(field(speeds), state, 7, TABLEAUS["dopri5"], rtol=1e-5, atol=1e-5)
         )
     others = [0, 1, 3]
     for result in results[1:]:
@@ -179,9 +177,7 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
             assert torch.equal(getattr(result, counts)[others], getattr(results[0], counts)[others])
     assert [int(result.status[2]) for result in results] == [DONE, DONE, NON_FINITE, NON_FINITE]
     assert results[0].accepted[2] > 2 * results[0].accepted[0]
-    alone = integrate_adaptive(
-        field(speeds[:1]), x[:1], 7, TABLEAUS["dopri5"], rtol=1e-5, atol=1e-5
-    )
+    alone = solve_adaptive(field(speeds[:1]), x[:1], 7, TABLEAUS["dopri5"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(alone.x, results[0].x[:1], rtol=1e-5, atol=0)
 
 
@@ -195,7 +191,7 @@ def test_a_sample_that_turns_to_nan_leaves_the_others_right(name: str, error_nor
         k[1] = torch.where(t[1] > 0.5, math.nan, k[1])
         return k
 
-    solution = integrate_adaptive(
+    solution = solve_adaptive(
         field, x, 7, TABLEAUS[name], rtol=1e-5, atol=1e-5, error_norm=error_norm
     )
     assert solution.status.tolist() == [DONE, NON_FINITE, DONE, DONE]
@@ -209,7 +205,7 @@ def test_hard_fields_end_with_a_status(error_norm: str) -> None:
     x, tableau = starts(), TABLEAUS["dopri5"]
 
     def solve(field: Any, state: Tensor = x, **options: Any) -> Solution:
-        return integrate_adaptive(
+        return solve_adaptive(
             field,
             state,
             7,
@@ -251,7 +247,7 @@ def test_a_sudden_change_is_met_with_shorter_steps(name: str, error_norm: str) -
     still = torch.zeros(2, 2, dtype=torch.float64)
     for tolerance in (1e-3, 1e-5):
         options = {"rtol": tolerance, "atol": tolerance, "error_norm": error_norm}
-        solution = integrate_adaptive(
+        solution = solve_adaptive(
             lambda t, s, _: (12 / torch.cosh(12 * (_time(t, s) - 0.6)) ** 2).expand_as(s),
             still,
             7,
@@ -268,7 +264,7 @@ def test_a_tolerance_that_no_step_meets_underflows() -> None:
     noise = iter(
         torch.randn(100_000, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     )
-    solution = integrate_adaptive(
+    solution = solve_adaptive(
         lambda t, s, _: next(noise) * 1e3,
         torch.zeros(1, 1).double(),
         7,
@@ -281,19 +277,19 @@ def test_a_tolerance_that_no_step_meets_underflows() -> None:
 
 @pytest.mark.parametrize(("rtol", "atol"), [(0, 1e-6), (1e-6, 0)])
 def test_one_tolerance_may_be_zero(rtol: float, atol: float) -> None:
-    solution = integrate_adaptive(swing, starts(), 7, TABLEAUS["tsit5"], rtol=rtol, atol=atol)
+    solution = solve_adaptive(swing, starts(), 7, TABLEAUS["tsit5"], rtol=rtol, atol=atol)
     torch.testing.assert_close(solution.x, swing_exact(starts(), 1.0), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bosh3", "dop853"])
 def test_there_and_back(name: str) -> None:
     x, options = starts(), {"rtol": 1e-7, "atol": 1e-7}
-    end = integrate_adaptive(swing, x, 7, TABLEAUS[name], **options).x
-    back = integrate_adaptive(swing, end, 7, TABLEAUS[name], t0=1, t1=0, **options)
+    end = solve_adaptive(swing, x, 7, TABLEAUS[name], **options).x
+    back = solve_adaptive(swing, end, 7, TABLEAUS[name], t0=1, t1=0, **options)
     torch.testing.assert_close(back.x, x, rtol=0, atol=1e-6)
     fixed = integrate_fixed(swing, end, time_grid(50)[::-1], 7, TABLEAUS["rk4"])
     torch.testing.assert_close(fixed.x, x, rtol=0, atol=1e-6)
-    nowhere = integrate_adaptive(swing, x, 7, TABLEAUS[name], t0=0.5, t1=0.5, save_at=[0.5])
+    nowhere = solve_adaptive(swing, x, 7, TABLEAUS[name], t0=0.5, t1=0.5, save_at=[0.5])
     assert torch.equal(nowhere.x, x)
     assert torch.equal(nowhere.trajectory[0], x)
     assert nowhere.status.tolist() == [DONE] * 4
@@ -309,10 +305,10 @@ def test_trajectory_at_given_times(name: str, backward: bool) -> None:
     ends = (1.0, 0.0) if backward else (0.0, 1.0)
     tableau = TABLEAUS[name]
     if tableau.error:
-        solution = integrate_adaptive(
+        solution = solve_adaptive(
             swing, start, 7, tableau, t0=ends[0], t1=ends[1], rtol=1e-9, atol=1e-9, save_at=times
         )
-        plain = integrate_adaptive(
+        plain = solve_adaptive(
             swing, start, 7, tableau, t0=ends[0], t1=ends[1], rtol=1e-9, atol=1e-9
         )
         assert torch.equal(plain.x, solution.x)  # looking changes nothing
@@ -330,7 +326,7 @@ def test_trajectory_at_given_times(name: str, backward: bool) -> None:
 
 
 def test_a_stopped_sample_has_no_states_beyond_its_stop() -> None:
-    solution = integrate_adaptive(
+    solution = solve_adaptive(
         swing,
         starts(),
         7,
@@ -353,7 +349,7 @@ def test_a_stopped_sample_has_no_states_beyond_its_stop() -> None:
         ({"rtol": 0, "atol": 0}, "must not both be 0"),
         ({"rtol": True}, "not True"),
         ({"error_norm": "max"}, "per_sample, batch"),
-        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"max_steps": 0}, "max_steps must be a whole number of at least 1"),
         ({"t1": math.inf}, "times must be finite"),
         ({"save_at": [0.5, 0.2]}, "run from t0 = 0.0 to t1 = 1.0"),
         ({"save_at": [1.5]}, "run from"),
@@ -374,13 +370,13 @@ def test_what_cannot_work_is_refused(options: dict[str, Any], message: str) -> N
         **options,
     }
     with pytest.raises(ValueError, match=re.escape(message)):
-        integrate_adaptive(**given)
+        solve_adaptive(**given)
 
 
 def test_empty_batches_and_half_precision() -> None:
-    assert integrate_adaptive(swing, starts()[:0], 7, TABLEAUS["dopri5"]).x.shape == (0, 2)
+    assert solve_adaptive(swing, starts()[:0], 7, TABLEAUS["dopri5"]).x.shape == (0, 2)
     for dtype, bound in ((torch.bfloat16, 0.1), (torch.float16, 0.02)):
-        solution = integrate_adaptive(swing, starts().to(dtype), 7, TABLEAUS["dopri5"])
+        solution = solve_adaptive(swing, starts().to(dtype), 7, TABLEAUS["dopri5"])
         assert solution.x.dtype == dtype
         torch.testing.assert_close(
             solution.x.double(), swing_exact(starts(), 1.0), rtol=0, atol=bound
@@ -398,7 +394,10 @@ def test_shifted_grid() -> None:
     assert np.diff(times)[0] < np.diff(times)[-1] / 5
     x = starts()
     torch.testing.assert_close(
-        integrate(swing, x, 40, 7, "rk4", shift=3.0), swing_exact(x, 1.0), rtol=0, atol=1e-5
+        solve(swing, x, 7, "rk4", steps=40, time_grid="shift:3.0").x,
+        swing_exact(x, 1.0),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -408,7 +407,7 @@ def test_torchdiffeq_is_within_reach(method: str) -> None:
     times = time_grid(
         64, 1.0 if "adams" in method else 1.5
     )  # Adams methods hold for equal steps only
-    solution = integrate_torchdiffeq(swing, x, times, 7, method, rtol=1e-6, atol=1e-6)
+    solution = integrate_torchdiffeq(swing, x, times, 7, method, Limits(1e-6, 1e-6))
     torch.testing.assert_close(
         solution.x, swing_exact(x, 1.0), rtol=0, atol=0.1 if method == "euler" else 2e-3
     )
@@ -437,7 +436,9 @@ def test_every_solver_by_name_in_both_directions_between_any_times(solver: str) 
         seen.append(float(torch.as_tensor(t).max()))
         return swing(t, state, log2_steps)
 
-    options = {"steps": 128, "shift": 1.5, "rtol": 1e-7, "atol": 1e-7}
+    options = {"steps": 128, "rtol": 1e-7, "atol": 1e-7}
+    if not is_adaptive(solver):
+        options["time_grid"] = "shift:1.5"
     for t0, t1 in ((0.0, 1.0), (1.0, 0.0), (0.2, 0.7), (0.7, 0.2)):
         start, times = swing_exact(x, t0), [t0, t0, (t0 + 3 * t1) / 4, t1]
         solution = solve(field, start, 7, solver, t0=t0, t1=t1, save_at=times, **options)
@@ -482,7 +483,9 @@ def test_torchdiffeq_gives_up_in_one_line(field: Any, max_steps: int) -> None:
     with pytest.raises(
         ValueError, match=r"torchdiffeq:dopri5 gave up at rtol 0.01, atol 0.01 \(.*: raise rtol"
     ):
-        integrate_torchdiffeq(field, starts() * 3, [0.0, 1.0], 7, "dopri5", max_steps=max_steps)
+        integrate_torchdiffeq(
+            field, starts() * 3, [0.0, 1.0], 7, "dopri5", Limits(max_steps=max_steps)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -492,11 +495,11 @@ def model() -> DiT:
 
 def test_ours_and_torchdiffeq_agree_on_a_trained_model() -> None:
     """To 1e-5 in float64, and at one tolerance ours does not need more evaluations."""
-    field = VelocityField(load_model("digits", depth=4).double(), 4, torch.tensor([3, 8]))
+    field = VelocityField(load_model("digits", depth=4).double(), Operation(), torch.tensor([3, 8]))
     x = torch.randn(2, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        theirs = integrate_torchdiffeq(field, x, [0.0, 1.0], 7, "dopri5", rtol=1e-7, atol=1e-7)
-        ours = integrate_adaptive(
+        theirs = integrate_torchdiffeq(field, x, [0.0, 1.0], 7, "dopri5", Limits(1e-7, 1e-7))
+        ours = solve_adaptive(
             field, x, 7, TABLEAUS["dopri5"], rtol=1e-7, atol=1e-7, error_norm="batch"
         )
     torch.testing.assert_close(ours.x, theirs.x, rtol=0, atol=1e-5)
@@ -506,10 +509,10 @@ def test_ours_and_torchdiffeq_agree_on_a_trained_model() -> None:
 def test_ours_needs_no_more_evaluations_for_the_same_error() -> None:
     """Than torchdiffeq's Dopri5 at each power of ten; `python -m benchmarks.reproduce.solver_table`
     is this with more images and solvers."""
-    field = VelocityField(load_model("digits", depth=4), 4, torch.arange(4))
+    field = VelocityField(load_model("digits", depth=4), Operation(), torch.arange(4))
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact = integrate_adaptive(
+        exact = solve_adaptive(
             field, x, 7, TABLEAUS["dop853"], rtol=1e-6, atol=1e-6, error_norm="batch"
         ).x
 
@@ -559,10 +562,11 @@ def test_time_of_each_sample_and_guidance(model: DiT) -> None:
         torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64),
     )
     for scale in (None, 3.0):
-        field = VelocityField(model, 4, labels, scale)
+        how = Operation(depth=4, guidance_scale=scale)
+        field = VelocityField(model, how, labels)
         with torch.no_grad():
             each = [
-                VelocityField(model, 4, labels[i : i + 1], scale)(float(t[i]), x[i : i + 1], 7)
+                VelocityField(model, how, labels[i : i + 1])(float(t[i]), x[i : i + 1], 7)
                 for i in range(3)
             ]
             torch.testing.assert_close(field(t, x, 7), torch.cat(each), rtol=0, atol=1e-5)
@@ -580,9 +584,11 @@ def test_step_index_of_solvers(model: DiT) -> None:
         "dopri5": 7,
         "torchdiffeq:dopri5": 7,
     }
-    assert {solver: Sampler(model, steps=4, solver=solver).step_index for solver in cases} == cases
-    assert Sampler(model, steps=4, time_grid="shift:3.0").step_index == 7
-    assert Sampler(model, steps=4, time_grid=("shift", 1)).step_index == 2
+    assert {
+        solver: Operation(steps=4, solver=solver).step_index("shortcut") for solver in cases
+    } == cases
+    assert Operation(steps=4, time_grid="shift:3.0").step_index("shortcut") == 7
+    assert Operation(steps=4, time_grid=("shift", 1)).step_index("shortcut") == 2
     assert (
         Sampler(random_model(step_conditioned=False), solver="dopri5").explain()["step_index"] == 0
     )

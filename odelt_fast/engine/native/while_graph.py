@@ -14,7 +14,8 @@ from torch import Tensor
 
 from odelt_fast.engine.graphs import capture
 from odelt_fast.engine.native import build as native
-from odelt_fast.solvers.adaptive import AdaptiveSteps, Limits, State
+from odelt_fast.solvers.adaptive import AdaptiveSteps, State
+from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import RUNNING, Field, Solution, check_times
 from odelt_fast.solvers.tableau import Tableau
 

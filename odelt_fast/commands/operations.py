@@ -1,0 +1,33 @@
+"""Options of commands that say how to sample, as one `Operation`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from odelt_fast.operation import Operation, parse_schedule
+
+
+def operation_of(options: Any) -> Operation:
+    """What --depth, --depth-schedule, --steps, --solver, --rtol, --atol, --max-steps, --error-norm,
+    --guidance-scale and --time-shift (where the command has it) ask for.
+
+    Raises:
+        ValueError: for values that cannot be used, alone or together.
+    """
+    schedule = None
+    if options.depth_schedule:
+        try:
+            schedule = parse_schedule(options.depth_schedule)
+        except ValueError as error:
+            raise ValueError(f"--depth-schedule {error}") from None
+    if schedule and options.depth is not None:
+        raise ValueError("--depth and --depth-schedule are both given: leave one out")
+    names = ("depth", "rtol", "atol", "max_steps", "error_norm", "guidance_scale")
+    shift = getattr(options, "time_shift", 1.0)
+    return Operation(
+        **{name: getattr(options, name) for name in names},
+        steps=options.steps or Operation.steps,
+        solver=options.solver or Operation.solver,
+        depth_schedule=schedule,
+        time_grid="uniform" if shift == 1 else ("shift", shift),
+    )

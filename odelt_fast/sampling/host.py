@@ -1,0 +1,58 @@
+"""Solves on the host: the solver's steps in Python, the model (or its compiled form) called for each
+evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from odelt_fast.model import DiT
+from odelt_fast.operation import Operation
+from odelt_fast.sampling.velocity import VelocityField
+from odelt_fast.solvers.dispatch import solve
+from odelt_fast.solvers.fixed import predict_and_renoise
+from odelt_fast.solvers.solution import BatchResult, Solution
+
+
+class Host:
+    """`solve` as `engine.fused.Fused` has it, for every model on every device.
+
+    Args:
+        network: evaluates the model: itself, its compiled form, or an engine's `network`.
+    """
+
+    def __init__(self, model: DiT, operation: Operation, network: Callable[..., Tensor]) -> None:
+        self.model, self.operation, self.network = model, operation, network
+
+    def solve(
+        self,
+        x: Tensor,
+        labels: np.ndarray,
+        fresh: Callable[[int], Tensor] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> BatchResult:
+        """One batch from t = 0 to 1; see `Fused.solve`. progress is called as the steps are made."""
+        device, operation = self.model.device, self.operation
+        x = x.to(device)
+        chosen = torch.from_numpy(labels).to(device)
+        field = VelocityField(self.model, operation, chosen, self.network)
+        sampling = self.model.config.sampling
+        index, steps = operation.step_index(sampling), operation.steps or 0
+
+        def on_step(_: int) -> None:
+            if progress:
+                progress(len(labels))
+
+        def noise(i: int) -> Tensor:
+            assert fresh is not None
+            return fresh(i).to(device)
+
+        if sampling == "consistency":
+            end = predict_and_renoise(field, x, steps, index, noise, on_step)
+            solution = Solution.of_fixed_steps(end, steps, steps)
+        else:
+            solution = solve(field, x, index, operation, on_step=on_step)
+        return BatchResult.of(solution, field.evaluations)
