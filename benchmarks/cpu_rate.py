@@ -24,7 +24,8 @@ from benchmarks.measure import Timer, device_record, host_timer, summary, take_t
 from benchmarks.report import spread, table
 from benchmarks.sampling import CONFIGS, Cell, inputs, random_model, sampler_call
 from odelt_fast.engine.cpu import choose
-from odelt_fast.engine.native import build as native
+from odelt_fast.engine.native import cpu_ops
+from odelt_fast.engine.native.build import load
 
 TARGET = 0.95
 
@@ -144,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.one_thread:
         torch.set_num_threads(1)
     clock = time.process_time if options.one_thread else time.perf_counter
-    print(native.load("cpu") or native.describe()[0])
+    print(load("cpu") or cpu_ops.describe())
     results = []
     for name in options.dtype:
         dtype = getattr(torch, name)

@@ -27,7 +27,9 @@ from benchmarks import measure
 from odelt_fast import DiT
 from odelt_fast.config import PRESETS
 from odelt_fast.engine.cpu import CpuNetwork
-from odelt_fast.engine.native import build as native
+from odelt_fast.engine.native import cpu_ops
+from odelt_fast.engine.native.build import load
+from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
 
 CPU = torch.device("cpu")
 Variants = dict[str, Callable[[], object]]
@@ -43,13 +45,12 @@ def operators(
         torch.randn(batch * tokens, hidden).to(dtype),
         torch.randn(size).to(dtype),
     )
-    long, state = torch.randn(hidden).to(dtype), torch.randn(batch, 4, 32, 32)
-    velocity, moved = torch.randn(batch, 4, 32, 32).to(dtype), torch.empty(batch, 4, 32, 32)
+    long = torch.randn(hidden).to(dtype)
     gate, shift, scale = (table[:, None, first * size : (first + 1) * size] for first in (0, 1, 2))
-    columns = (table, 0, table, size, 2 * size)
+    columns = Modulation(table, 0, table, size, 2 * size)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return torch.addcmul(shift, F.layer_norm(x, (size,), eps=native.EPS), 1 + scale)
+        return torch.addcmul(shift, F.layer_norm(x, (size,), eps=cpu_ops.EPS), 1 + scale)
 
     def gated(
         x: Tensor, y: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
@@ -73,22 +74,15 @@ def operators(
     def gelu(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias, approximate="tanh")
 
-    def euler(x: Tensor, v: Tensor) -> Tensor:
-        return x + 0.25 * v.float()
-
     plain: dict[str, tuple[int, Callable[..., object], tuple[Tensor, ...], Callable[[], None]]] = {
-        "norm_modulate": (2 * x.nbytes, norm, (x, shift, scale), lambda: native.norm_modulate(x, table, size, 2 * size, out=a)),
         "gated_residual": (
-            4 * x.nbytes, gated, (x, y, bias, gate, shift, scale), lambda: native.gated_residual(x, y, bias, *columns, out_x=a, out=b)
+            4 * x.nbytes, gated, (x, y, bias, gate, shift, scale), lambda: cpu_ops.gated_residual(x, y, bias, columns, out_x=a, out=b)
         ),
         "group_end": (
             7 * x.nbytes, end, (x, y, bias, xr, vr, gate, shift, scale),
-            lambda: native.group_end(x, y, bias, xr, vr, *columns, out_xr=a, out_vr=b, out=c),
+            lambda: cpu_ops.group_end(x, y, bias, InnerState(xr, vr), columns, (a, b, c)),
         ),
-        "bias_gelu": (2 * wide.nbytes, gelu, (wide, long), lambda: native.bias_gelu_(wide, long)),
-        "euler_update": (
-            2 * state.nbytes + velocity.nbytes, euler, (state, velocity), lambda: native.euler_update(state, velocity, 0.25, out=moved)
-        ),
+        "bias_gelu": (2 * wide.nbytes, gelu, (wide, long), lambda: cpu_ops.bias_gelu_(wide, long)),
     }  # fmt: skip
     table_of: dict[str, tuple[int, Variants]] = {}
     for name, (size_in_bytes, function, inputs, ours) in plain.items():
@@ -162,7 +156,7 @@ def main() -> None:
     parser.add_argument("--no-inductor", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    reason = native.load("cpu")
+    reason = load("cpu")
     if reason:
         parser.error(f"the native operators are not there: {reason}")
     config = PRESETS[options.model]

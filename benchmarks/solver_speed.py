@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmarks.measure import Timer, host_timer, release, summary, synchronize, take_turns
 from benchmarks.sampling import CONFIGS, LEAST_BOUND, Cell, inputs, random_model
 from odelt_fast import DiT, Sampler
+from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
 from odelt_fast.engine.graphs import capture
-from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive, repeat
 from odelt_fast.sampling.velocity import compiled
 from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.tableau import find_tableau

@@ -1,10 +1,10 @@
-// Schemas of the native operators; cpu/ and cuda/ register what they implement. odelt_fast/native.py says what each one computes.
+// Schemas of the native operators; cpu/ and cuda/ register what they implement. odelt_fast/engine/native/ says what each one computes.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(odelt_native, m) {
-  m.def("cpu_width() -> int");
+  m.def("cpu_level() -> int");  // of processor.h
+  m.def("cpu_width() -> int");  // floats in a vector
   // The results overwrite out_x, out_vr and out, which may be inputs: fresh memory costs more than the arithmetic.
-  m.def("norm_modulate(Tensor x, Tensor modulation, int shift_column, int scale_column, float eps, Tensor(a!) out) -> ()");
   m.def(
       "gated_residual(Tensor x, Tensor y, Tensor? bias, Tensor gates, int gate_column, Tensor modulation, int shift_column, "
       "int scale_column, float eps, Tensor(a!) out_x, Tensor(b!) out) -> ()");
@@ -12,7 +12,6 @@ STABLE_TORCH_LIBRARY(odelt_native, m) {
       "group_end(Tensor x, Tensor y, Tensor? bias, Tensor? xr, Tensor? vr, Tensor gates, int gate_column, Tensor modulation, "
       "int shift_column, int scale_column, Tensor? steps, float eps, Tensor(a!)? out_xr, Tensor(b!) out_vr, Tensor(c!) out) -> ()");
   m.def("bias_gelu_(Tensor(a!) x, Tensor? bias) -> ()");
-  m.def("euler_update(Tensor x, Tensor v, float d, Tensor(a!) out) -> ()");
   m.def("has_products(Tensor like) -> bool");
   m.def("pack_weight(Tensor weight, Tensor(a!) out) -> ()");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");

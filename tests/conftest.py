@@ -30,11 +30,11 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def native_cache(native_folder: Path) -> Iterator[Path]:
     """The cache folder with the CPU library in it, used for the tests of one module: elsewhere
     samplers run as nobody built it."""
-    from odelt_fast.engine.native import build as native
+    from odelt_fast.engine.native.build import load
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ODELT_FAST_CACHE", str(native_folder))
-        reason = native.load("cpu")
+        reason = load("cpu")
         if reason is not None:
             pytest.fail(f"the CPU operators cannot be built: {reason}")
         yield native_folder

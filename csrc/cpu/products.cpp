@@ -21,8 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const Products* products(const Tensor& x) {
-  static const Products* float32 = has_avx512() ? avx512_products() : nullptr;
-  static const Products* bfloat16 = has_amx() ? amx_products() : nullptr;
+  static const Products* float32 = cpu_level() >= AVX512 ? avx512_products() : nullptr;
+  static const Products* bfloat16 = cpu_level() >= AMX ? amx_products() : nullptr;
   STD_TORCH_CHECK(x.is_cpu(), "tensors must be on the CPU");
   return x.scalar_type() == ScalarType::Float ? float32 : x.scalar_type() == ScalarType::BFloat16 ? bfloat16 : nullptr;
 }

@@ -5,42 +5,40 @@ namespace {
 // Where the value i of a row lies.
 inline int64_t at(int64_t i, int64_t step) { return (i >> 5) * step + (i & 31); }
 
-// Base of the norm, kept in float32: x; or x + gate*(y + bias); or at a group's end xr + v, vr + v with v = step*(x + gate*(y + bias)).
-template <typename T, bool GATED> __attribute__((always_inline)) inline Float base(const Row& row, int64_t i, int64_t left) {
+// Base of the norm, kept in float32: x + gate*(y + bias); or at a group's end xr + v, vr + v with v = step*(x + gate*(y + bias)).
+template <typename T> __attribute__((always_inline)) inline Float base(const Row& row, int64_t i, int64_t left) {
   const bool whole = left >= WIDTH;
   auto read_at = [&](const auto* p) { return whole ? load(p) : load(p, left); };
   auto read = [&](const auto* p) { return read_at(p + i); };
   auto write = [&](void* p, Float f) { whole ? store(static_cast<T*>(p) + i, f) : store(static_cast<T*>(p) + i, f, left); };
   Float value = read(static_cast<const T*>(row.x));
-  if constexpr (GATED) {
-    Float y = read_at(static_cast<const T*>(row.y) + at(i, row.y_step));
-    if (row.bias) y += read(row.bias);
-    value += read(row.gate) * y;
-    if (row.out_vr) {
-      Float velocity = value * row.step;
-      value = row.vr ? velocity + read(static_cast<const T*>(row.vr)) : velocity;
-      write(row.out_vr, value);
-      if (row.xr) value = velocity + read(static_cast<const T*>(row.xr));
-    }
-    if (row.out_x) write(row.out_x, value);
+  Float y = read_at(static_cast<const T*>(row.y) + at(i, row.y_step));
+  if (row.bias) y += read(row.bias);
+  value += read(row.gate) * y;
+  if (row.out_vr) {
+    Float velocity = value * row.step;
+    value = row.vr ? velocity + read(static_cast<const T*>(row.vr)) : velocity;
+    write(row.out_vr, value);
+    if (row.xr) value = velocity + read(static_cast<const T*>(row.xr));
   }
+  if (row.out_x) write(row.out_x, value);
   return value;
 }
 
-template <typename T, bool GATED> void norm_row(const Row& row) {
+template <typename T> void gated_row(const Row& row) {
   alignas(64) float values[MAX_SIZE + WIDTH];
   const int64_t size = row.size, whole = size / WIDTH * WIDTH;
   Float total = {}, total2 = {}, squares = {}, squares2 = {};
   int64_t i = 0;
   for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
-    Float a = base<T, GATED>(row, i, 2 * WIDTH), b = base<T, GATED>(row, i + WIDTH, WIDTH);
+    Float a = base<T>(row, i, 2 * WIDTH), b = base<T>(row, i + WIDTH, WIDTH);
     store(values + i, a);
     store(values + i + WIDTH, b);
     total += a;
     total2 += b;
   }
   for (; i < size; i += WIDTH) {
-    Float a = base<T, GATED>(row, i, size - i);
+    Float a = base<T>(row, i, size - i);
     store(values + i, a);
     total += a;
   }
@@ -78,20 +76,10 @@ template <typename T> void bias_gelu(void* data, const float* bias, int64_t size
   }
 }
 
-template <typename T> void euler(const float* x, const void* velocity, float* out, float d, int64_t size) {
-  const T* v = static_cast<const T*>(velocity);
-  int64_t i = 0;
-  for (; i + WIDTH <= size; i += WIDTH) store(out + i, load(x + i) + d * load(v + i));
-  if (i < size) store(out + i, load(x + i, size - i) + d * load(v + i, size - i), size - i);
-}
-
 }  // namespace
 
 const RowFunctions* FUNCTIONS() {
-  static constexpr RowFunctions table = {WIDTH,
-                                         {norm_row<float, false>, norm_row<bfloat16, false>},
-                                         {norm_row<float, true>, norm_row<bfloat16, true>},
-                                         {bias_gelu<float>, bias_gelu<bfloat16>},
-                                         {euler<float>, euler<bfloat16>}};
+  static constexpr RowFunctions table = {
+      WIDTH, {gated_row<float>, gated_row<bfloat16>}, {bias_gelu<float>, bias_gelu<bfloat16>}};
   return &table;
 }

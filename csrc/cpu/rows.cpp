@@ -21,14 +21,17 @@ constexpr int64_t GRAIN = 1 << 15;  // values below which a thread of its own co
 
 // The widest vectors that may be used.
 const RowFunctions& functions() {
-  static const RowFunctions* chosen = has_avx512_bf16() && avx512_bf16_functions() ? avx512_bf16_functions()
-                                      : has_avx512() && avx512_functions()           ? avx512_functions()
-                                      : has_avx2() && avx2_functions()               ? avx2_functions()
-                                                                                     : baseline_functions();
+  const Level level = cpu_level();
+  static const RowFunctions* chosen = level >= AVX512 && rounds_bfloat16() && avx512_bf16_functions() ? avx512_bf16_functions()
+                                      : level >= AVX512 && avx512_functions()                          ? avx512_functions()
+                                      : level >= AVX2 && avx2_functions()                              ? avx2_functions()
+                                                                                                       : baseline_functions();
   return *chosen;
 }
 
 int64_t cpu_width() { return functions().width; }
+
+int64_t level() { return cpu_level(); }
 
 int index_of(const Tensor& x, const char* name) {
   STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
@@ -104,22 +107,21 @@ struct Gated {
   int64_t gate_column;
 };
 
-void norm_rows(const Tensor& x, const std::optional<Gated>& gated, const Tensor& modulation, int64_t shift_column, int64_t scale_column,
-               double eps, const Tensors& out_x, const Tensors& out_vr, const Tensor& out) {
+void norm_rows(const Tensor& x, const Gated& given, const Tensor& modulation, int64_t shift_column, int64_t scale_column, double eps,
+               const Tensors& out_x, const Tensors& out_vr, const Tensor& out) {
   const int kind = index_of(x, "x");
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) > 0 && x.size(2) <= MAX_SIZE, "x must be (B, N, D) with D from 1 to ", MAX_SIZE);
   const int64_t batch = x.size(0), tokens = x.size(1), size = x.size(2);
-  const Gated given = gated.value_or(Gated{x});
-  const Tokens in_x(x, x, "x"), in_y(given.y, x, "y", gated.has_value()), in_xr(given.xr, x, "xr"), in_vr(given.vr, x, "vr");
+  const Tokens in_x(x, x, "x"), in_y(given.y, x, "y", true), in_xr(given.xr, x, "xr"), in_vr(given.vr, x, "vr");
   const Table table(modulation, batch, size, "modulation", {shift_column, scale_column});
-  const Table gate(gated ? Tensors(given.gates) : Tensors(), batch, size, "gates", {given.gate_column});
+  const Table gate(given.gates, batch, size, "gates", {given.gate_column});
   const Table offset(as_row(given.bias), 1, size, "bias", {0});
   const Table step(given.steps ? Tensors(torch::stable::unsqueeze(*given.steps, 1)) : Tensors(), batch, 1, "steps", {0});
   char *to_x = result(out_x, x, "out_x"), *to_vr = result(out_vr, x, "out_vr");
   const Tokens to_h(out, x, "out", true);
   STD_TORCH_CHECK(out.is_contiguous(), "out must be contiguous");
   const int64_t row_bytes = size * static_cast<int64_t>(x.element_size());
-  const auto run = (gated ? functions().gated : functions().norm)[kind];
+  const auto run = functions().gated[kind];
   torch::stable::parallel_for(0, batch * tokens, std::max<int64_t>(1, GRAIN / size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / tokens, n = i % tokens, o = i * row_bytes;
@@ -128,10 +130,6 @@ void norm_rows(const Tensor& x, const std::optional<Gated>& gated, const Tensor&
               to_x ? to_x + o : nullptr, to_vr ? to_vr + o : nullptr, const_cast<void*>(to_h.row(b, n)), size, in_y.step, to_h.step});
     }
   });
-}
-
-void norm_modulate(const Tensor& x, const Tensor& modulation, int64_t shift_column, int64_t scale_column, double eps, Tensor out) {
-  norm_rows(x, {}, modulation, shift_column, scale_column, eps, {}, {}, out);
 }
 
 void gated_residual(const Tensor& x, const Tensor& y, const Tensors& bias, const Tensor& gates, int64_t gate_column,
@@ -159,28 +157,15 @@ void bias_gelu_(Tensor x, const Tensors& bias) {
   });
 }
 
-void euler_update(const Tensor& x, const Tensor& v, double d, Tensor out) {
-  STD_TORCH_CHECK(index_of(x, "x") == 0, "x must be float32");
-  const int kind = index_of(v, "v");
-  STD_TORCH_CHECK(x.is_contiguous() && v.is_contiguous() && x.numel() == v.numel(), "x and v must be contiguous and of one shape");
-  const float* from = static_cast<const float*>(x.const_data_ptr());
-  const char* velocity = static_cast<const char*>(v.const_data_ptr());
-  float* to = reinterpret_cast<float*>(result(out, x, "out"));
-  const int64_t bytes = static_cast<int64_t>(v.element_size());
-  const auto run = functions().euler[kind];
-  torch::stable::parallel_for(0, x.numel(), GRAIN, [&](int64_t begin, int64_t end) {
-    run(from + begin, velocity + begin * bytes, to + begin, static_cast<float>(d), end - begin);
-  });
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(odelt_native, CompositeExplicitAutograd, m) { m.impl("cpu_width", TORCH_BOX(&cpu_width)); }
+STABLE_TORCH_LIBRARY_IMPL(odelt_native, CompositeExplicitAutograd, m) {
+  m.impl("cpu_level", TORCH_BOX(&level));
+  m.impl("cpu_width", TORCH_BOX(&cpu_width));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(odelt_native, CPU, m) {
-  m.impl("norm_modulate", TORCH_BOX(&norm_modulate));
   m.impl("gated_residual", TORCH_BOX(&gated_residual));
   m.impl("group_end", TORCH_BOX(&group_end));
   m.impl("bias_gelu_", TORCH_BOX(&bias_gelu_));
-  m.impl("euler_update", TORCH_BOX(&euler_update));
 }

@@ -13,11 +13,9 @@ struct Row {
 
 struct RowFunctions {
   int width;  // floats in a vector
-  // Each for a state of float32 and of bfloat16; euler's state is float32 and its velocity either.
-  void (*norm[2])(const Row&);
+  // Each for float32 and bfloat16.
   void (*gated[2])(const Row&);
   void (*bias_gelu[2])(void* x, const float* bias, int64_t size);
-  void (*euler[2])(const float* x, const void* v, float* out, float d, int64_t size);
 };
 
 constexpr int64_t MAX_SIZE = 8192;  // of a row: the float32 copy of one lives on the stack

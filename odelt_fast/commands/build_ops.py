@@ -22,10 +22,10 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     import time
 
-    from odelt_fast.engine.native import build as native
+    from odelt_fast.engine.native.build import LIBRARIES, BuildError, build, cuda_toolkit
 
-    for library in native.LIBRARIES if options.cuda else native.LIBRARIES[:1]:
-        if library == "cuda" and native.cuda_toolkit() is None:
+    for library in LIBRARIES if options.cuda else LIBRARIES[:1]:
+        if library == "cuda" and cuda_toolkit() is None:
             print(
                 "cuda: left out, there is no nvcc (install the CUDA toolkit, or set CUDA_HOME to"
                 " its folder)"
@@ -33,7 +33,7 @@ def run(options: Command) -> None:
             continue
         start = time.perf_counter()
         try:
-            path = native.build(library, options.verbose, options.force)
-        except native.BuildError as error:
+            path = build(library, options.verbose, options.force)
+        except BuildError as error:
             raise ValueError(f"the {library} operators cannot be built: {error}") from error
         print(f"{library}: {path} ({time.perf_counter() - start:.1f} s)")

@@ -65,7 +65,7 @@ def facts() -> dict[str, Any]:
         describe_package,
         device_unavailable,
     )
-    from odelt_fast.engine.native import build as native
+    from odelt_fast.engine.native import cpu_ops, while_graph
 
     def card(index: int) -> dict[str, Any]:
         device = torch.device("cuda", index)
@@ -91,7 +91,7 @@ def facts() -> dict[str, Any]:
         },
         "cuda": [card(index) for index in range(torch.cuda.device_count())],
         "packages": [describe_package(package) for package in ("triton", "flash-attn", "xformers")],
-        "native": native.describe(),
+        "native": [cpu_ops.describe(), while_graph.describe()],
         "extras": missing_packages(),
         "bundled_models": list(bundled_models()),
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from odelt_fast.engine.operators import ATTENTIONS
+from odelt_fast.files import one_line
 from odelt_fast.model import Block, DiT, FinalLayer, ScalarEmbedding
 
 # Attentions of other packages, never yet run on a card by this project's tests: (package, module).
@@ -53,7 +54,7 @@ def kernels_unavailable() -> str | None:
     except _BROKEN as error:
         return (
             "it needs Triton 3.6 or newer (pip install 'odelt-fast[cuda]'), which cannot be"
-            f" loaded: {_one_line(error)}"
+            f" loaded: {one_line(error)}"
         )
     return None
 
@@ -93,7 +94,7 @@ def attention_unavailable(
         try:
             importlib.import_module(UNTESTED[name][1])
         except _BROKEN_PACKAGE as error:
-            return f"{UNTESTED[name][0]} cannot be loaded: {_one_line(error)}"
+            return f"{UNTESTED[name][0]} cannot be loaded: {one_line(error)}"
     if dtype not in (torch.bfloat16, torch.float16) and name != "xformers":
         return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
@@ -110,10 +111,11 @@ def try_attention(
     name: str, function: Callable[[Tensor, int], Tensor], qkv: Tensor, heads: int
 ) -> str | None:
     """Runs it once on `qkv`: the reason why it cannot run, or None."""
+    errors = _BROKEN_PACKAGE if name in UNTESTED else _BROKEN
     try:
         function(qkv, heads)
-    except _BROKEN_PACKAGE if name in UNTESTED else _BROKEN as error:
-        return f"a trial failed: {_one_line(error)}"
+    except errors as error:
+        return f"a trial failed: {one_line(error)}"
     return None
 
 
@@ -135,7 +137,3 @@ def describe_package(name: str) -> str:
         version = "not installed"
     untested = any(name == package for package, _ in UNTESTED.values())
     return f"{name} {version}{' (untested here)' if untested else ''}"
-
-
-def _one_line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

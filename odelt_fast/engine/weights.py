@@ -3,7 +3,7 @@ matrix, float8 where asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -14,11 +14,8 @@ from torch import Tensor
 from odelt_fast.model import DiT
 
 LAYERS = ("qkv", "attention_out", "mlp_in", "mlp_out")
-FLOAT8_LAYERS = (
-    "qkv",
-    "mlp_in",
-    "mlp_out",
-)  # the output projection is too small to repay the quantisation of its input
+# The output projection is too small to repay the quantisation of its input.
+FLOAT8_LAYERS = ("qkv", "mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -32,28 +29,26 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        return sum(
-            tensor.nbytes for tensor in (self.weight, self.bias, self.scale) if tensor is not None
-        )
+        return sum(each.nbytes for each in (self.weight, self.bias, self.scale) if each is not None)
 
 
 @dataclass(frozen=True)
 class BlockLayers:
+    """The matrix products of a block."""
+
     qkv: Layer
     attention_out: Layer
     mlp_in: Layer
     mlp_out: Layer
 
 
-class Watched:
-    """Notices when parameters are written to, or moved (not: changes through `.data`, and
+class ParameterVersions:
+    """Tells whether parameters have been written to, or moved (not: changes through `.data`, and
     parameters that replace them)."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
         self.parameters = list(parameters)
-        self._versioned = [
-            parameter for parameter in self.parameters if not parameter.is_inference()
-        ]
+        self._versioned = [each for each in self.parameters if not each.is_inference()]
         self.update()
 
     def _now(self) -> tuple[int, int]:
@@ -81,49 +76,42 @@ class PreparedWeights:
     ) -> None:
         model: Any = given
         config = given.config
-        self._watched = Watched(list(given.parameters()))
+        self._versions = ParameterVersions(given.parameters())
         blocks = model.blocks[: config.live_blocks(given.max_depth)]
         self.modulation = stack_modulations(blocks, given)
         self.blocks = [
             BlockLayers(*(_layer(name, getattr(block, name), quantize) for name in LAYERS))
             for block in blocks
         ]
-        self.patch = Layer(
-            model.patch_embed.weight.detach().flatten(1), model.patch_embed.bias.detach()
-        )
+        patch = _layer("", model.patch_embed, None)
+        self.patch = Layer(patch.weight.flatten(1), patch.bias)
         self.final = _layer("", model.final_layer.out, None)
         self.final_modulation = _layer("", model.final_layer.modulation, None)
-        self.time_embed, self.step_embed, self.label_embed = (
-            model.time_embed,
-            model.step_embed,
-            model.label_embed,
-        )
-        self.length_embed: Tensor | None = (
-            model.length_embed.weight.detach() if config.length_conditioned else None
-        )
-        self.group_steps: dict[
-            int, Tensor | None
-        ] = {}  # by depth: (1,) float32, rounded to the model's dtype as the model does
-        for depth in config.depths:
-            step = (
-                (config.depth_group / torch.tensor([depth], dtype=given.dtype))
-                .float()
-                .to(given.device)
-            )
-            self.group_steps[depth] = step if config.inner_step == "inverse_depth" else None
-        self._watched.update()
+        self.time_embed, self.step_embed = model.time_embed, model.step_embed
+        self.label_embed = model.label_embed
+        self.length_embed: Tensor | None = None
+        if config.length_conditioned:
+            self.length_embed = model.length_embed.weight.detach()
+        # By depth: (1,) float32, rounded to the model's dtype as the model does; None: 1.
+        self.group_steps: dict[int, Tensor | None] = dict.fromkeys(config.depths)
+        if config.inner_step == "inverse_depth":
+            for depth in config.depths:
+                step = config.depth_group / torch.tensor([depth], dtype=given.dtype)
+                self.group_steps[depth] = step.float().to(given.device)
+        self._versions.update()
 
     def is_current(self) -> bool:
-        """Whether the weights are still those they were prepared from, as far as `Watched` sees."""
-        return self._watched.unchanged()
+        """Whether the weights are still those they were prepared from, as far as
+        `ParameterVersions` tells."""
+        return self._versions.unchanged()
 
     def are_of(self, model: DiT) -> bool:
         """Whether they were prepared from just this model's parameters as they are now."""
         own = list(model.parameters())
         return (
             self.is_current()
-            and len(own) == len(self._watched.parameters)
-            and all(a is b for a, b in zip(self._watched.parameters, own))
+            and len(own) == len(self._versions.parameters)
+            and all(a is b for a, b in zip(self._versions.parameters, own))
         )
 
     @property
@@ -131,12 +119,8 @@ class PreparedWeights:
         """Bytes of the weights in memory: of one live block (its modulation included), and of the
         ends."""
         each = sum(getattr(self.blocks[0], name).nbytes for name in LAYERS) if self.blocks else 0
-        ends = [
-            *self.time_embed.parameters(),
-            *self.step_embed.parameters(),
-            self.label_embed.weight,
-            self.length_embed,
-        ]
+        ends = [*self.time_embed.parameters(), *self.step_embed.parameters()]
+        ends += [self.label_embed.weight, self.length_embed]
         ends += [self.patch, self.final, self.final_modulation]
         return {
             "per_block": each + self.modulation.nbytes // max(1, len(self.blocks)),

@@ -12,18 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from odelt_fast.engine import availability, fused, operators
+from odelt_fast.engine import availability, device_adaptive, fused, operators
 from odelt_fast.engine.adaptive import AdaptiveTrajectory
+from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
-from odelt_fast.engine.native import build as native
-from odelt_fast.engine.native.while_graph import AdaptiveGraph, DeviceAdaptive
+from odelt_fast.engine.native.while_graph import while_graph_unavailable
 from odelt_fast.operation import Operation
 from odelt_fast.sampling.flow_map import flow
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.solvers.tableau import find_tableau
+from tests.engine.test_device_adaptive import NoHost, smooth, states
 from tests.engine.test_graphs import CPU, NEEDS_CUDA, Replayed, cuda_model, replayed, warned
-from tests.engine.test_while_graph import NoHost, smooth, states
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
 from tests.helpers.reference_cases import relative_error
 from tests.helpers.solving import solve_adaptive
@@ -211,7 +211,7 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.fixture
 def while_nodes(monkeypatch: pytest.MonkeyPatch, native_folder: Path) -> None:
     monkeypatch.setenv("ODELT_FAST_CACHE", str(native_folder))
-    reason = native.while_graph_reason()
+    reason = while_graph_unavailable()
     if reason:
         pytest.skip(reason)
 
@@ -279,7 +279,7 @@ def test_cuda_steps_replayed_by_the_host_are_the_same(
 ) -> None:
     model = cuda_model(depth=4)
     expected = Sampler(model, solver="dopri5", backend="fused")(2, labels=3)
-    monkeypatch.setattr(native, "while_graph_reason", lambda build_it=True: "not today")
+    monkeypatch.setattr(device_adaptive, "while_graph_unavailable", lambda build_it=True: "not today")
     fresh = cuda_model(depth=4)
     fresh.load_state_dict(model.state_dict())
     sampler = Sampler(fresh, solver="dopri5", backend="fused")

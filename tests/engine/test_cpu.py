@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast import DiT, DiTConfig, Sampler
-from odelt_fast.engine.cpu import CpuNetwork, choose, why_not
+from odelt_fast.engine.cpu import CpuNetwork, choose, native_unavailable
 
 SMALL = DiTConfig(
     image_size=8,
@@ -148,9 +148,9 @@ def test_threads_do_not_mix_their_batches() -> None:
     assert not wrong
 
 
-def test_the_reason_why_not_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = network(SMALL, torch.float16)
-    assert why_not(half) == "its dtype is torch.float16"
+    assert native_unavailable(half) == "its dtype is torch.float16"
     with pytest.raises(ValueError, match="native operators cannot run this model: its dtype"):
         CpuNetwork(half)
     assert choose(half) is half

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import re
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -24,10 +21,9 @@ from odelt_fast.kernels.linear import linear_reference
 from odelt_fast.kernels.quantize import quantize_rows_reference
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
-from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
+from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu, run_python
 from tests.helpers.reference_cases import Case, load_case, model_cases, relative_error
 
-ROOT = Path(__file__).resolve().parents[2]
 FP8_BOUND = 4e-2  # promised, of one evaluation
 
 
@@ -47,18 +43,6 @@ def depth_of(name: str) -> int | None:
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
-
-
-def child(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
 
 
 def test_recorded_cases_are_there() -> None:
@@ -387,9 +371,9 @@ for changes in ({"inner_step": "inverse_depth"}, {"length_conditioned": False, "
 
 def test_compiled_kernels_make_the_models_velocity() -> None:
     """In Triton's interpreter, float32, every operator of the engine's sequence."""
-    run = child(KERNELS, TRITON_INTERPRET="1")
-    errors = [float(line.split()[1]) for line in run.stdout.splitlines()]
-    assert len(errors) == 5, run.stdout + run.stderr
+    lines = run_python(KERNELS, TRITON_INTERPRET="1").splitlines()
+    errors = [float(line.split()[1]) for line in lines]
+    assert len(errors) == 5
     assert max(errors) < 2e-6
 
 
@@ -420,9 +404,7 @@ assert torch.equal(Sampler(model)(2), expected)
 
 
 def test_without_triton_auto_runs_the_model_and_fused_says_why() -> None:
-    run = child(NO_TRITON)
-    assert run.returncode == 0, run.stdout + run.stderr
-    first, second = run.stdout.splitlines()
+    first, second = run_python(NO_TRITON).splitlines()
     assert (
         first
         == "it needs Triton 3.6 or newer (pip install 'odelt-fast[cuda]'), which cannot be loaded:"

@@ -3,7 +3,11 @@ plain PyTorch operators on the CPU."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,20 @@ from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import GraphCache
 from odelt_fast.model import DiT
 from tests.helpers import small_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(program: str, **environment: str) -> str:
+    """What a program prints in a process of its own, which must succeed, without the last line
+    break."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment}
+    run = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout.strip()
 
 
 def random_model(**changes: object) -> DiT:

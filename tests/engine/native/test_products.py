@@ -3,11 +3,7 @@ network that runs on them is the model."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +13,10 @@ from torch import Tensor
 from odelt_fast import DiT, DiTConfig
 from odelt_fast.engine import cpu as cpu_network
 from odelt_fast.engine.cpu import CpuNetwork
-from odelt_fast.engine.native import build as native
+from odelt_fast.engine.native import cpu_ops
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("native_cache")
+
 DTYPES = (torch.float32, torch.bfloat16)
 # Rows, inner, columns: one value, ragged ends of tiles and of parts of K, K in several parts with
 # the sums of all columns kept.
@@ -36,14 +33,9 @@ SHAPES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _library(native_cache: Path) -> None:
-    assert native.load("cpu", build_it=False) is None
-
-
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    if not native.has_products(request.param):
+    if not cpu_ops.has_products(request.param):
         pytest.skip(f"this processor has no instructions for products of {request.param}")
     return request.param
 
@@ -75,7 +67,7 @@ def test_linear_is_as_accurate_as_pytorch(dtype: torch.dtype, shape: tuple[int, 
         draw(512, dtype=dtype),
     )
     out, around = poisoned(rows, columns, dtype)
-    native.linear(x[:rows], native.pack_weight(weight[:columns]), bias[:columns], out=out)
+    cpu_ops.linear(x[:rows], cpu_ops.pack_weight(weight[:columns]), bias[:columns], out=out)
     truth, peer = F.linear(x.double(), weight.double(), bias.double()), F.linear(x, weight, bias)
     assert (out.double() - truth[:rows, :columns]).abs().max() <= 2 * (
         peer.double() - truth
@@ -103,8 +95,8 @@ def test_mlp_is_as_accurate_as_pytorch(
         draw(columns, hidden, dtype=dtype) / hidden**0.5,
     )
     out, around = poisoned(rows, columns, dtype)
-    native.mlp(
-        x[:rows], native.pack_weight(weights[0]), bias, native.pack_weight(weights[1]), out=out
+    cpu_ops.mlp(
+        x[:rows], cpu_ops.pack_weight(weights[0]), bias, cpu_ops.pack_weight(weights[1]), out=out
     )
 
     def plain(x: Tensor, bias: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -120,11 +112,11 @@ def test_mlp_is_as_accurate_as_pytorch(
 
 def test_linear_without_a_bias_of_a_slice_of_rows_and_of_none(dtype: torch.dtype) -> None:
     wide, weight = draw(40, 200, dtype=dtype), draw(50, 100, dtype=dtype)
-    x, packed = wide[:, 60:160], native.pack_weight(weight)
+    x, packed = wide[:, 60:160], cpu_ops.pack_weight(weight)
     out = torch.empty(40, 50, dtype=dtype)
-    native.linear(x, packed, out=out)
+    cpu_ops.linear(x, packed, out=out)
     assert_as_accurate(out, x @ weight.t(), x.double() @ weight.double().t())
-    native.linear(x[:0], packed, out=out[:0])
+    cpu_ops.linear(x[:0], packed, out=out[:0])
 
 
 def tiles(x: Tensor) -> Tensor:
@@ -138,7 +130,7 @@ def tiles(x: Tensor) -> Tensor:
 )
 def test_tiles_are_rows_in_another_order(rows: int, inner: int, columns: int, threads: int) -> None:
     dtype, before = torch.bfloat16, torch.get_num_threads()
-    if not native.has_tiles(dtype):
+    if not cpu_ops.has_tiles(dtype):
         pytest.skip("this processor has no instructions for tiles")
     x, weight, back = (
         draw(rows, inner, dtype=dtype),
@@ -146,13 +138,13 @@ def test_tiles_are_rows_in_another_order(rows: int, inner: int, columns: int, th
         draw(inner, columns, dtype=dtype),
     )
     packed, packed_back, bias = (
-        native.pack_weight(weight / inner**0.5),
-        native.pack_weight(back),
+        cpu_ops.pack_weight(weight / inner**0.5),
+        cpu_ops.pack_weight(back),
         draw(columns, dtype=dtype),
     )
     plain, pair = torch.empty(rows, columns, dtype=dtype), torch.empty(rows, inner, dtype=dtype)
-    native.linear(x, packed, bias, out=plain)
-    native.mlp(x, packed, bias, packed_back, out=pair)
+    cpu_ops.linear(x, packed, bias, out=plain)
+    cpu_ops.mlp(x, packed, bias, packed_back, out=pair)
     try:
         torch.set_num_threads(threads)
         for given in (x, tiles(x)):
@@ -160,13 +152,13 @@ def test_tiles_are_rows_in_another_order(rows: int, inner: int, columns: int, th
                 torch.full_like(plain, torch.nan),
                 tiles(torch.full_like(plain, torch.nan)),
             ):
-                native.linear(given, packed, bias, out=result)
+                cpu_ops.linear(given, packed, bias, out=result)
                 assert torch.equal(result, tiles(plain) if result.dim() == 4 else plain)
             for result in (
                 torch.full_like(pair, torch.nan),
                 tiles(torch.full_like(pair, torch.nan)),
             ):
-                native.mlp(given, packed, bias, packed_back, out=result)
+                cpu_ops.mlp(given, packed, bias, packed_back, out=result)
                 assert torch.equal(result, tiles(pair) if result.dim() == 4 else pair)
     finally:
         torch.set_num_threads(before)
@@ -177,31 +169,31 @@ def test_tiles_are_rows_in_another_order(rows: int, inner: int, columns: int, th
 )
 def test_attention_in_tiles_is_that_of_rows(tokens: int, heads: int, dim: int) -> None:
     dtype = torch.bfloat16
-    if not native.has_tiles(dtype):
+    if not cpu_ops.has_tiles(dtype):
         pytest.skip("this processor has no instructions for tiles")
     qkv = draw(2, tokens, 3 * heads * dim, dtype=dtype)
     plain = torch.empty(2, tokens, heads * dim, dtype=dtype)
-    native.attention(qkv, heads, dim**-0.5, out=plain)
+    cpu_ops.attention(qkv, heads, dim**-0.5, out=plain)
     for given in (qkv, tiles(qkv)):
         for result in (torch.full_like(plain, torch.nan), tiles(torch.full_like(plain, torch.nan))):
-            native.attention(given, heads, dim**-0.5, out=result)
+            cpu_ops.attention(given, heads, dim**-0.5, out=result)
             assert torch.equal(result, tiles(plain) if result.dim() == 5 else plain)
 
 
 def test_tiles_may_lie_anywhere_in_memory() -> None:
     dtype = torch.bfloat16
-    if not native.has_tiles(dtype):
+    if not cpu_ops.has_tiles(dtype):
         pytest.skip("this processor has no instructions for tiles")
 
     def shifted(x: Tensor) -> Tensor:
         return torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
 
     x, weight = tiles(draw(64, 64, dtype=dtype)), draw(64, 64, dtype=dtype)
-    qkv, packed = tiles(draw(1, 64, 192, dtype=dtype)), native.pack_weight(weight)
+    qkv, packed = tiles(draw(1, 64, 192, dtype=dtype)), cpu_ops.pack_weight(weight)
     for run, given in (
-        (lambda x, out: native.linear(x, packed, out=out), x),
-        (lambda x, out: native.mlp(x, packed, draw(64, dtype=dtype), packed, out=out), x),
-        (lambda x, out: native.attention(x, 2, 1.0, out=out), qkv),
+        (lambda x, out: cpu_ops.linear(x, packed, out=out), x),
+        (lambda x, out: cpu_ops.mlp(x, packed, draw(64, dtype=dtype), packed, out=out), x),
+        (lambda x, out: cpu_ops.attention(x, 2, 1.0, out=out), qkv),
     ):
         shape = (2, 2, 32, 32) if given is x else (1, 2, 2, 32, 32)
         plain, other = torch.empty(shape, dtype=dtype), shifted(torch.empty(shape, dtype=dtype))
@@ -214,25 +206,25 @@ def test_tiles_may_lie_anywhere_in_memory() -> None:
 def test_what_is_no_whole_tile_is_refused() -> None:
     for shape in ((1, 33, 32), (1, 32, 48)):
         with pytest.raises(ValueError, match="multiples of 32"):
-            native.tiled(*shape)
+            cpu_ops.tiled(*shape)
     x = torch.zeros(1, 1, 32, 32)
-    if native.has_products(x.dtype):
+    if cpu_ops.has_products(x.dtype):
         with pytest.raises(RuntimeError, match="no tiles"):
-            native.linear(x, native.pack_weight(torch.zeros(32, 32)), out=torch.zeros_like(x))
-    if not native.has_tiles(torch.bfloat16):
+            cpu_ops.linear(x, cpu_ops.pack_weight(torch.zeros(32, 32)), out=torch.zeros_like(x))
+    if not cpu_ops.has_tiles(torch.bfloat16):
         return
     x = x.bfloat16()
-    packed = native.pack_weight(x[0, 0])
+    packed = cpu_ops.pack_weight(x[0, 0])
     for wrong in (
         x[:, :, :16],
         torch.zeros(1, 32, 32, 2, dtype=x.dtype)[..., 0][None],
         x.expand(2, 1, 32, 32),
     ):
         with pytest.raises(RuntimeError, match="in tiles must be"):
-            native.linear(wrong, packed, out=torch.zeros_like(x))
+            cpu_ops.linear(wrong, packed, out=torch.zeros_like(x))
     with pytest.raises(RuntimeError, match="multiple of 32 values"):
-        native.attention(
-            torch.zeros(native.tiled(1, 32, 144 * 2), dtype=x.dtype),
+        cpu_ops.attention(
+            torch.zeros(cpu_ops.tiled(1, 32, 144 * 2), dtype=x.dtype),
             2,
             1.0,
             out=torch.zeros(1, 32, 96, dtype=x.dtype),
@@ -244,7 +236,7 @@ def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(
 ) -> None:
     x, threads = draw(300, 1154, dtype=dtype), torch.get_num_threads()
     packed, back = (
-        native.pack_weight(draw(*shape, dtype=dtype)) for shape in ((70, 1154), (90, 70))
+        cpu_ops.pack_weight(draw(*shape, dtype=dtype)) for shape in ((70, 1154), (90, 70))
     )
     bias = draw(70, dtype=dtype)
     layers: dict[tuple[int, int], Tensor] = {}
@@ -256,8 +248,8 @@ def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(
                 torch.empty(count, 70, dtype=dtype),
                 torch.empty(count, 90, dtype=dtype),
             )
-            native.linear(x[:count], packed, out=layers[count, used])
-            native.mlp(x[:count], packed, bias, back, out=pairs[count, used])
+            cpu_ops.linear(x[:count], packed, out=layers[count, used])
+            cpu_ops.mlp(x[:count], packed, bias, back, out=pairs[count, used])
     finally:
         torch.set_num_threads(threads)
     for results in (layers, pairs):
@@ -268,8 +260,8 @@ def test_a_row_is_the_same_in_every_batch_and_with_any_number_of_threads(
 
 def test_denormal_numbers_are_everyone_elses_as_before(dtype: torch.dtype) -> None:
     tiny, x = torch.full((4,), 1e-40), torch.zeros(64, 64, dtype=dtype)
-    native.linear(x, native.pack_weight(x), out=torch.empty_like(x))
-    native.attention(
+    cpu_ops.linear(x, cpu_ops.pack_weight(x), out=torch.empty_like(x))
+    cpu_ops.attention(
         torch.zeros(1, 8, 96, dtype=dtype), 2, 1.0, out=torch.zeros(1, 8, 32, dtype=dtype)
     )
     assert bool((tiny * 0.5 > 0).all())
@@ -284,7 +276,7 @@ def test_attention_is_as_accurate_as_pytorch(
 ) -> None:
     qkv = draw(2, tokens, 3 * heads * dim, dtype=dtype) * 2
     out = torch.full((2, tokens, heads * dim), torch.nan, dtype=dtype)
-    native.attention(qkv, heads, dim**-0.5, out=out)
+    cpu_ops.attention(qkv, heads, dim**-0.5, out=out)
 
     def plain(qkv: Tensor) -> Tensor:
         q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
@@ -305,7 +297,7 @@ def test_attention_takes_logits_of_any_size(dtype: torch.dtype, largest: float) 
     q[0, 1::3, 0] -= largest
     qkv = torch.cat([q, k, v], dim=2).to(dtype)
     out = torch.full((1, tokens, dim), torch.nan, dtype=dtype)
-    native.attention(qkv, 1, 1.0, out=out)
+    cpu_ops.attention(qkv, 1, 1.0, out=out)
 
     def plain(qkv: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(*qkv.chunk(3, dim=2), scale=1.0)
@@ -317,7 +309,7 @@ def test_attention_takes_large_logits_and_keeps_a_nan_to_its_sample(dtype: torch
     qkv = draw(2, 40, 48, dtype=dtype) * 30
     qkv[0, 3, 5] = torch.nan
     out = torch.empty(2, 40, 16, dtype=dtype)
-    native.attention(qkv, 1, 1.0, out=out)
+    cpu_ops.attention(qkv, 1, 1.0, out=out)
     assert out[0, 3].isnan().all()
     assert out[1].isfinite().all()
 
@@ -329,7 +321,7 @@ def refusals() -> list[tuple[str, Callable[[torch.dtype], None]]]:
             "packed": torch.zeros(32, 32, dtype=dtype),
             "out": torch.zeros(4, columns, dtype=dtype),
         }
-        native.linear(**(given | changes))  # type: ignore[arg-type]
+        cpu_ops.linear(**(given | changes))  # type: ignore[arg-type]
 
     def mlp(dtype: torch.dtype, **changes: Tensor) -> None:
         packed = torch.zeros(32, 32, dtype=dtype)
@@ -337,12 +329,14 @@ def refusals() -> list[tuple[str, Callable[[torch.dtype], None]]]:
             "bias": torch.zeros(8, dtype=dtype),
             "out": torch.zeros(4, 8, dtype=dtype),
         } | changes
-        native.mlp(torch.zeros(4, 16, dtype=dtype), packed, given["bias"], packed, out=given["out"])
+        cpu_ops.mlp(
+            torch.zeros(4, 16, dtype=dtype), packed, given["bias"], packed, out=given["out"]
+        )
 
     def attention(
         dtype: torch.dtype, tokens: int = 4, size: int = 16, heads: int = 2, scale: float = 1.0
     ) -> None:
-        native.attention(
+        cpu_ops.attention(
             torch.zeros(1, tokens, 3 * size, dtype=dtype),
             heads,
             scale,
@@ -419,7 +413,7 @@ def test_the_network_is_the_model_at_every_batch(
     model = network(heads, dim, side).to(dtype)
     exact, ours = network(heads, dim, side).double(), CpuNetwork(model)
     exact.load_state_dict(model.state_dict())
-    assert ours.products == native.has_products(dtype)
+    assert ours.products == cpu_ops.has_products(dtype)
     for batch in range(1, 10):
         assert (
             error_of(ours, exact, batch, side) <= 1.25 * error_of(model, exact, batch, side) + 1e-7
@@ -465,40 +459,3 @@ def test_weights_that_change_are_packed_anew(dtype: torch.dtype) -> None:
         model.load_state_dict(other.state_dict())
         assert torch.equal(ours(*arguments, depth=4), CpuNetwork(other)(*arguments, depth=4))
         assert not torch.equal(ours(*arguments, depth=4), before)
-
-
-NARROW = """
-import sys
-sys.path.insert(0, "tests")
-import torch, test_native_products as t
-assert t.native.load("cpu", build_it=False) is None
-for dtype in t.DTYPES:
-    assert not t.native.has_products(dtype)
-    model, exact = t.network(2, 72).to(dtype), t.network(2, 72).double()
-    exact.load_state_dict(model.state_dict())
-    ours = t.CpuNetwork(model)
-    assert not ours.products
-    assert t.error_of(ours, exact, 3) <= 1.25 * t.error_of(model, exact, 3) + 1e-7
-"""
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_a_processor_without_the_instructions_takes_pytorchs_products(
-    native_cache: Path, capability: str
-) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "ODELT_FAST_CACHE": str(native_cache),
-    }
-    environment["ATEN_CPU_CAPABILITY"] = capability
-    done = subprocess.run(
-        [sys.executable, "-c", NARROW],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from odelt_fast.engine import operators
-from odelt_fast.engine.native.while_graph import AHEAD, DeviceAdaptive, repeat
+from odelt_fast.engine.device_adaptive import AHEAD, DeviceAdaptive, repeat
 from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
 from odelt_fast.solvers.tableau import find_tableau
