@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import io
 import os
@@ -22,32 +21,21 @@ from typing import Annotated, Any, Union
 import tyro
 
 from odelt_fast import __version__
+from odelt_fast.files import one_line
 
 COMMANDS = (
-    "sample",
-    "convert",
-    "evaluate",
-    "stats",
-    "profile",
-    "plan",
-    "likelihood",
-    "plot",
-    "train",
-    "ema",
-    "encode",
-    "demo",
-    "serve",
-    "env",
-    "build-ops",
-)
-
-
+    "sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train",
+    "ema", "encode", "demo", "serve", "env", "build-ops",
+)  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 2 after a mistake that stderr explains, 130 after
-    Ctrl-C."""
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 after a mistake that stderr explains, 130 after Ctrl-C.
+    """
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # what tyro asks before it colours; it knows no NO_COLOR
     try:
@@ -59,17 +47,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except (
-        BrokenPipeError
-    ):  # whoever read the output has seen enough; what is still buffered goes nowhere
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is still buffered goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except MemoryError:
-        message = "not enough memory: draw fewer images, or lower --batch-size"
-    except (ValueError, OSError) as mistake:
-        message = " ".join(str(mistake).split())
-    print(f"error: {message if len(message) <= 600 else message[:597] + '...'}", file=sys.stderr)
+    except Exception as mistake:
+        if is_out_of_memory(mistake):
+            message = "not enough memory: draw fewer images, or lower --batch-size"
+        elif isinstance(mistake, (ValueError, OSError)):
+            message = one_line(mistake, limit=600)
+        else:
+            raise
+    print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the host's memory, or a device's, was too small. Torch is not loaded to tell."""
+    torch = sys.modules.get("torch")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError)
 
 
 def run(arguments: list[str]) -> int:
@@ -84,10 +80,8 @@ def run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         description = (
             "Train, sample and measure ODE_t(ODE_l) diffusion and flow transformers. --version"
-            " shows the version, "
-        )
-        description += (
-            "--print-completion SHELL what completes commands and options in bash, zsh or fish."
+            " shows the version, --print-completion SHELL what completes commands and options in"
+            " bash, zsh or fish."
         )
         tyro.cli(all_commands(), args=arguments, prog="odelt-fast", description=description)
     if arguments[0] == "--print-completion":
@@ -109,11 +103,12 @@ def run(arguments: list[str]) -> int:
         module.Command, args=arguments[1:], prog=prog, config=plain, return_unknown_args=True
     )
     if unknown:
+        import difflib
+
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(
-            name,
-            [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Command)],
-        )
+        fields = dataclasses.fields(module.Command)
+        known = [f"--{field.name.replace('_', '-')}" for field in fields]
+        near = difflib.get_close_matches(name, known)
         raise ValueError(
             f"{prog} has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see {prog}"
             " --help"
@@ -127,18 +122,16 @@ def completion(shell: str) -> str:
     script = io.StringIO()
     try:
         with contextlib.redirect_stdout(script):
-            tyro.cli(
-                all_commands(), args=["--tyro-write-completion", shell, "-"], prog="odelt-fast"
-            )
+            arguments = ["--tyro-write-completion", shell, "-"]
+            tyro.cli(all_commands(), args=arguments, prog="odelt-fast")
     except SystemExit as stop:
         if stop.code:
             raise
     # Descriptions become one line each: of longer ones tyro would offer every further line as a
     # word to type.
-    lines = script.getvalue().splitlines()
     return "\n".join(
         re.sub(r"\\+n", " ", line) if line.startswith("COMPLETION_SPEC = ") else line
-        for line in lines
+        for line in script.getvalue().splitlines()
     )
 
 
@@ -147,20 +140,15 @@ def all_commands() -> Any:
     from odelt_fast.train.config import TrainConfig
     from odelt_fast.train.recipes import RECIPES
 
+    train = tyro.conf.subcommand(
+        "train", default=RECIPES["digits"], description=command("train").Command.__doc__
+    )
     kinds: list[Any] = [
         Annotated[command(name).Command, tyro.conf.subcommand(name)]
         for name in COMMANDS
         if name != "train"
     ]
-    kinds.append(
-        Annotated[
-            TrainConfig,
-            tyro.conf.subcommand(
-                "train", default=RECIPES["digits"], description=command("train").Command.__doc__
-            ),
-        ]
-    )
-    return Union[tuple(kinds)]  # noqa: UP007
+    return Union[(*kinds, Annotated[TrainConfig, train])]
 
 
 def command(name: str) -> Any:

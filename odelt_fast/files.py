@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -130,6 +129,8 @@ def check_folder(option: str, path: Path, folder: Path) -> None:
 
     Permission bits say too little: root, read-only systems.
     """
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -156,6 +157,8 @@ def try_out(option: str, path: Path, picture: Any) -> None:
 
     Nothing is kept.
     """
+    import tempfile
+
     try:
         with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))) as file:
             _save_picture(path, picture, file)

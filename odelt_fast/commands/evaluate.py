@@ -93,10 +93,7 @@ def run(options: Command) -> None:
             with contextlib.suppress(OSError):  # another process's, or not empty
                 options.out.rmdir()
         raise
-    try:
-        results = evaluator.run()
-    except torch.OutOfMemoryError as error:
-        raise MemoryError from error
+    results = evaluator.run()
     if evaluator.processes.index == 0:
         text = (
             f"{to_markdown(results)}\n{options.out / 'results.md'}, {options.out / 'results.json'}"

@@ -85,7 +85,6 @@ def run(options: Command) -> None:
     if not 0 <= options.seconds < 1e6:
         raise ValueError(f"--seconds must be from 0 to 1000000, not {options.seconds:g}")
 
-    import torch
 
     from odelt_fast.checkpoints.folder import read_config
     from odelt_fast.commands.budgets import device_of
@@ -114,10 +113,7 @@ def run(options: Command) -> None:
         operations, tuple(dict.fromkeys(options.batches)), tuple(precisions), options.guidance_scale
     )
     say = None if options.quiet or options.json else lambda line: print(line, file=sys.stderr)
-    try:
-        found = profiler.run(grid, say or (lambda line: None))
-    except torch.OutOfMemoryError as error:
-        raise MemoryError from error
+    found = profiler.run(grid, say or (lambda line: None))
     if options.json:
         print(json.dumps({"path": str(path), **asdict(found)}))
         return

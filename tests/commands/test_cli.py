@@ -1,4 +1,4 @@
-"""The command line: what it writes, how it refuses, and how fast it answers."""
+"""The command line: what it writes, how it refuses, and what it loads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from odelt_fast import __version__
 from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.cli import main
+from odelt_fast.commands import env
 from odelt_fast.commands.options import choose_dtype
 from odelt_fast.files import write_whole
 from odelt_fast.sampling.noise import drawn_labels
@@ -28,6 +29,8 @@ from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.small_model import random_model
 
 REFERENCE = Path(__file__).parents[1] / "data" / "reference"
+PATHS = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
 
 
 def save_random(folder: Path, **changes: object) -> str:
@@ -266,15 +269,13 @@ def test_a_link_is_written_through_and_devices_are_left_alone(
 
 
 def test_interrupting_ends_with_130_and_no_file(
-    model: str, workdir: Path, capsys: pytest.CaptureFixture[str]
+    model: str,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.7)
-        assert main(["sample", "--model", model, "--steps", "100000000"]) == 130
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    monkeypatch.setattr(tqdm, "update", lambda bar, count=1: signal.raise_signal(signal.SIGINT))
+    assert main(["sample", "--model", model, "--steps", "1000"]) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert files(workdir) == []
 
@@ -292,10 +293,9 @@ def test_convert_makes_a_folder_that_samples(
     command = ["convert", str(checkpoint), *shape]
     assert main([*command, "--out", "converted"]) == 0
     said = capsys.readouterr().out
-    assert (
-        f"{sum(recorded[name].size for name in recorded.files if name.startswith('params/') and name[7:] != 'Embed_0/embedding'):,} "
-        in said
-    )
+    names = {name for name in recorded.files if name.startswith("params/")}
+    names -= {"params/Embed_0/embedding"}  # written by the reference and read by nothing
+    assert f"{sum(recorded[name].size for name in names):,} parameters" in said
     assert f"hidden_size={config['hidden_size']}" in said
     assert main(["sample", "--model", "converted", "--npz", "a.npz", "--steps", "1"]) == 0
     assert (
@@ -397,31 +397,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"odelt-fast {__version__}\n"
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
+def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, timeout=120
     )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["train", "--help"]])
-def test_help_is_instant_and_loads_no_torch(arguments: list[str]) -> None:
-    code = (
-        f"import sys; from odelt_fast.cli import main; code = main({arguments}); sys.exit(code or"
-        " ('torch' in sys.modules) * 9)"
+def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
+    done = python(
+        f"import sys; from odelt_fast.cli import main; code = main({arguments})\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'PIL', 'huggingface_hub'}\n"
+        "print(sorted(heavy & sys.modules.keys())); sys.exit(code)"
     )
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = python("-c", code)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "usage: odelt-fast" in done.stdout
-    assert min(seconds) < 0.6
+    assert done.returncode == 0, done.stderr
+    assert "usage: odelt-fast" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_a_cold_sample_loads_nothing_heavy_but_torch(model: str) -> None:
@@ -431,7 +422,7 @@ def test_a_cold_sample_loads_nothing_heavy_but_torch(model: str) -> None:
         " 'sklearn', 'accelerate', 'datasets', 'diffusers', 'torch._dynamo'}\nprint(sorted(heavy"
         " & sys.modules.keys())); sys.exit(code)"
     )
-    done = python("-c", code)
+    done = python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
 
@@ -440,13 +431,24 @@ def test_a_closed_pipe_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "odelt_fast.cli", "sample", "--help"]
-    root = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-    }
     done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=60
+        command, stdout=writing, stderr=subprocess.PIPE, env=ENVIRONMENT, timeout=120
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_no_memory_is_one_line_in_every_command(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(env, "run", run)
+    assert main(["env"]) == 2
+    said = "error: not enough memory: draw fewer images, or lower --batch-size\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(env, "run", lambda options: {}["a bug of our own"])
+    with pytest.raises(KeyError):
+        main(["env"])
