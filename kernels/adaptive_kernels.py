@@ -1,8 +1,7 @@
-"""The three kernels of adaptive_step.py: error norm of each sample, the decision over all of them,
-and what follows for the state.
+"""The three kernels of adaptive_step.py: error norms, the decision, and what follows for the state.
 
-Control is float64, as on the host: a time in float32 would leave a step of 1e-7 of the interval no
-bits.
+Norms are of each sample, the decision is over all of them. Control is float64, as on the host: a
+time in float32 would leave a step of 1e-7 of the interval no bits.
 """
 
 from __future__ import annotations
@@ -15,8 +14,10 @@ from odelt_fast.kernels.solver_update import stage_sum
 
 @triton.jit
 def _squares(b_error, b_scale, mask):
-    """Squares of error over tolerance, float64; 0 where the error is 0, whatever the tolerance, and
-    outside the mask."""
+    """Squares of error over tolerance, float64.
+
+    0 where the error is 0, whatever the tolerance, and outside the mask.
+    """
     b_ratio = tl.where(mask & (b_error != 0.0), b_error / b_scale, 0.0).to(tl.float64)
     return b_ratio * b_ratio
 
@@ -28,11 +29,14 @@ def _finite(b_value):
 
 @triton.jit
 def norm_kernel(
-    x, x_new, stages, error, error3, step, rules, squares, squares3, faults, count, last_stage, stage_stride,
+    x, x_new, stages, error, error3, step, rules, squares, squares3, faults,
+    count, last_stage, stage_stride,
     STAGES: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * chunks,): of each chunk of a sample the sum of squares, and faults: 1 x_new or
-    error not finite, 2 velocity not finite."""
+    """Grid (B * chunks,): of each chunk of a sample the sum of squares, and its faults.
+
+    Faults are bits: 1 x_new or error not finite, 2 velocity not finite.
+    """
     chunks = tl.cdiv(count, CHUNK)
     i_b = (tl.program_id(0) // chunks).to(tl.int64)
     first = (tl.program_id(0) % chunks) * CHUNK
@@ -49,14 +53,12 @@ def norm_kernel(
         b_error = b_h * stage_sum(stages, error, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
         b_x = tl.abs(tl.load(x + o_x, mask=mask, other=0.0).to(SUM))
         b_new = tl.load(x_new + o_x, mask=mask, other=0.0).to(SUM)
-        b_k = tl.load(
-            stages + last_stage.to(tl.int64) * stage_stride + o_x, mask=mask, other=0.0
-        ).to(SUM)
+        p_k = stages + last_stage.to(tl.int64) * stage_stride + o_x
+        b_k = tl.load(p_k, mask=mask, other=0.0).to(SUM)
         b_faults |= tl.where(_finite(b_new) & _finite(b_error), 0, 1) | tl.where(_finite(b_k), 0, 2)
         b_new = tl.abs(b_new)
-        b_scale = b_atol + b_rtol * tl.where(
-            (b_x >= b_new) | (b_x != b_x), b_x, b_new
-        )  # NaN in either state must reach the norm
+        b_largest = tl.where((b_x >= b_new) | (b_x != b_x), b_x, b_new)  # NaN must reach the norm
+        b_scale = b_atol + b_rtol * b_largest
         b_squares += _squares(b_error, b_scale, mask)
         if error3 is not None:
             b_error = b_h * stage_sum(stages, error3, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
@@ -84,32 +86,36 @@ def _power(b_x, exponent):
 
 @triton.jit
 def decide_kernel(
-    squares, squares3, faults, control, counters, step, times, nodes, rules, taken, running, batch, chunks, values,
-    EVALUATIONS: tl.constexpr, NODES: tl.constexpr, SHARED: tl.constexpr, FSAL: tl.constexpr, BLOCK: tl.constexpr,
+    squares, squares3, faults, control, counters, step, times, nodes, rules, taken, running,
+    batch, chunks, values,
+    EVALUATIONS: tl.constexpr, NODES: tl.constexpr, SHARED: tl.constexpr, FSAL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (1,): acceptance, control and statistics of all samples, and times of the next attempt;
-    taken (B,) int32."""
+    """Grid (1,): acceptance, control and statistics of all samples, times of the next attempt.
+
+    taken (B,) int32: whether the step of a sample is.
+    """
     o_b = tl.arange(0, BLOCK)
     m_b = o_b < batch
-    t0, t1, smallest, most_steps = (
-        tl.load(rules),
-        tl.load(rules + 1),
-        tl.load(rules + 4),
-        tl.load(rules + 5),
-    )
+    t0, t1 = tl.load(rules), tl.load(rules + 1)
+    smallest, most_steps = tl.load(rules + 4), tl.load(rules + 5)
     exponent, beta = tl.load(rules + 6), tl.load(rules + 7)
     safety, shrink, most_growth = tl.load(rules + 8), tl.load(rules + 9), tl.load(rules + 10)
-    t = tl.load(control + o_b, mask=m_b, other=0.0)
-    h = tl.load(control + batch + o_b, mask=m_b, other=1.0)
-    h_good = tl.load(control + 2 * batch + o_b, mask=m_b, other=1.0)
-    previous = tl.load(control + 3 * batch + o_b, mask=m_b, other=1.0)
-    growth = tl.load(control + 4 * batch + o_b, mask=m_b, other=1.0)
-    status = tl.load(counters + o_b, mask=m_b, other=0)
-    accepted = tl.load(counters + batch + o_b, mask=m_b, other=0)
-    rejected = tl.load(counters + 2 * batch + o_b, mask=m_b, other=0)
-    evaluations = tl.load(counters + 3 * batch + o_b, mask=m_b, other=0)
-    b_sum = tl.zeros((BLOCK,), tl.float64)
-    b_sum3 = tl.zeros((BLOCK,), tl.float64)
+    p_control = control + o_b
+    p_counters = counters + o_b
+    t = tl.load(p_control, mask=m_b, other=0.0)
+    h = tl.load(p_control + batch, mask=m_b, other=1.0)
+    h_good = tl.load(p_control + 2 * batch, mask=m_b, other=1.0)
+    previous = tl.load(p_control + 3 * batch, mask=m_b, other=1.0)
+    growth = tl.load(p_control + 4 * batch, mask=m_b, other=1.0)
+    status = tl.load(p_counters, mask=m_b, other=0)
+    accepted = tl.load(p_counters + batch, mask=m_b, other=0)
+    rejected = tl.load(p_counters + 2 * batch, mask=m_b, other=0)
+    evaluations = tl.load(p_counters + 3 * batch, mask=m_b, other=0)
+    zero = tl.zeros((BLOCK,), tl.float64)
+    floor = zero + 1.0
+    b_sum = zero
+    b_sum3 = zero
     b_faults = tl.zeros((BLOCK,), tl.int32)
     for chunk in range(chunks):
         b_sum += tl.load(squares + o_b * chunks + chunk, mask=m_b, other=0.0)
@@ -122,13 +128,8 @@ def decide_kernel(
     if SHARED:
         # A sample that has ended may hold anything: it has no part in the others' norm.
         count = tl.sum(is_running.to(tl.float64), axis=0)
-        mean = (
-            tl.zeros((BLOCK,), tl.float64) + tl.sum(tl.where(is_running, mean, 0.0), axis=0) / count
-        )
-        mean3 = (
-            tl.zeros((BLOCK,), tl.float64)
-            + tl.sum(tl.where(is_running, mean3, 0.0), axis=0) / count
-        )
+        mean = zero + tl.sum(tl.where(is_running, mean, 0.0), axis=0) / count
+        mean3 = zero + tl.sum(tl.where(is_running, mean3, 0.0), axis=0) / count
     if squares3 is not None:
         mean = tl.where(mean == 0.0, 0.0, mean * mean / (mean + mean3 * 0.01))
     norm = tl.sqrt(mean)
@@ -140,7 +141,6 @@ def decide_kernel(
     refused = is_running & (norm != norm) | is_running & (norm > 1.0)
     finite = (b_faults & 1) == 0
     bounded = tl.where(norm != norm, float("inf"), norm)
-    floor = tl.zeros((BLOCK,), tl.float64) + 1.0
     factor = safety * _power(tl.where(bounded < floor * 1e-10, floor * 1e-10, bounded), -exponent)
     factor = tl.where(passed, factor * _power(previous, beta), factor)
     limit = tl.where(passed, growth, floor)
@@ -169,20 +169,19 @@ def decide_kernel(
         h = tl.where(some & (passed == 0), h_good, h)
         tiny = tiny & (broken | (some == 0))
     status = tl.where(ended, 0, status)
-    status = tl.where(
-        is_running & (ended == 0) & ((accepted + rejected).to(tl.float64) >= most_steps), 1, status
-    )
+    used_up = (accepted + rejected).to(tl.float64) >= most_steps
+    status = tl.where(is_running & (ended == 0) & used_up, 1, status)
     status = tl.where(tiny & finite, 2, tl.where(broken, 3, status))
 
-    tl.store(control + o_b, t, mask=m_b)
-    tl.store(control + batch + o_b, h, mask=m_b)
-    tl.store(control + 2 * batch + o_b, h_good, mask=m_b)
-    tl.store(control + 3 * batch + o_b, previous, mask=m_b)
-    tl.store(control + 4 * batch + o_b, growth, mask=m_b)
-    tl.store(counters + o_b, status, mask=m_b)
-    tl.store(counters + batch + o_b, accepted, mask=m_b)
-    tl.store(counters + 2 * batch + o_b, rejected, mask=m_b)
-    tl.store(counters + 3 * batch + o_b, evaluations, mask=m_b)
+    tl.store(p_control, t, mask=m_b)
+    tl.store(p_control + batch, h, mask=m_b)
+    tl.store(p_control + 2 * batch, h_good, mask=m_b)
+    tl.store(p_control + 3 * batch, previous, mask=m_b)
+    tl.store(p_control + 4 * batch, growth, mask=m_b)
+    tl.store(p_counters, status, mask=m_b)
+    tl.store(p_counters + batch, accepted, mask=m_b)
+    tl.store(p_counters + 2 * batch, rejected, mask=m_b)
+    tl.store(p_counters + 3 * batch, evaluations, mask=m_b)
     tl.store(taken + o_b, b_taken.to(tl.int32), mask=m_b)
     tl.store(running, tl.max((m_b & (status == -1)).to(tl.int32), axis=0))
 
@@ -206,8 +205,5 @@ def commit_kernel(x, x_new, stages, taken, count, last_stage, stage_stride, BLOC
     mask = (o_n < count) & (tl.load(taken + i_b) != 0)
     o_x = i_b * count + o_n
     tl.store(x + o_x, tl.load(x_new + o_x, mask=mask), mask=mask)
-    tl.store(
-        stages + o_x,
-        tl.load(stages + last_stage.to(tl.int64) * stage_stride + o_x, mask=mask),
-        mask=mask,
-    )
+    p_last = stages + last_stage.to(tl.int64) * stage_stride + o_x
+    tl.store(stages + o_x, tl.load(p_last, mask=mask), mask=mask)

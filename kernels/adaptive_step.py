@@ -1,5 +1,4 @@
-"""End of one attempted step of an adaptive solver, all on the device: error norm, acceptance, next
-step size, state, statistics.
+"""End of one attempted step of an adaptive solver: error norm, acceptance, next step size, state.
 
 What `integrate_adaptive` decides on the host between two attempts, in three launches that a graph
 can hold and a while node repeat. With x_new and the stages k_i of one attempt: norm of h*sum_i e_i
@@ -14,7 +13,7 @@ control (5, B) float64: t, h, last good h, last accepted norm, limit of growth; 
 int64: status (-1 running, then the index into `STATUSES`), accepted, rejected, evaluations; step
 (B,) float64, signed; times (S, B) float64 of the stages; running (1,) int32: 0 once all have ended.
 Bytes: reads x, x_new and the stages with an error weight, and for taken samples reads x_new and one
-stage, writes x and k_0.
+stage, writes x and k_0. Kernels: adaptive_kernels.py.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import triton
 from torch import Tensor
 
 from odelt_fast.kernels.adaptive_kernels import commit_kernel, decide_kernel, norm_kernel
-from odelt_fast.kernels.compile_case import CompileCase
+from odelt_fast.kernels.compile_case import CompileCase, kernel_case
 from odelt_fast.kernels.device import require_device
 from odelt_fast.kernels.solver_update import STATES, sum_type
 from odelt_fast.solvers.step_control import (
@@ -45,8 +44,10 @@ _BLOCK, _WARPS, _CHUNK = 1024, 4, 16384
 
 
 def first_attempt(control: Tensor, nodes: Tensor, rules: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(step (B,), times (S, B), whether it is the last (B,)) of an attempt from t and h in control;
-    nodes (S,) float64: c of each stage."""
+    """(step (B,), times (S, B), whether it is the last (B,)) of an attempt from control's t and h.
+
+    nodes (S,) float64: c of each stage.
+    """
     t0, t1, t = rules[0], rules[1], control[0]
     step, t_new, last = proposed(t, control[1], t1, torch.where(t1 < t0, -1.0, 1.0).double())
     times = torch.where(nodes[:, None] == 1, t_new, t + nodes[:, None] * step)
@@ -54,11 +55,11 @@ def first_attempt(control: Tensor, nodes: Tensor, rules: Tensor) -> tuple[Tensor
 
 
 def adaptive_step_update_reference(
-    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, nodes: Tensor, error: Tensor,
-    error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """(x, k_0, control, counters, step, times, running) after the attempt, in plain PyTorch, with
-    the decisions of step_control.py."""
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor,
+    times: Tensor, running: Tensor, nodes: Tensor, error: Tensor, error3: Tensor | None,
+    rules: Tensor, shared: bool, fsal: bool,
+) -> None:  # fmt: skip
+    """The same in plain PyTorch, with the decisions of step_control.py."""
     fixed = StepRules(*rules.tolist())
     column = (-1, *[1] * (x.dim() - 1))
     d = step.to(x.dtype).view(column)
@@ -70,23 +71,22 @@ def adaptive_step_update_reference(
         return d * sum(terms[1:], terms[0])
 
     estimate, estimate3 = combination(error), None if error3 is None else combination(error3)
-    norm = error_norm(
-        estimate, estimate3, torch.maximum(x.abs(), x_new.abs()), is_running, fixed, shared
-    )
-    finite, taken = (
-        (x_new.isfinite() & estimate.isfinite()).flatten(1).all(1),
-        (norm <= 1) & is_running,
-    )
-    x = torch.where(taken.view(column), x_new, x)
-    k = torch.where(taken.view(column), stages[-1], stages[0])
+    largest = torch.maximum(x.abs(), x_new.abs())
+    norm = error_norm(estimate, estimate3, largest, is_running, fixed, shared)
+    finite = (x_new.isfinite() & estimate.isfinite()).flatten(1).all(1)
+    taken = (norm <= 1) & is_running
+    x.copy_(torch.where(taken.view(column), x_new, x))
+    stages[0] = torch.where(taken.view(column), stages[-1], stages[0])
     evaluations = evaluations + is_running * (len(error) - 1) + (taken & ~last & (not fsal))
-    k_finite = k.isfinite().flatten(1).all(1)
+    k_finite = stages[0].isfinite().flatten(1).all(1)
     decided, *counts = decide(
         Control(*control), status, accepted, rejected, norm, finite, k_finite, fixed, shared
     )
-    control, counters = torch.stack(decided), torch.stack([*counts, evaluations])
-    running = (counters[0] == RUNNING).any().int().view(1)
-    return x, k, control, counters, *first_attempt(control, nodes, rules)[:2], running
+    control.copy_(torch.stack(decided))
+    counters.copy_(torch.stack([*counts, evaluations]))
+    running.copy_((counters[0] == RUNNING).any())
+    for target, value in zip((step, times), first_attempt(control, nodes, rules)):
+        target.copy_(value)
 
 
 @torch.library.custom_op(
@@ -94,160 +94,129 @@ def adaptive_step_update_reference(
     mutates_args=("x", "stages", "control", "counters", "step", "times", "running"),
 )
 def adaptive_step_update(
-    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
-    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
+    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor,
+    times: Tensor, running: Tensor, nodes: Tensor, error: Tensor, error3: Tensor | None,
+    rules: Tensor, shared: bool, fsal: bool,
 ) -> None:  # fmt: skip
-    """Changes what the module's text names, from x_new and the stages of the attempt that `step`
-    and `times` were for.
+    """Changes what the module's text names, from x_new and the stages of an attempt.
 
-    nodes (S,), error and error3 (S or, without FSAL, S - 1,) float64: c and the error weights of
-    the tableau; rules (11,): a `StepRules`. shared: one norm, time and step for all samples. All on
-    one device and contiguous. ValueError for what does not fit.
+    Args:
+        step, times: those that the attempt was for; all tensors contiguous, on one device.
+        nodes: (S,) float64, c of the tableau.
+        error, error3: (S,) or, without FSAL, (S - 1,) float64, its error weights.
+        rules: (11,) float64, a `StepRules`.
+        shared: one norm, time and step for all samples.
+
+    Raises:
+        ValueError: shapes, dtypes, layouts or devices do not fit.
     """
+    batch, count = len(x) if x.dim() else 0, len(stages)
+    if not x.dim() or x.dtype not in STATES or batch > MOST_SAMPLES:
+        raise ValueError(
+            f"x must be (B, ...), B up to {MOST_SAMPLES}, in a floating dtype, not {tuple(x.shape)}"
+            f" in {x.dtype}"
+        )
+    weights, f64 = (count - (not fsal),), torch.float64
     _check(
-        x, x_new, stages, control, counters, step, times, running, nodes, error, error3, rules, fsal
-    )
-    batch = len(x)
+        x=(x, x.shape, x.dtype), x_new=(x_new, x.shape, x.dtype),
+        stages=(stages, (count, *x.shape), x.dtype), control=(control, (5, batch), f64),
+        counters=(counters, (4, batch), torch.int64), step=(step, (batch,), f64),
+        times=(times, (count, batch), f64), running=(running, (1,), torch.int32),
+        nodes=(nodes, (count,), f64), error=(error, weights, f64), error3=(error3, weights, f64),
+        rules=(rules, (11,), f64),
+    )  # fmt: skip
     if not x.numel():
         return
-    values, last_stage = x[0].numel(), len(stages) - 1
+    values, last_stage = x[0].numel(), count - 1
     chunks = triton.cdiv(values, _CHUNK)
     squares, squares3 = (
         torch.empty((batch, chunks), dtype=torch.float64, device=x.device) for _ in range(2)
     )
     faults = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
     taken = torch.empty((batch,), dtype=torch.int32, device=x.device)
+    squares3_or_none = None if error3 is None else squares3
     block = triton.next_power_of_2(batch)
     with torch.cuda.device_of(x):
         norm_kernel[(batch * chunks,)](
-            x, x_new, stages, error, error3, step, rules, squares, None if error3 is None else squares3, faults, values, last_stage,
-            stages.stride(0), STAGES=len(error), BLOCK=_norm_block(x.dtype), CHUNK=_CHUNK, SUM=sum_type(x.dtype), num_warps=_WARPS,
+            x, x_new, stages, error, error3, step, rules, squares, squares3_or_none, faults,
+            values, last_stage, stages.stride(0), STAGES=len(error), **_norm_constants(x.dtype),
+            num_warps=_WARPS,
         )  # fmt: skip
         decide_kernel[(1,)](
-            squares, None if error3 is None else squares3, faults, control, counters, step, times, nodes, rules, taken, running, batch,
-            chunks, values, EVALUATIONS=len(error) - 1, NODES=len(stages), SHARED=shared, FSAL=fsal, BLOCK=block,
-            num_warps=_decide_warps(block),
+            squares, squares3_or_none, faults, control, counters, step, times, nodes, rules, taken,
+            running, batch, chunks, values, EVALUATIONS=len(error) - 1, NODES=count,
+            SHARED=shared, FSAL=fsal, BLOCK=block, num_warps=_decide_warps(block),
         )  # fmt: skip
         commit_kernel[(batch * triton.cdiv(values, _BLOCK),)](
-            x,
-            x_new,
-            stages,
-            taken,
-            values,
-            last_stage,
-            stages.stride(0),
-            BLOCK=_BLOCK,
-            num_warps=_WARPS,
-        )
+            x, x_new, stages, taken, values, last_stage, stages.stride(0),
+            BLOCK=_BLOCK, num_warps=_WARPS,
+        )  # fmt: skip
 
 
 @adaptive_step_update.register_fake
-def _(
-    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
-    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, shared: bool, fsal: bool,
-) -> None:  # fmt: skip
+def _(*_: Any) -> None:
     return None
 
 
-def _norm_block(dtype: torch.dtype) -> int:
-    return (
-        _BLOCK // 4 if dtype == torch.float64 else _BLOCK
-    )  # 512 values of 12 stages and two sums spill in float64
+def _norm_constants(dtype: torch.dtype) -> dict[str, Any]:
+    # 512 values of 12 stages and two sums spill in float64.
+    block = _BLOCK // 4 if dtype == torch.float64 else _BLOCK
+    return {"BLOCK": block, "CHUNK": _CHUNK, "SUM": sum_type(dtype)}
 
 
 def _decide_warps(block: int) -> int:
     return min(16, max(1, block // 128))
 
 
-def _check(
-    x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, step: Tensor, times: Tensor, running: Tensor,
-    nodes: Tensor, error: Tensor, error3: Tensor | None, rules: Tensor, fsal: bool,
-) -> None:  # fmt: skip
-    batch = len(x) if x.dim() else 0
-    if not x.dim() or x.dtype not in STATES or batch > MOST_SAMPLES:
-        raise ValueError(
-            f"x must be (B, ...), B up to {MOST_SAMPLES}, in a floating dtype, not {tuple(x.shape)}"
-            f" in {x.dtype}"
-        )
-    count = len(stages)
-    weights, f64 = (count - (not fsal),), torch.float64
-    wanted = {
-        "x": (x, x.shape, x.dtype), "x_new": (x_new, x.shape, x.dtype), "stages": (stages, (count, *x.shape), x.dtype),
-        "control": (control, (5, batch), f64), "counters": (counters, (4, batch), torch.int64), "step": (step, (batch,), f64),
-        "times": (times, (count, batch), f64), "running": (running, (1,), torch.int32), "nodes": (nodes, (count,), f64),
-        "error": (error, weights, f64), "error3": (error3, weights, f64), "rules": (rules, (11,), f64),
-    }  # fmt: skip
+def _check(**wanted: tuple[Tensor | None, tuple[int, ...], torch.dtype]) -> None:
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor is not None and (
-            tensor.shape != torch.Size(shape) or tensor.dtype != dtype or not tensor.is_contiguous()
+            tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous()
         ):
-            found = f"{tuple(tensor.shape)} of strides {tensor.stride()} in {tensor.dtype}"
-            raise ValueError(f"{name} must be contiguous {tuple(shape)} in {dtype}, not {found}")
+            raise ValueError(
+                f"{name} must be contiguous {tuple(shape)} in {dtype}, not {tuple(tensor.shape)}"
+                f" of strides {tensor.stride()} in {tensor.dtype}"
+            )
     require_device("adaptive_step_update", *(tensor for tensor, _, _ in wanted.values()))
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Every dtype of the state with 7 stages (Dormand-Prince 5) and 12 and two estimates (DOP853);
-    decisions over few and many samples."""
+    """Every dtype of the state, 7 stages (Dormand-Prince 5) and 12 with two estimates (DOP853).
+
+    Decisions over few and many samples.
+    """
+    doubles = (
+        "error",
+        "error3",
+        "step",
+        "rules",
+        "squares",
+        "squares3",
+        "control",
+        "times",
+        "nodes",
+    )
+    types = dict.fromkeys(doubles, "*fp64") | {"counters": "*i64"}
+    types |= dict.fromkeys(("faults", "taken", "running"), "*i32")
+    unaligned = ("last_stage", "batch", "chunks")
     for dtype, kind in STATES.items():
+        types |= dict.fromkeys(("x", "x_new", "stages"), f"*{kind}")
         for stages in (7, 12):
-            constants: dict[str, object] = {
-                "STAGES": stages,
-                "BLOCK": _norm_block(dtype),
-                "CHUNK": _CHUNK,
-                "SUM": sum_type(dtype),
-            }
-            absent = ("error3", "squares3") if stages == 7 else ()
-            yield _case(
-                f"norm/{stages}/{kind}",
-                norm_kernel,
-                kind,
-                constants | dict.fromkeys(absent),
-                _WARPS,
-            )
-        yield _case(f"commit/{kind}", commit_kernel, kind, {"BLOCK": _BLOCK}, _WARPS)
+            absent = dict.fromkeys(("error3", "squares3") if stages == 7 else ())
+            constants = {"STAGES": stages, **_norm_constants(dtype), **absent}
+            yield kernel_case(
+                f"adaptive/norm/{stages}/{kind}", norm_kernel, types, constants, unaligned,
+                num_warps=_WARPS,
+            )  # fmt: skip
+        yield kernel_case(
+            f"adaptive/commit/{kind}", commit_kernel, types, {"BLOCK": _BLOCK}, unaligned,
+            num_warps=_WARPS,
+        )  # fmt: skip
     for block, shared in itertools.product((1, 128, MOST_SAMPLES), (False, True)):
-        constants = {
-            "EVALUATIONS": 6,
-            "NODES": 7,
-            "SHARED": shared,
-            "FSAL": True,
-            "BLOCK": block,
-            "squares3": None,
-        }
-        yield _case(
-            f"decide/{block}{'/shared' * shared}",
-            decide_kernel,
-            "fp64",
-            constants,
-            _decide_warps(block),
-        )
-
-
-def _case(name: str, fn: Any, kind: str, constants: dict[str, object], warps: int) -> CompileCase:
-    kinds = {
-        **dict.fromkeys(("x", "x_new", "stages"), f"*{kind}"),
-        **dict.fromkeys(("faults", "taken", "running"), "*i32"),
-        "counters": "*i64",
-    }
-    kinds |= dict.fromkeys(
-        ("error", "error3", "step", "rules", "squares", "squares3", "control", "times", "nodes"),
-        "*fp64",
-    )
-    kinds |= dict.fromkeys(constants, "constexpr")
-    signature = {key: kinds.get(key, "i32") for key in fn.arg_names}
-    divisible = tuple(
-        i
-        for i, key in enumerate(signature)
-        if key not in constants and key not in ("last_stage", "batch", "chunks")
-    )
-    # Decisions read a few numbers of each sample, in rows that start anywhere.
-    return CompileCase(
-        f"adaptive/{name}",
-        fn,
-        signature,
-        constants,
-        divisible,
-        warps,
-        vector_bytes=8 if fn is decide_kernel else 16,
-    )
+        constants = {"EVALUATIONS": 6, "NODES": 7, "SHARED": shared, "FSAL": True, "BLOCK": block}
+        # Decisions read a few numbers of each sample, in rows that start anywhere.
+        yield kernel_case(
+            f"adaptive/decide/{block}{'/shared' * shared}", decide_kernel, types,
+            {**constants, "squares3": None}, unaligned,
+            num_warps=_decide_warps(block), vector_bytes=8,
+        )  # fmt: skip

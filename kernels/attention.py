@@ -1,11 +1,10 @@
-"""Self-attention of short sequences on packed qkv: y = softmax(q k^T / head_dim) v for every head,
-in one pass over the keys.
+"""Self-attention of short sequences on packed qkv: y = softmax(q k^T / head_dim) v for every head.
 
 qkv (B, N, 3*D) with q, k, v each (heads, head_dim) and D = heads * head_dim -> y (B, N, D). The
-logits' scale is 1/head_dim, as the reference network has it. Scores, softmax statistics and the
-output accumulator are float32; probabilities are rounded to the type of v for the second product.
-Bytes moved: qkv once (keys and values of a head are read again by each tile of queries, from the
-L2), y once. Forward only: training differentiates PyTorch's own attention.
+logits' scale is 1/head_dim, as the reference network has it. One pass over the keys; scores,
+softmax statistics and the output accumulator are float32; probabilities are rounded to the type of
+v for the second product. Bytes moved: qkv once (keys and values of a head are read again by each
+tile of queries, from the L2), y once.
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
+from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
 from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
+from odelt_fast.kernels.rows import rows
 
 MAX_HEAD_DIM = 256
 
@@ -56,16 +56,17 @@ FLOAT32_LAUNCHES = MappingProxyType(
 
 def attention_reference(qkv: Tensor, num_heads: int) -> Tensor:
     """The same in plain PyTorch, in the dtype of qkv."""
-    q, k, v = qkv.unflatten(2, (3, num_heads, -1)).permute(
-        2, 0, 3, 1, 4
-    )  # each (B, heads, N, head_dim)
+    heads = qkv.unflatten(2, (3, num_heads, -1))
+    q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, heads, N, head_dim)
     y = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
     return y.transpose(1, 2).flatten(2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
-    """(main, tail): powers of two of at least 16 that cover head_dim, tail 0 where one is enough.
-    72 -> (64, 16), not 128."""
+    """(main, tail): powers of two of at least 16 that cover head_dim. 72 -> (64, 16), not 128.
+
+    tail is 0 where main is enough.
+    """
     main = max(16, 1 << (head_dim.bit_length() - 1))
     rest = head_dim - main
     return main, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
@@ -73,11 +74,11 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 
 @triton.jit
 def attention_kernel(
-    qkv_ptr, out_ptr, tokens, batch_stride, token_stride, scale_log2, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    qkv_ptr, out_ptr, tokens, batch_stride, token_stride, scale_log2,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B * heads). HEAD_DIM columns are computed as MAIN + TAIL, masked beyond
-    HEAD_DIM."""
+    """Grid (query tiles, B * heads). HEAD_DIM columns are MAIN + TAIL, masked beyond HEAD_DIM."""
     wait_for_inputs(PDL)
     i_m = tl.program_id(0)
     i_head = tl.program_id(1) % HEADS
@@ -87,19 +88,17 @@ def attention_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, MAIN)
     mask_m = offs_m < tokens
+    mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
     p_head = qkv_ptr + i_batch * batch_stride + i_head * HEAD_DIM
     p_q = p_head + offs_m.to(tl.int64)[:, None] * token_stride
     p_k = p_head + width + offs_n.to(tl.int64)[:, None] * token_stride
     p_v = p_k + width
-    q = tl.load(
-        p_q + offs_d[None, :], mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0
-    )
+    q = tl.load(p_q + offs_d[None, :], mask=mask_q, other=0.0)
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     if TAIL > 0:
         offs_t = MAIN + tl.arange(0, TAIL)
-        q_tail = tl.load(
-            p_q + offs_t[None, :], mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :], other=0.0
-        )
+        mask_q_tail = mask_m[:, None] & (offs_t < HEAD_DIM)[None, :]
+        q_tail = tl.load(p_q + offs_t[None, :], mask=mask_q_tail, other=0.0)
         acc_tail = tl.zeros((BLOCK_M, TAIL), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -123,26 +122,17 @@ def attention_kernel(
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         if TAIL > 0:
             v_tail = tl.load(p_v + offs_t[None, :], mask=mask_tail, other=0.0)
-            acc_tail = tl.dot(
-                weights.to(v.dtype), v_tail, acc_tail * shrink[:, None], input_precision="ieee"
-            )
+            acc_tail *= shrink[:, None]
+            acc_tail = tl.dot(weights.to(v.dtype), v_tail, acc_tail, input_precision="ieee")
         peak = new_peak
         p_k += BLOCK_N * token_stride
         p_v += BLOCK_N * token_stride
     p_out = out_ptr + ((i_batch * tokens + offs_m) * width + i_head * HEAD_DIM)[:, None]
-    out = acc / total[:, None]
-    tl.store(
-        p_out + offs_d[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=mask_m[:, None] & (offs_d < HEAD_DIM)[None, :],
-    )
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(p_out + offs_d[None, :], out, mask=mask_q)
     if TAIL > 0:
-        out_tail = acc_tail / total[:, None]
-        tl.store(
-            p_out + offs_t[None, :],
-            out_tail.to(out_ptr.dtype.element_ty),
-            mask=mask_m[:, None] & (offs_t < HEAD_DIM)[None, :],
-        )
+        out_tail = (acc_tail / total[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(p_out + offs_t[None, :], out_tail, mask=mask_q_tail)
 
 
 def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:
@@ -151,39 +141,49 @@ def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:
     return table[min(width for width in table if head_dim <= width)]
 
 
-def launch_attention(
-    qkv: Tensor, out: Tensor, num_heads: int, launch: Launch, pdl: bool = False
-) -> None:
-    """Writes out (B, N, D, contiguous). qkv (B, N, 3*D) with last stride 1; pdl: overlap with the
-    kernel before (Hopper)."""
+def _constants(num_heads: int, head_dim: int, launch: Launch) -> dict[str, int]:
+    main, tail = head_parts(head_dim)
+    heads = {"HEADS": num_heads, "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail}
+    return heads | {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n}
+
+
+def _launch(qkv: Tensor, out: Tensor, num_heads: int) -> None:
+    """Writes out (B, N, D, contiguous). qkv (B, N, 3*D) with last stride 1."""
     batch, tokens, width = out.shape
     head_dim = width // num_heads
-    main, tail = head_parts(head_dim)
-    options = launch_options(qkv.device, launch.num_warps, launch.num_stages, pdl)
+    launch = choose_launch(head_dim, qkv.dtype)
+    constants = _constants(num_heads, head_dim, launch)
+    options = launch_options(qkv.device, launch.num_warps, launch.num_stages)
     per_launch = 65535 // num_heads  # samples: the second grid dimension is that of CUDA
     with torch.cuda.device_of(qkv):
         for first in range(0, batch, per_launch):
             part, part_out = qkv[first : first + per_launch], out[first : first + per_launch]
             attention_kernel[(triton.cdiv(tokens, launch.block_m), len(part) * num_heads)](
-                part, part_out, tokens, qkv.stride(0), qkv.stride(1), 1.4426950408889634 / head_dim, HEADS=num_heads, HEAD_DIM=head_dim,
-                MAIN=main, TAIL=tail, BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, **options,
+                part, part_out, tokens, qkv.stride(0), qkv.stride(1),
+                1.4426950408889634 / head_dim, **constants, **options,
             )  # fmt: skip
 
 
 @torch.library.custom_op("odelt_fast::attention", mutates_args=())
 def attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """y (B, N, D) of the module's equation, contiguous, in the dtype of qkv (B, N, 3*D): float32,
-    bfloat16 or float16, any strides.
+    """y of the module's equation.
 
-    qkv is copied where its last stride is not 1. Raises ValueError for shapes, dtypes and devices
-    that do not fit, and for head dimensions above 256.
+    Args:
+        qkv: (B, N, 3*D) float32, bfloat16 or float16, any strides; copied where the last is not 1.
+        num_heads: heads; D / heads is at most 256.
+
+    Returns:
+        (B, N, D) in the dtype of qkv, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     if qkv.dim() != 3 or num_heads < 1 or qkv.shape[2] % (3 * num_heads) or not qkv.shape[2]:
         raise ValueError(
-            f"attention: qkv {tuple(qkv.shape)} does not fit {num_heads} heads: (B, N, 3 * heads *"
-            " head_dim)"
+            f"attention: qkv {tuple(qkv.shape)} does not fit {num_heads} heads:"
+            " (B, N, 3 * heads * head_dim)"
         )
-    if qkv.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if qkv.dtype not in DTYPES:
         raise ValueError(f"attention: qkv must be float32, bfloat16 or float16, not {qkv.dtype}")
     head_dim = qkv.shape[2] // (3 * num_heads)
     if head_dim > MAX_HEAD_DIM or num_heads > 65535:
@@ -194,12 +194,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
     require_device("attention", qkv)
     out = torch.empty((*qkv.shape[:2], qkv.shape[2] // 3), dtype=qkv.dtype, device=qkv.device)
     if out.numel():
-        launch_attention(
-            qkv if qkv.stride(2) == 1 else qkv.contiguous(),
-            out,
-            num_heads,
-            choose_launch(head_dim, qkv.dtype),
-        )
+        _launch(rows(qkv), out, num_heads)
     return out
 
 
@@ -209,27 +204,17 @@ def _(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """The presets' head dimensions (24 digits, 32, 64, 72) and the widest of each launch, in each
-    type."""
-    kinds = (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32))
-    for head_dim, (kind, dtype), pdl in itertools.product(
-        (24, 32, 64, 72, 128, 256), kinds, (False, True)
+    """The presets' head dimensions (24 digits, 32, 64, 72) and the widest of each launch."""
+    for head_dim, dtype, pdl in itertools.product(
+        (24, 32, 64, 72, 128, 256), DTYPES, (False, True)
     ):
+        kind = DTYPES[dtype]
         if (kind == "fp16" or pdl) and (head_dim not in (64, 72) or (pdl and kind != "bf16")):
             continue
         launch = choose_launch(head_dim, dtype)
-        main, tail = head_parts(head_dim)
-        blocks = {"BLOCK_M": launch.block_m, "BLOCK_N": launch.block_n, "PDL": pdl}
-        constexprs = {"HEADS": 12, "HEAD_DIM": head_dim, "MAIN": main, "TAIL": tail} | blocks
         types = {"qkv_ptr": f"*{kind}", "out_ptr": f"*{kind}", "scale_log2": "fp32"}
-        signature = {
-            name: "constexpr" if name in constexprs else types.get(name, "i32")
-            for name in attention_kernel.arg_names
-        }
-        divisible = tuple(
-            index for index, name in enumerate(signature) if name.endswith(("_ptr", "_stride"))
-        )
-        yield CompileCase(
-            f"attention/{head_dim}/{kind}{'/pdl' * pdl}", attention_kernel, signature, constexprs, divisible, launch.num_warps,
-            launch.num_stages, {"launch_pdl": pdl}, (90, 100) if pdl else (80, 90, 100),
+        yield kernel_case(
+            f"attention/{head_dim}/{kind}{'/pdl' * pdl}", attention_kernel, types,
+            {**_constants(12, head_dim, launch), "PDL": pdl}, ("tokens",),
+            num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip

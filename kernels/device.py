@@ -1,5 +1,8 @@
-"""Where and how a kernel is launched: on one CUDA device, on Hopper overlapping the one before, or
-on the CPU in Triton's interpreter."""
+"""Where and how a kernel is launched.
+
+On one CUDA device, from Hopper on overlapping the kernel before, or on the CPU in Triton's
+interpreter.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,15 @@ _overlapping: ContextVar[bool] = ContextVar("overlapping", default=False)
 
 
 @contextlib.contextmanager
-def overlapped_launches(enabled: bool = True) -> Iterator[None]:
-    """Kernels launched inside start while the one before them on the stream still ends:
-    programmatic dependent launch.
+def overlapped_launches() -> Iterator[None]:
+    """Kernels launched inside start while the one before them ends: programmatic dependent launch.
 
     Each waits for the whole of the one before, and for its memory, ahead of its first access: what
-    overlaps is the start. It holds for the kernels of linear, attention, patch, modulation,
-    final_layer and the row kernels, eager or captured in a graph, from sm_90 on; elsewhere it
-    changes nothing, and nowhere does it change a result.
+    overlaps is the start. It holds for the kernels that take the constant PDL (linear, attention,
+    patch, modulation, final_layer, the row kernels), eager or captured in a graph, from sm_90 on;
+    elsewhere it changes nothing, and nowhere does it change a result.
     """
-    token = _overlapping.set(enabled)
+    token = _overlapping.set(True)
     try:
         yield
     finally:
@@ -34,26 +36,20 @@ def overlapped_launches(enabled: bool = True) -> Iterator[None]:
 
 
 def launch_options(
-    device: torch.device, num_warps: int, num_stages: int | None = None, overlap: bool = False
+    device: torch.device, num_warps: int, num_stages: int | None = None
 ) -> dict[str, Any]:
-    """Keyword arguments of a launch for a kernel that takes the constant PDL and starts with
-    `wait_for_inputs`; overlap: force it on."""
-    overlap = (
-        (overlap or _overlapping.get()) and device.type == "cuda" and architecture(device)[0] >= 90
-    )
+    """Keyword arguments of a launch for a kernel that takes PDL and calls `wait_for_inputs`."""
+    overlap = _overlapping.get() and device.type == "cuda" and architecture(device)[0] >= 90
     options: dict[str, Any] = {"num_warps": num_warps, "PDL": overlap}
+    if num_stages is not None:
+        options["num_stages"] = num_stages
     # Only with a value: on cards before Hopper, launches know no such argument.
-    return (
-        options
-        | ({} if num_stages is None else {"num_stages": num_stages})
-        | ({"launch_pdl": True} if overlap else {})
-    )
+    return options | ({"launch_pdl": True} if overlap else {})
 
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """With PDL: waits until the kernel before has ended and its writes are visible, then lets the
-    kernel after this one be set up.
+    """With PDL: waits for the writes of the kernel before, then lets the one after be set up.
 
     Nothing may be read or written ahead of it. Every program must call it, so that waiting for one
     kernel means that all before it ended.
@@ -67,10 +63,8 @@ def require_device(operator: str, *tensors: Tensor | None) -> None:
     """ValueError unless all tensors lie on one device on which Triton can run `operator`."""
     devices = {tensor.device for tensor in tensors if tensor is not None}
     if len(devices) != 1:
-        raise ValueError(
-            f"{operator}: all tensors must be on one device, not on"
-            f" {', '.join(sorted(map(str, devices)))}"
-        )
+        names = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"{operator}: all tensors must be on one device, not on {names}")
     device = devices.pop()
     if device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret):
         return
@@ -81,8 +75,7 @@ def require_device(operator: str, *tensors: Tensor | None) -> None:
 
 
 def architecture(device: torch.device) -> tuple[int, int]:
-    """(compute capability as a number, multiprocessors) of a CUDA device; under the interpreter
-    those of an H200."""
+    """(compute capability as a number, multiprocessors) of a CUDA device, else those of an H200."""
     if device.type != "cuda":
         return 90, 132
     major, minor = torch.cuda.get_device_capability(device)

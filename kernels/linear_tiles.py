@@ -1,9 +1,9 @@
-"""The two matrix-product kernels of `linear`: by pointers with split-K, and persistent with tensor
-descriptors.
+"""The kernels of `linear`: by pointers with split-K, and persistent with tensor descriptors.
 
 Both compute acc = x W^T in float32 over x (rows, inner) and W (columns, inner), then the epilogue
-    y = acc * x_scale[row] * weight_scale[column] + bias[column];  y = gelu_tanh(y);  y = residual +
-    gate[row // tokens, column] * y
+    y = acc * x_scale[row] * weight_scale[column] + bias[column]
+    y = gelu_tanh(y)
+    y = residual + gate[row // tokens, column] * y
 of which every part is optional, and write y (rows, columns) once.
 """
 
@@ -17,12 +17,12 @@ from odelt_fast.kernels.device import wait_for_inputs
 
 @triton.jit
 def epilogue(
-    acc, offs_m, offs_n, mask_m, mask_n, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+    acc, offs_m, offs_n, mask_m, mask_n,
+    bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
     residual_stride, gate_stride, tokens,
     GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """acc (BLOCK_M, BLOCK_N) float32 -> y of the same shape, float32; parts that are off are not
-    compiled."""
+    """acc (BLOCK_M, BLOCK_N) float32 -> y, float32; parts that are off are not compiled."""
     if SCALED:
         x_scale = tl.load(x_scale_ptr + offs_m, mask=mask_m, other=0.0)
         weight_scale = tl.load(weight_scale_ptr + offs_n, mask=mask_n, other=0.0)
@@ -39,20 +39,20 @@ def epilogue(
         mask = mask_m[:, None] & mask_n[None, :]
         o_gate = (offs_m // tokens).to(tl.int64) * gate_stride
         o_residual = offs_m.to(tl.int64) * residual_stride
-        gate = tl.load(gate_ptr + o_gate[:, None] + offs_n[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        residual = tl.load(
-            residual_ptr + o_residual[:, None] + offs_n[None, :], mask=mask, other=0.0
-        ).to(tl.float32)
+        p_gate = gate_ptr + o_gate[:, None] + offs_n[None, :]
+        gate = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
+        p_residual = residual_ptr + o_residual[:, None] + offs_n[None, :]
+        residual = tl.load(p_residual, mask=mask, other=0.0).to(tl.float32)
         acc = tl.fma(gate, acc, residual)
     return acc
 
 
 @triton.jit
 def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """Tile number -> (row tile, column tile), GROUP_M row tiles at a time so that the weights of a
-    column stay in the L2."""
+    """Tile number -> (row tile, column tile).
+
+    GROUP_M row tiles at a time, so that the weights of a column stay in the L2.
+    """
     group = tile // (GROUP_M * tiles_n)
     first_m = group * GROUP_M
     size_m = min(tiles_m - first_m, GROUP_M)
@@ -62,14 +62,19 @@ def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 @triton.jit
 def pointer_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr, out_ptr, partial_ptr, counter_ptr,
+    x_ptr, weight_ptr, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+    out_ptr, partial_ptr, counter_ptr,
     rows, columns, inner, x_stride, weight_stride, residual_stride, gate_stride, tokens,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SPLITS: tl.constexpr,
-    GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
+    SCALED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, SPLITS). With SPLITS > 1 each program adds up its share of `inner` into partial
-    (SPLITS, tiles, BLOCK_M, BLOCK_N) float32; the last to arrive (counter (tiles,) int32, zero
-    before and after) adds the shares in a fixed order, so bits never change."""
+    """Grid (tiles, SPLITS).
+
+    With SPLITS > 1 each program adds up its share of `inner` into partial (SPLITS, tiles, BLOCK_M,
+    BLOCK_N) float32; the last to arrive (counter (tiles,) int32, zero before and after) adds the
+    shares in a fixed order, so bits never change.
+    """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     wait_for_inputs(PDL)
@@ -84,11 +89,8 @@ def pointer_kernel(
     share = tl.cdiv(steps, SPLITS)
     first = split * share
     p_x = x_ptr + offs_m.to(tl.int64)[:, None] * x_stride + (first * BLOCK_K + offs_k)[None, :]
-    p_w = (
-        weight_ptr
-        + offs_n.to(tl.int64)[None, :] * weight_stride
-        + (first * BLOCK_K + offs_k)[:, None]
-    )
+    p_w = weight_ptr + offs_n.to(tl.int64)[None, :] * weight_stride
+    p_w += (first * BLOCK_K + offs_k)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(first, min(first + share, steps)):
         if EVEN_K:
@@ -105,18 +107,15 @@ def pointer_kernel(
     p_out = out_ptr + offs_m.to(tl.int64)[:, None] * columns + offs_n[None, :]
     if SPLITS == 1:
         y = epilogue(
-            acc, offs_m, offs_n, mask_m, mask_n, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+            acc, offs_m, offs_n, mask_m, mask_n,
+            bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
             residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
         )  # fmt: skip
         tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
     else:
         area: tl.constexpr = BLOCK_M * BLOCK_N
-        p_part = (
-            partial_ptr
-            + tile.to(tl.int64) * area
-            + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
-            + tl.arange(0, BLOCK_N)[None, :]
-        )
+        p_part = partial_ptr + tile.to(tl.int64) * area + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
+        p_part += tl.arange(0, BLOCK_N)[None, :]
         tl.store(p_part + split.to(tl.int64) * tiles * area, acc)
         # Every thread's share must be written before the one thread that counts releases it to the
         # other programs.
@@ -127,7 +126,8 @@ def pointer_kernel(
             for other in tl.range(1, SPLITS, num_stages=1):
                 total += tl.load(p_part + other * tiles.to(tl.int64) * area, cache_modifier=".cg")
             y = epilogue(
-                total, offs_m, offs_n, mask_m, mask_n, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+                total, offs_m, offs_n, mask_m, mask_n,
+                bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
                 residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
             )  # fmt: skip
             tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -139,13 +139,14 @@ def descriptor_kernel(
     x_desc, weight_desc, out_desc, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
     rows, columns, inner, residual_stride, gate_stride, tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
+    GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,): each program walks every programs-th tile, so that the loads of the next
-    tile overlap the epilogue of this one.
+    """Grid (programs,): each program walks every programs-th tile.
 
-    x_desc (BLOCK_M, BLOCK_K), weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2):
-    outside the tensors, loads give 0 and stores do nothing.
+    So the loads of the next tile overlap the epilogue of this one. x_desc (BLOCK_M, BLOCK_K),
+    weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2): outside the tensors, loads
+    give 0 and stores do nothing.
     """
     wait_for_inputs(PDL)
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -166,7 +167,8 @@ def descriptor_kernel(
             first_n = i_n * BLOCK_N + half * (BLOCK_N // 2)
             offs_n = first_n + tl.arange(0, BLOCK_N // 2)
             y = epilogue(
-                left if half == 0 else right, offs_m, offs_n, offs_m < rows, offs_n < columns, bias_ptr, residual_ptr, gate_ptr,
-                x_scale_ptr, weight_scale_ptr, residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
+                left if half == 0 else right, offs_m, offs_n, offs_m < rows, offs_n < columns,
+                bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+                residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
             )  # fmt: skip
             out_desc.store([i_m * BLOCK_M, first_n], y.to(out_desc.dtype))

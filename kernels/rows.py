@@ -1,5 +1,4 @@
-"""What the row kernels share: launch parameters by row width, checks of layout, and LayerNorm of a
-tile of rows.
+"""What the row kernels share: launches by row width, checks of layout, LayerNorm of a tile of rows.
 
 A row is one token (D values); a tile is a few tokens of one sample, so that the sample's modulation
 row is read once a tile. Modulation is packed: one row of K >= 6*D values per sample (or one for
@@ -17,41 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.config import LAYER_NORM_EPS
-from odelt_fast.kernels.compile_case import CompileCase, overlap_options
+from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
 from odelt_fast.kernels.quantize import FP8, quantize_tile
-
-EPS = LAYER_NORM_EPS
-DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-# tokens whose gradients to the modulation are added in one program: (B*N/16, D) float32 partial
-# sums
-BACKWARD_TOKENS = 16
-WIDTHS = (
-    384,
-    768,
-    1024,
-    1152,
-)  # of the published networks (S, B, L, XL): what the compile gate compiles
-
-_INPUTS = (
-    "x",
-    "y",
-    "xr",
-    "vr",
-    "gates",
-    "modulation",
-    "grad",
-    "grad_base",
-    "grad_vr",
-    "grad_h",
-    "base",
-)
-_POINTERS = (*_INPUTS, "out", "out_x", "out_vr", "grad_x", "out_base", "out_y")
 
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """block: columns of a tile, a power of two; rows: tokens of a forward tile; warps."""
+    """Columns of a tile (a power of two), its tokens, warps."""
 
     block: int
     rows: int
@@ -75,8 +46,11 @@ _LAUNCHES = (
 
 
 def row_launch(size: int) -> RowLaunch:
-    """Launch parameters for rows of `size` values; ValueError above 8192, where a row no longer
-    fits one program's registers."""
+    """Launch parameters for rows of `size` values.
+
+    Raises:
+        ValueError: above 8192 values, where a row no longer fits one program's registers.
+    """
     for launch in _LAUNCHES:
         if size <= launch.block:
             return launch
@@ -85,15 +59,8 @@ def row_launch(size: int) -> RowLaunch:
     )
 
 
-def backward_rows(launch: RowLaunch, dtype: torch.dtype) -> int:
-    """Tokens of a backward tile. In float32 half as many as forward: five inputs of 16 values a
-    thread spill there (Triton 3.8, sm_90)."""
-    return min(max(1, launch.rows // (1 + (dtype == torch.float32))), BACKWARD_TOKENS)
-
-
 def check_tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
-    """ValueError unless x is (B, N, D) in a kernel's dtype and, when `like` is given, of its shape
-    and dtype."""
+    """ValueError unless x is (B, N, D) in a kernel's dtype, and of `like`'s shape and dtype."""
     if x.dim() != 3 or x.dtype not in DTYPES or not x.shape[2]:
         raise ValueError(
             f"{name} must be (B, N, D) in float16, bfloat16 or float32, not {tuple(x.shape)} in"
@@ -106,29 +73,34 @@ def check_tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
         )
 
 
-def check_modulation(name: str, modulation: Tensor, x: Tensor, *columns: int) -> None:
-    """ValueError unless modulation is (B or 1, K) in a kernel's dtype and D columns from each of
-    `columns` on lie inside it."""
-    if (
-        modulation.dim() != 2
-        or modulation.shape[0] not in (1, x.shape[0])
-        or modulation.dtype not in DTYPES
-    ):
+def check_modulation(name: str, table: Tensor, x: Tensor, *columns: int) -> None:
+    """ValueError unless table is (B or 1, K) and D columns from each of `columns` lie inside it."""
+    if table.dim() != 2 or table.shape[0] not in (1, x.shape[0]) or table.dtype not in DTYPES:
         raise ValueError(
-            f"{name} must be (B or 1, K) = ({x.shape[0]} or 1, K) in float16, bfloat16 or float32, "
-            f"not {tuple(modulation.shape)} in {modulation.dtype}"
+            f"{name} must be (B or 1, K) = ({x.shape[0]} or 1, K) in float16, bfloat16 or float32,"
+            f" not {tuple(table.shape)} in {table.dtype}"
         )
     for column in columns:
-        if not 0 <= column <= modulation.shape[1] - x.shape[2]:
+        if not 0 <= column <= table.shape[1] - x.shape[2]:
             raise ValueError(
                 f"column {column} of {name}: {x.shape[2]} values from there do not lie in its"
-                f" {modulation.shape[1]} columns"
+                f" {table.shape[1]} columns"
             )
 
 
+def check_layer(weight: Tensor, bias: Tensor, rows: int | str, size: int) -> None:
+    """ValueError unless weight is (rows, size) and bias (rows,) in one dtype; a name takes any."""
+    fits = weight.shape == (len(weight) if isinstance(rows, str) else rows, size)
+    if not fits or bias.shape != weight.shape[:1] or not weight.dtype == bias.dtype in DTYPES:
+        raise ValueError(
+            f"weight and bias must be ({rows}, {size}) and ({rows},) in float16, bfloat16 or"
+            f" float32, not {tuple(weight.shape)} in {weight.dtype} and {tuple(bias.shape)} in"
+            f" {bias.dtype}"
+        )
+
+
 def rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous (any strides before it, 0 too), else a
-    contiguous copy."""
+    """x itself where its last dimension is contiguous (any strides before it), else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -136,128 +108,80 @@ def token_strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
+def row_stride(table: Tensor | None) -> int:
+    """Stride from one sample's row to the next: 0 for one row that all samples share."""
+    return 0 if table is None or table.shape[0] == 1 else table.stride(0)
+
+
 def empty_rows(x: Tensor, float8: bool) -> tuple[Tensor, Tensor | None]:
     """An output (B, N, D) in x's dtype and None, or in float8 and its scales (B, N) float32."""
+    out = torch.empty(tuple(x.shape), dtype=FP8 if float8 else x.dtype, device=x.device)
     if not float8:
-        return torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device), None
-    shape = (x.shape[0], x.shape[1])
-    return torch.empty(tuple(x.shape), dtype=FP8, device=x.device), torch.empty(
-        shape, dtype=torch.float32, device=x.device
-    )
-
-
-def row_stride(table: Tensor) -> int:
-    """Stride from one sample's row to the next: 0 for one row that all samples share."""
-    return table.stride(0) if table.shape[0] > 1 else 0
-
-
-def column_gradient(like: Tensor, sums: Tensor, columns: tuple[int, ...]) -> Tensor:
-    """Gradient of a packed modulation `like` (B or 1, K): of sums (B, chunks, parts, D) float32
-    part i goes to columns[i], 0 elsewhere."""
-    total = (
-        sums.sum(1) if like.shape[0] > 1 else sums.sum((0, 1))[None]
-    )  # fixed order: equal bits at every repeat
-    gradient = torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    for part, column in enumerate(columns):
-        gradient[:, column : column + sums.shape[3]] += total[:, part]
-    return gradient.to(like.dtype)
-
-
-def row_cases(
-    name: str,
-    fn: Any,
-    absent: tuple[str, ...] = (),
-    group_end: bool = False,
-    float8: bool = False,
-    pdl: bool = False,
-) -> Iterator[CompileCase]:
-    """A row kernel for every dtype and network width, without the pointers in `absent`; float8:
-    with a float8 `out` and `scales`."""
-    for dtype in (torch.bfloat16,) if pdl else DTYPES:
-        for size in WIDTHS:
-            launch = row_launch(size)
-            constants: dict[str, object] = {
-                "D": size,
-                "BLOCK": launch.block,
-                "ROWS": launch.rows,
-                "GROUP_END": group_end,
-                "PDL": pdl,
-            }
-            if "TOKENS" in fn.arg_names:
-                constants |= {"ROWS": backward_rows(launch, dtype), "TOKENS": BACKWARD_TOKENS}
-            constants = {
-                key: value for key, value in constants.items() if key in fn.arg_names
-            } | dict.fromkeys(absent)
-            types = {
-                **dict.fromkeys(_POINTERS, f"*{DTYPES[dtype]}"),
-                "sums": "*fp32",
-                "steps": "*fp32",
-                "scales": "*fp32",
-                "eps": "fp32",
-            }
-            if float8:
-                types["out"] = "*fp8e4nv"
-            signature = {
-                key: "constexpr" if key in constants else types.get(key, "i32")
-                for key in fn.arg_names
-            }
-            divisible = tuple(
-                i
-                for i, key in enumerate(signature)
-                if key not in {"tokens", "step_row", "eps", *constants}
-            )
-            limits = (
-                {"arches": (90, 100)} if float8 else overlap_options(pdl)
-            )  # float8 conversion needs sm_89
-            yield CompileCase(
-                f"{name}/{DTYPES[dtype]}/{size}",
-                fn,
-                signature,
-                constants,
-                divisible,
-                launch.warps,
-                **limits,
-            )
+        return out, None
+    return out, torch.empty(tuple(x.shape[:2]), dtype=torch.float32, device=x.device)
 
 
 @triton.jit
-def normalize(b_x, m_columns, eps, D: tl.constexpr):
-    """LayerNorm of a tile b_x (ROWS, BLOCK) float32 whose masked columns are 0: the normalised
-    tile, 0 there too, and 1/std (ROWS, 1)."""
+def load_rows(x, i_b, o_n, o_d, mask, x_batch, x_token):
+    """A tile (ROWS, BLOCK) of sample i_b in float32; o_n (ROWS, 1) int64 tokens, o_d (BLOCK,)."""
+    p_x = x + i_b * x_batch + o_n * x_token + o_d[None, :]
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_columns(table, i_b, row_stride, column, o_d, m_d):
+    """D columns of sample i_b's row of a packed modulation, (BLOCK,) float32."""
+    p_row = table + i_b * row_stride
+    return tl.load(p_row + column + o_d, mask=m_d, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def normalize(b_x, m_d, eps, D: tl.constexpr):
+    """LayerNorm of a tile b_x (ROWS, BLOCK) float32; b_x and the result are 0 in masked columns."""
     mean = tl.sum(b_x, axis=1) / D
-    centered = tl.where(m_columns[None, :], b_x - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)[:, None]
-    return centered * rstd, rstd
+    centered = tl.where(m_d[None, :], b_x - mean[:, None], 0.0)
+    return centered * tl.rsqrt(tl.sum(centered * centered, axis=1) / D + eps)[:, None]
 
 
 @triton.jit
 def modulate(b_normalized, b_shift, b_scale):
-    """normalised*(1 + scale) + shift of a tile (ROWS, BLOCK); shift and scale (BLOCK,); the product
-    is not rounded."""
+    """normalised*(1 + scale) + shift, the product not rounded; shift and scale (BLOCK,)."""
     return tl.fma(b_normalized, (1.0 + b_scale)[None, :], b_shift[None, :])
 
 
 @triton.jit
-def normalize_backward(b_grad, b_normalized, rstd, D: tl.constexpr):
-    """Gradient of LayerNorm's input (ROWS, BLOCK) from that of its output, both 0 in masked
-    columns."""
-    mean = tl.sum(b_grad, axis=1) / D
-    product = tl.sum(b_grad * b_normalized, axis=1) / D
-    return (b_grad - mean[:, None] - b_normalized * product[:, None]) * rstd
-
-
-@triton.jit
 def store_rows(out, scales, b_h, o_row, o_d, mask, D: tl.constexpr):
-    """Stores a tile (ROWS, BLOCK), 0 in masked columns, at rows o_row (ROWS, 1); with `scales` as
-    float8 and one float32 scale a row."""
+    """Stores a tile (ROWS, BLOCK), 0 in masked columns, at rows o_row (ROWS, 1).
+
+    With `scales` as float8, and one float32 scale a row.
+    """
     if scales is None:
         tl.store(out + o_row * D + o_d[None, :], b_h.to(out.dtype.element_ty), mask=mask)
     else:
         b_q, b_scale = quantize_tile(b_h)
         tl.store(out + o_row * D + o_d[None, :], b_q, mask=mask)
         # The mask of the first column is the mask of the row.
-        tl.store(
-            scales + o_row,
-            b_scale[:, None],
-            mask=tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0,
-        )
+        m_row = tl.max(mask.to(tl.int32), axis=1, keep_dims=True) > 0
+        tl.store(scales + o_row, b_scale[:, None], mask=m_row)
+
+
+def row_cases(name: str, fn: Any, **constants: object) -> Iterator[CompileCase]:
+    """A row kernel for every dtype and network width, overlapped (PDL) for bfloat16 alone.
+
+    constants: beside those of the launch; None for a pointer that is absent. Without scales = None
+    `out` is float8, which needs sm_89.
+    """
+    tensors = ("x", "y", "xr", "vr", "gates", "modulation", "out", "out_x", "out_vr")
+    constants = {"PDL": False, **constants}
+    for dtype in (torch.bfloat16,) if constants["PDL"] else DTYPES:
+        kind = DTYPES[dtype]
+        types = dict.fromkeys(tensors, f"*{kind}") | dict.fromkeys(("steps", "scales"), "*fp32")
+        types |= {"eps": "fp32"} | ({} if "scales" in constants else {"out": "*fp8e4nv"})
+        options = {} if "scales" in constants else {"arches": (90, 100)}
+        for size in WIDTHS:
+            launch = row_launch(size)
+            yield kernel_case(
+                f"{name}/{kind}/{size}", fn, types,
+                {"D": size, "BLOCK": launch.block, "ROWS": launch.rows, **constants},
+                ("tokens", "step_row"), num_warps=launch.warps, **options,
+            )  # fmt: skip

@@ -13,8 +13,11 @@ from odelt_fast.kernels.quantize import FP8
 
 @dataclass(frozen=True)
 class Tile:
-    """A launch configuration: output tile, slice of `inner`, shares of `inner` (split-K), warps,
-    pipeline stages, way of loading."""
+    """A launch configuration.
+
+    Output tile, slice of `inner`, warps, pipeline stages, shares of `inner` (split-K), whether by
+    tensor descriptors, row tiles that share the weights of a column in the L2.
+    """
 
     block_m: int
     block_n: int
@@ -24,23 +27,22 @@ class Tile:
     splits: int = 1
     descriptors: bool = False
     group_m: int = 8
-    pdl: bool = False
+
+    def count(self, rows: int, columns: int) -> int:
+        return triton.cdiv(rows, self.block_m) * triton.cdiv(columns, self.block_n)
 
 
 # By hand, from register and shared-memory counts of the compile gate; not yet chosen by timing.
 TILES = MappingProxyType(
     {
-        "float32": Tile(
-            64, 64, 32, num_warps=4, num_stages=3
-        ),  # no tensor cores: exact float32 products
-        "small": Tile(
-            64, 64, 64, num_warps=4, num_stages=4
-        ),  # few rows: many tiles, three of them on a multiprocessor
+        # no tensor cores: exact float32 products
+        "float32": Tile(64, 64, 32, num_warps=4, num_stages=3),
+        # few rows: many tiles, three of them on a multiprocessor
+        "small": Tile(64, 64, 64, num_warps=4, num_stages=4),
         "large": Tile(128, 128, 32, num_warps=8, num_stages=4),
         "hopper": Tile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
-        "hopper_narrow": Tile(
-            128, 128, 64, num_warps=8, num_stages=4, descriptors=True
-        ),  # where 256 columns leave processors idle
+        # where 256 columns leave processors idle
+        "hopper_narrow": Tile(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),
         "fp8_small": Tile(64, 64, 128, num_warps=4, num_stages=4),
         "fp8_hopper": Tile(128, 256, 128, num_warps=8, num_stages=3, descriptors=True),
         "fp8_hopper_narrow": Tile(128, 128, 128, num_warps=8, num_stages=4, descriptors=True),
@@ -50,50 +52,45 @@ SPLITS = (4, 2)
 
 
 def choose_tile(
-    rows: int,
-    columns: int,
-    inner: int,
-    dtype: torch.dtype,
-    arch: int,
-    processors: int,
-    aligned: bool,
-    gated: bool,
-) -> Tile:
-    """The configuration for x (rows, inner) of `dtype` on a device; `aligned`: tensor descriptors
-    can address the operands."""
+    rows: int, columns: int, inner: int, dtype: torch.dtype,
+    arch: int, processors: int, aligned: bool, gated: bool,
+) -> Tile:  # fmt: skip
+    """The configuration for x (rows, inner) of `dtype` on a device.
+
+    Args:
+        arch, processors: compute capability as a number, multiprocessors.
+        aligned: tensor descriptors can address the operands.
+        gated: the epilogue adds a gated residual.
+    """
     if dtype == torch.float32:
         return TILES["float32"]
-
-    def count(tile: Tile) -> int:
-        return triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
-
     prefix = "fp8_" if dtype == FP8 else ""
-    names = (
-        [f"{prefix}hopper", f"{prefix}hopper_narrow"]
-        if arch >= 90 and aligned
-        else ["large"]
-        if dtype != FP8
-        else []
-    )
-    if arch >= 100 and gated and len(names) == 2:
-        names = names[1:]  # the wider tile spills there
+    if arch >= 90 and aligned:
+        # The wider tile spills with a residual and gate on sm_100.
+        wide = [] if arch >= 100 and gated else [f"{prefix}hopper"]
+        names = [*wide, f"{prefix}hopper_narrow"]
+    else:
+        names = [] if dtype == FP8 else ["large"]
     for name in names:
-        if count(TILES[name]) >= processors:
+        if TILES[name].count(rows, columns) >= processors:
             return TILES[name]
     small = TILES[f"{prefix}small"]
     steps = triton.cdiv(inner, small.block_k)
     for splits in SPLITS:
         # Twice the processors: two or three small tiles run on each at once. Shorter shares would
         # not fill the load pipeline.
-        if count(small) * splits <= 2 * processors and steps >= splits * small.num_stages:
+        fits = small.count(rows, columns) * splits <= 2 * processors
+        if fits and steps >= splits * small.num_stages:
             return replace(small, splits=splits)
     return small
 
 
 def workspace_elements(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
-    """(int32 counters, float32 partial sums) that a split-K launch needs; the counters must be zero
-    and are left so."""
+    """(int32 counters, float32 partial sums) that a split-K launch needs.
+
+    The counters must be zero and are left so.
+    """
     if tile.splits == 1:
         return 0, 0
-    tiles = triton.cdiv(rows, tile.block_m) * triton.cdiv(columns, tile.block_n)
+    tiles = tile.count(rows, columns)
     return 4 * triton.cdiv(tiles, 4), tiles * tile.splits * tile.block_m * tile.block_n

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,10 @@ PRECISIONS = (None, "fp8")
 
 
 def load_operators(kind: str) -> SimpleNamespace:
-    """Row operators, ends of the network, solver steps by name: "kernels" (Triton) or "reference"
-    (the same in PyTorch, any device)."""
+    """Row operators, ends of the network, solver steps by name.
+
+    kind: "kernels" (Triton) or "reference" (the same in PyTorch, any device).
+    """
     names = {
         "norm_modulate": ("norm_modulate",),
         "gated_residual": ("gated_residual",),
@@ -37,91 +38,14 @@ def load_operators(kind: str) -> SimpleNamespace:
         "solver_update": ("combine_stages",),
         "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),
     }
-    modules = {name: importlib.import_module(f"odelt_fast.kernels.{name}") for name in names}
-    if kind == "kernels":
-        return SimpleNamespace(
-            **{
-                name: getattr(modules[module], name)
-                for module, each in names.items()
-                for name in each
-            }
-        )
-    norm, gated, group = (
-        modules[name] for name in ("norm_modulate", "gated_residual", "group_end")
-    )
-    quantize, final = (
-        modules["quantize"].quantize_rows_reference,
-        modules["final_layer"].final_layer_reference,
-    )
-
-    def last_group_end(
-        x: Tensor, y: Tensor, vr: Tensor | None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        return group.group_end_reference(x, y, None, vr, *rest)[1:]
-
-    def final_velocity(
-        h: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        patch: int,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        guidance: float | None = None,
-    ) -> Tensor:
-        return final(
-            torch.zeros((), dtype=dtype, device=h.device),
-            h,
-            weight,
-            bias,
-            patch,
-            height,
-            width,
-            1.0,
-            guidance,
-        )
-
-    def adaptive_step_update(
-        x: Tensor, x_new: Tensor, stages: Tensor, control: Tensor, counters: Tensor, *others: Any
-    ) -> None:
-        step, times, running, *rest = others
-        results = modules["adaptive_step"].adaptive_step_update_reference(
-            x, x_new, stages, control, counters, step, *rest
-        )
-        for target, result in zip(
-            (x, stages[0], control, counters, step, times, running), results, strict=True
-        ):
-            target.copy_(result)
-
-    return SimpleNamespace(
-        norm_modulate=norm.norm_modulate_reference,
-        gated_residual=gated.gated_residual_reference,
-        group_end=group.group_end_reference,
-        last_group_end=last_group_end,
-        norm_modulate_float8=lambda *a: quantize(norm.norm_modulate_reference(*a)),
-        gated_residual_float8=lambda *a: _quantize_last(
-            gated.gated_residual_reference(*a), quantize
-        ),
-        group_end_float8=lambda *a: _quantize_last(group.group_end_reference(*a), quantize),
-        modulation=modules["modulation"].modulation_reference,
-        patch_embed=modules["patch"].patch_embed_reference,
-        final_euler=lambda x, h, w, b, patch, step, guidance=None: final(
-            x, h, w, b, patch, *x.shape[2:], step, guidance
-        ),
-        final_velocity=final_velocity,
-        quantize_rows=quantize,
-        linear=lambda *a, workspace=None, **k: modules["linear"].linear_reference(*a, **k),
-        attention=modules["attention"].attention_reference,
-        combine_stages=modules["solver_update"].combine_stages_reference,
-        adaptive_step_update=adaptive_step_update,
-        **{name: getattr(modules["adaptive_step"], name) for name in names["adaptive_step"][1:]},
-    )
-
-
-def _quantize_last(
-    results: tuple[Any, ...], quantize: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Any, ...]:
-    return *results[:-1], *quantize(results[-1])
+    plain = ("first_attempt", "MOST_SAMPLES")  # of both kinds
+    suffix = {"kernels": "", "reference": "_reference"}[kind]
+    loaded = SimpleNamespace()
+    for module, each in names.items():
+        kernels = importlib.import_module(f"odelt_fast.kernels.{module}")
+        for name in each:
+            setattr(loaded, name, getattr(kernels, name + suffix * (name not in plain)))
+    return loaded
 
 
 def cublas_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:

@@ -1,5 +1,7 @@
-"""Cases of the matrix-product kernels; `kernel_checks` says what a case is, `kernel_cases` runs
-them."""
+"""Cases of the matrix products, attention, quantisation; `kernel_cases` runs them.
+
+`kernel_checks` says what a case is.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.kernels.attention import (
-    attention,
-    attention_reference,
-    choose_launch,
-    launch_attention,
-)
-from odelt_fast.kernels.linear import (
-    SPLITS,
-    TILES,
-    launch_linear,
-    linear,
-    linear_reference,
-    workspace_elements,
-)
+from odelt_fast.kernels.attention import attention, attention_reference
+from odelt_fast.kernels.linear import Epilogue, launch_linear, linear, linear_reference
 from odelt_fast.kernels.quantize import FP8, quantize_rows, quantize_rows_reference
+from odelt_fast.kernels.tiles import SPLITS, TILES, Tile, workspace_elements
 from tests.helpers.kernel_checks import (
     GUARD,
     Axes,
@@ -42,36 +33,27 @@ WIDTHS = (1, 8, 24, 33, 64, 72, 96, 100, 128, 130)
 UNTOUCHED = -7
 
 
-def double(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.double()
+def double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) else value
 
 
 def problem(
     rng: random.Random, device: torch.device, dtype: torch.dtype, columns: int, inner: int
 ) -> list[Any]:
-    """x, weight, bias, activation, gate, residual of one layer, of random layouts; optional parts
-    are None now and then."""
+    """x, weight, bias, activation, gate, residual of one layer, of random layouts.
+
+    Optional parts are None now and then.
+    """
     batch, tokens = token_shape(rng, columns)
     x = guarded(rng, (batch, tokens, inner), dtype, device, rng.choice([0.1, 1.0, 4.0]))
-    weight = guarded(
-        rng,
-        (columns, inner),
-        dtype,
-        device,
-        inner**-0.5,
-        rng.choice(["contiguous", "strided", "misaligned"]),
-    )
+    layout = rng.choice(["contiguous", "strided", "misaligned"])
+    weight = guarded(rng, (columns, inner), dtype, device, inner**-0.5, layout)
     bias = guarded(rng, (columns,), dtype, device) if rng.random() < 0.8 else None
     gate = residual = None
     if rng.random() < 0.5:
         rows = rng.choice([1, batch])
-        packed = guarded(
-            rng,
-            (rows, 6 * columns),
-            dtype,
-            device,
-            layout=rng.choice(["contiguous", "strided", "misaligned"]),
-        )
+        layout = rng.choice(["contiguous", "strided", "misaligned"])
+        packed = guarded(rng, (rows, 6 * columns), dtype, device, layout=layout)
         first = columns * rng.randint(0, 5)
         gate = packed[:, first : first + columns]
         residual = guarded(rng, (batch, tokens, columns), dtype, device)
@@ -112,25 +94,29 @@ def linear_tiles_case(rng: random.Random, device: torch.device, dtype: torch.dty
         arguments[:2] = [
             tensor.clone(memory_format=torch.contiguous_format) for tensor in arguments[:2]
         ]
-    x, weight, bias, activation, gate, residual = arguments
-    rows = [
-        None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous()
-        for tensor in (x, residual)
-    ]
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    with watched(*tensors), poisoned_output(len(rows[0]), len(weight), dtype, device) as out:
-        launch_linear(rows[0], weight, bias, activation, gate, rows[1], None, None, out, None, tile)
-    got = out.view(*x.shape[:-1], -1)
+    got = launched(arguments, tile)
     compare(rng, str(tile), got, arguments)
     return got
+
+
+def launched(arguments: list[Any], tile: Tile, workspace: Tensor | None = None) -> Tensor:
+    """One launch with `tile`, into a NaN-filled output."""
+    x, weight, *parts = arguments
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    with watched(*tensors), poisoned_output(len(rows), len(weight), x.dtype, x.device) as out:
+        launch_linear(rows, weight, Epilogue(*parts), out, tile, workspace)
+    return out.view(*x.shape[:-1], -1)
 
 
 @contextlib.contextmanager
 def poisoned_output(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device
 ) -> Iterator[Tensor]:
-    """A NaN-filled (rows, columns) inside a NaN-filled buffer; AssertionError at the end if
-    anything was written around it."""
+    """A NaN-filled (rows, columns) inside a NaN-filled buffer.
+
+    AssertionError at the end if anything was written around it.
+    """
     buffer = torch.full((rows * columns + 2 * GUARD,), math.nan, dtype=dtype, device=device)
     yield buffer[GUARD:-GUARD].view(rows, columns)
     assert bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()), (
@@ -144,12 +130,8 @@ def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dty
         TILES["float32" if dtype == torch.float32 else "small"], splits=rng.choice(SPLITS)
     )
     arguments = problem(rng, device, dtype, rng.choice(WIDTHS), rng.randint(1, 400))
-    x, weight, bias, activation, gate, residual = arguments
-    rows = [
-        None if tensor is None else tensor.reshape(-1, tensor.shape[-1]).contiguous()
-        for tensor in (x, residual)
-    ]
-    counters, partials = workspace_elements(rows[0].shape[0], weight.shape[0], tile)
+    x, weight = arguments[:2]
+    counters, partials = workspace_elements(x[..., 0].numel(), len(weight), tile)
     storage = torch.full(
         (counters + partials + 2 * GUARD,), UNTOUCHED, dtype=torch.int32, device=device
     )
@@ -158,13 +140,8 @@ def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dty
     results = []
     for _ in range(2):
         workspace[counters:].view(torch.float32).fill_(math.nan)
-        tensors = [value for value in arguments if isinstance(value, Tensor)]
-        with watched(*tensors), poisoned_output(len(rows[0]), len(weight), dtype, device) as out:
-            launch_linear(
-                rows[0], weight, bias, activation, gate, rows[1], None, None, out, workspace, tile
-            )
+        results.append(launched(arguments, tile, workspace))
         assert bool((workspace[:counters] == 0).all()), "split-K left its counters set"
-        results.append(out.view(*x.shape[:-1], -1))
     assert bool((storage[:GUARD] == UNTOUCHED).all() and (storage[-GUARD:] == UNTOUCHED).all()), (
         "split-K wrote outside its workspace"
     )
@@ -174,11 +151,9 @@ def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dty
 
 
 def compare(rng: random.Random, name: str, got: Tensor, arguments: list[Any]) -> None:
-    x, weight, bias, activation, gate, residual = arguments
-    exact = linear_reference(
-        x.double(), weight.double(), double(bias), activation, double(gate), double(residual), out_dtype=torch.float64
-    )  # fmt: skip
-    check_error(name, got, linear_axes(x, weight).plain(rng, linear_reference, *arguments), exact)
+    exact = linear_reference(*map(double, arguments))
+    plain = linear_axes(*arguments[:2]).plain(rng, linear_reference, *arguments)
+    check_error(name, got, plain, exact)
 
 
 def linear_axes(x: Tensor, weight: Tensor) -> Axes:
@@ -191,29 +166,21 @@ def linear_float8_case(rng: random.Random, device: torch.device, dtype: torch.dt
     # 16-bit results can be held to PyTorch's.
     out_dtype = torch.bfloat16 if dtype == torch.float32 and device.type == "cuda" else dtype
     unit = rng.choice([1, 16])  # 16: rows that tensor descriptors can address
-    arguments = problem(
-        rng,
-        device,
-        out_dtype,
-        unit * rng.randint(1, 200 // unit),
-        unit * rng.randint(1, 200 // unit),
-    )
+    columns, inner = (unit * rng.randint(1, 200 // unit) for _ in range(2))
+    arguments = problem(rng, device, out_dtype, columns, inner)
     (x, x_scale), (weight, weight_scale) = (
         quantize_rows_reference(tensor) for tensor in arguments[:2]
     )
     arguments[:2] = [poisoned(rng, tensor) for tensor in (x, weight)]
     named = {"x_scale": x_scale, "weight_scale": weight_scale, "out_dtype": out_dtype}
-    with watched(
-        *[value for value in arguments if isinstance(value, Tensor)], x_scale, weight_scale
-    ):
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    with watched(*tensors, x_scale, weight_scale):
         got = linear(*arguments, **named)
-    dequantised = [
+    dequantised = (
         x.double() * x_scale.double()[..., None],
         weight.double() * weight_scale.double()[:, None],
-    ]
-    exact = linear_reference(
-        *dequantised, double(arguments[2]), arguments[3], double(arguments[4]), double(arguments[5])
     )
+    exact = linear_reference(*dequantised, *map(double, arguments[2:]))
     plain = linear_axes(x, weight).plain(
         rng, linear_reference, *arguments, x_scale, weight_scale, out_dtype
     )
@@ -262,11 +229,6 @@ def attention_case(rng: random.Random, device: torch.device, dtype: torch.dtype)
         axes.plain(rng, attention_reference, qkv, heads),
         attention_reference(qkv.double(), heads),
     )
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9:
-        overlapped = torch.empty_like(got)
-        rows = qkv if qkv.stride(2) == 1 else qkv.contiguous()
-        launch_attention(rows, overlapped, heads, choose_launch(head_dim, dtype), pdl=True)
-        assert torch.equal(overlapped, got), "programmatic dependent launch gave other bits"
     return got
 
 
@@ -299,8 +261,10 @@ def quantize_case(rng: random.Random, device: torch.device, dtype: torch.dtype) 
 
 @contextlib.contextmanager
 def exact_float8_cast() -> Iterator[None]:
-    """Rounds float32 to float8 e4m3 as the hardware does: the interpreter's own conversion drops
-    the carry. No effect on a card."""
+    """Rounds float32 to float8 e4m3 as the hardware does. No effect on a card.
+
+    The interpreter's own conversion drops the carry.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -330,32 +294,14 @@ CASES = [
 
 def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
     """(operator, operands) for torch.library.opcheck."""
-    x, weight, bias, residual = (
-        torch.randn(2, 3, 16),
-        torch.randn(8, 16),
-        torch.randn(8),
-        torch.randn(2, 3, 8),
-    )
+    x, weight, bias = torch.randn(2, 3, 16), torch.randn(8, 16), torch.randn(8)
+    gate, residual = torch.randn(2, 48)[:, 8:16], torch.randn(2, 3, 8)
     workspace = torch.zeros(64, dtype=torch.int32)
     # Not with float8 operands: the schema check compares its arguments by arithmetic that PyTorch
     # lacks for float8 on a CPU.
     return [
         (linear, (x, weight, bias, "gelu")),
-        (
-            linear,
-            (
-                x,
-                weight,
-                None,
-                "none",
-                torch.randn(2, 48)[:, 8:16],
-                residual,
-                None,
-                None,
-                None,
-                workspace,
-            ),
-        ),
+        (linear, (x, weight, None, "none", gate, residual, None, None, None, workspace)),
         (attention, (torch.randn(2, 5, 48), 2)),
         (quantize_rows, (x,)),
     ]

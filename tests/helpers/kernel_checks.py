@@ -1,5 +1,4 @@
-"""Instruments of the kernel cases: guarded tensors, poisoned outputs, equivalent orders of
-summation, and the error bound.
+"""Instruments of the kernel cases: guarded tensors, poisoned outputs, orders of summation, bounds.
 
 A case is a function(rng, device, dtype): it draws sizes and inputs from `rng` (random.Random), runs
 a kernel inside `watched(...)`, compares it with float64 and returns what must be equal at every
@@ -28,22 +27,15 @@ ENOUGH = 32  # elements, times results, without which an error is luck
 
 def batch_size(rng: random.Random, most: int = 257) -> int:
     """Mostly small, sometimes up to `most`."""
-    return rng.choice(
-        [
-            1,
-            1,
-            2,
-            3,
-            5,
-            rng.randint(1, min(most, 17)),
-            rng.randint(1, most) if rng.random() < 0.1 else 2,
-        ]
-    )
+    some = rng.randint(1, min(most, 17))
+    return rng.choice([1, 1, 2, 3, 5, some, rng.randint(1, most) if rng.random() < 0.1 else 2])
 
 
 def enough_tokens(tokens: int, others: int) -> int:
-    """`tokens`, or as many as make 256 elements with `others` a token: the largest error of fewer
-    is luck (`check_error`)."""
+    """`tokens`, or as many as make 256 elements with `others` a token.
+
+    The largest error of fewer is luck (`check_error`).
+    """
     return max(tokens, -(-256 // others))
 
 
@@ -55,8 +47,7 @@ def guarded(
     scale: float = 1.0,
     layout: str = "",
 ) -> Tensor:
-    """Normal values times `scale` inside a buffer that is NaN everywhere else, so that a read from
-    outside shows.
+    """Normal values times `scale` in a buffer that is NaN elsewhere: a read from outside shows.
 
     layout: "contiguous", "strided" (rows further apart), "misaligned" (starts off a 16-byte
     border), "transposed" (last dimension not contiguous), "expanded" (first dimension of stride 0);
@@ -132,13 +123,12 @@ def watched(*inputs: Tensor | None, reachable: Sequence[Tensor] = ()) -> Iterato
 
 @dataclass(frozen=True)
 class Axes:
-    """Names of the dimensions of a function's tensors, one letter each, so that it can be run over
-    them in any order.
+    """Names of the dimensions of a function's tensors, to run it over them in any order.
 
-    arguments, outputs: a string for each, e.g. "bnd" for (B, N, D), None for what is no tensor. A
-    dimension of size 1 stays as it is, and so does one whose letter has no order. sizes: letter ->
-    size of the dimensions that are permuted. derived: letter -> function that makes its order from
-    those of `sizes`, for dimensions that hold several others.
+    arguments, outputs: a string for each with one letter a dimension, e.g. "bnd" for (B, N, D),
+    None for what is no tensor. A dimension of size 1 stays as it is, and so does one whose letter
+    has no order. sizes: letter -> size of the dimensions that are permuted. derived: letter ->
+    function that makes its order from those of `sizes`, for dimensions that hold several others.
     """
 
     arguments: Sequence[str | None]
@@ -159,24 +149,32 @@ class Axes:
     def plain(
         self, rng: random.Random, function: Callable[..., Tensor], *arguments: Any
     ) -> list[Tensor]:
-        """function(*arguments), and the same over permuted dimensions, permuted back; `function`
-        has one result."""
+        """`results` of a function that has one."""
+        return [result for (result,) in self.results(rng, function, *arguments)]
+
+    def results(
+        self, rng: random.Random, function: Callable[..., Any], *arguments: Any
+    ) -> list[tuple[Tensor, ...]]:
+        """function(*arguments), and the same over permuted dimensions, permuted back."""
         arguments = tuple(map(dense, arguments))
-        results = [function(*arguments)]
+        results = [as_tuple(function(*arguments))]
         for order in self.orders(rng):
-            result = function(
-                *(
-                    permuted(argument, name, order)
-                    for argument, name in zip(arguments, self.arguments)
-                )
-            )
-            results.append(permuted(result, self.outputs[0], inverse(order)))
+            pairs = zip(arguments, self.arguments)
+            made = as_tuple(function(*(permuted(value, name, order) for value, name in pairs)))
+            back, outputs = inverse(order), zip(made, self.outputs, strict=True)
+            results.append(tuple(permuted(value, name, back) for value, name in outputs))
         return results
 
 
+def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def dense(value: Any) -> Any:
-    """A contiguous copy of a tensor: PyTorch's float16 products on a CPU take in what lies between
-    the rows of a strided operand."""
+    """A contiguous copy of a tensor.
+
+    PyTorch's float16 products on a CPU take in what lies between the rows of a strided operand.
+    """
     return (
         value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
     )

@@ -1,5 +1,4 @@
-"""The matrix-product kernels: a seeded sample of `kernel_cases.py` in the interpreter, and what the
-operators refuse.
+"""Matrix products, attention, quantisation: a sample of `kernel_cases.py`, and what is refused.
 
 The interpreter must be asked for before Triton is imported, and the rest of the suite runs without
 it: the cases run in a child.
@@ -25,8 +24,8 @@ KERNELS = ("linear", "linear_tiles", "linear_split", "linear_float8", "attention
 CASES = 8
 # The registry alone, so that a fault elsewhere does not hide here.
 RUN = (
-    "import sys; from tests.stress import kernel_cases; kernel_cases.REGISTRIES = ('tests.helpers.kernel_cases_gemm',);"
-    " sys.exit(kernel_cases.main())"
+    "import sys; from tests.stress import kernel_cases;"
+    " kernel_cases.REGISTRIES = ('tests.helpers.kernel_cases_gemm',); sys.exit(kernel_cases.main())"
 )
 
 

@@ -1,5 +1,4 @@
-"""The row and element kernels: a seeded sample of `kernel_cases.py` in the interpreter, the
-operators' registration, and their refusals.
+"""Row kernels, modulation, ends of the network: a sample of `kernel_cases.py`, and what is refused.
 
 The interpreter must be asked for before Triton is imported, and the compile gate needs a process
 without it: the cases run in a child.
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from odelt_fast.kernels.ema import ema_update
 from odelt_fast.kernels.final_layer import final_euler, final_velocity
 from odelt_fast.kernels.gated_residual import gated_residual
 from odelt_fast.kernels.group_end import group_end, last_group_end
@@ -23,16 +21,19 @@ from odelt_fast.kernels.modulation import modulation
 from odelt_fast.kernels.norm_modulate import norm_modulate
 from odelt_fast.kernels.patch import patch_embed
 from odelt_fast.kernels.rows import row_launch
-from odelt_fast.kernels.solver_update import combine_stages, error_norm
+from odelt_fast.kernels.solver_update import combine_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     *("norm_modulate", "gated_residual", "group_end", "row_float8", "modulation"),
-    *("patch_embed", "final_layer", "ema"),
+    *("patch_embed", "final_layer"),
 )
 CASES = 6
 # The matrix products and the solvers' kernels have their own registries and test files.
-REGISTRIES = "('tests.helpers.kernel_cases_rows', 'tests.helpers.kernel_cases_network', 'tests.helpers.kernel_faults')"
+REGISTRIES = tuple(
+    f"tests.helpers.{name}"
+    for name in ("kernel_cases_rows", "kernel_cases_network", "kernel_faults")
+)
 RUN = (
     f"import sys; from tests.stress import kernel_cases; kernel_cases.REGISTRIES = {REGISTRIES};"
     " sys.exit(kernel_cases.main())"
@@ -60,7 +61,7 @@ def sample() -> str:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_forward_and_gradients_are_within_twice_pytorchs_error(sample: str, kernel: str) -> None:
+def test_results_are_within_twice_pytorchs_error(sample: str, kernel: str) -> None:
     assert f"\n{kernel}: {CASES} of {CASES} cases right" in "\n" + sample, sample
 
 
@@ -79,7 +80,7 @@ def test_every_operator_passes_opcheck() -> None:
         "--opcheck",
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.count("opcheck passes") >= 20
+    assert run.stdout.count("opcheck passes") >= 17
 
 
 def test_the_package_imports_no_kernel_and_works_without_triton() -> None:
@@ -97,13 +98,11 @@ def test_a_tensor_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="norm_modulate: the kernel runs on CUDA tensors"):
         norm_modulate(torch.randn(2, 3, 8), torch.randn(2, 48), 0, 8)
-    with pytest.raises(ValueError, match="ema_update: the kernel runs on CUDA tensors"):
-        ema_update([torch.randn(3)], [torch.randn(3)], 0.9)
 
 
 X, TABLE = torch.zeros(2, 3, 8), torch.zeros(2, 48)
 WEIGHT, BIAS, IMAGE = torch.zeros(16, 8), torch.zeros(16), torch.zeros(2, 4, 2, 6)
-STAGES, STEP = torch.zeros(3, 2, 5), torch.ones(1)
+STATE, STAGES, ROW, STEP = torch.zeros(2, 5), torch.zeros(3, 2, 5), torch.zeros(3), torch.ones(1)
 
 
 @pytest.mark.parametrize(
@@ -119,28 +118,23 @@ STAGES, STEP = torch.zeros(3, 2, 5), torch.ones(1)
         (gated_residual, (X, X.half(), TABLE, 16, TABLE, 24, 32), "y must be .* in torch.float32"),
         (gated_residual, (X, X, TABLE, 48, TABLE, 24, 32), "column 48 of gates"),
         (group_end, (X, X, X[:1], None, TABLE, 40, TABLE, 0, 8), "xr must be"),
-        (group_end, (X, X, X, None, TABLE, 40, TABLE, 0, 8, torch.ones(3)), r"steps must be \(2 or 1,\) float32"),
+        (group_end, (X, X, X, None, TABLE, 40, TABLE, 0, 8, torch.ones(3)), "steps must be"),
         (last_group_end, (X, X, X[:, :, :4], TABLE, 40, TABLE, 0, 8), "vr must be"),
         (modulation, (X, WEIGHT, BIAS), r"condition must be \(R, D\)"),
         (modulation, (X[0], WEIGHT, BIAS[:3]), r"bias must be \(K, 8\)"),
         (modulation, (X[0], WEIGHT.half(), BIAS), "in torch.float16"),
         (patch_embed, (IMAGE, WEIGHT.t(), BIAS[:8], torch.zeros(3, 8), 4), "multiples of 4"),
-        (patch_embed, (IMAGE, WEIGHT.t(), BIAS[:8], torch.zeros(4, 8), 2), r"positions must be \(3, 8\) float32"),
+        (patch_embed, (IMAGE, WEIGHT.t(), BIAS[:8], torch.zeros(4, 8), 2), "positions must be"),
         (patch_embed, (IMAGE[:, :3], WEIGHT.t(), BIAS[:8], torch.zeros(3, 8), 2), r"\(D, 12\)"),
         (final_euler, (IMAGE, X[:, :2], WEIGHT, BIAS, 2, 0.5), r"h must be \(2, 3, D\)"),
         (final_euler, (IMAGE, X, WEIGHT, BIAS, 2, 0.5, 1.5), r"h must be \(4, 3, D\)"),
         (final_euler, (IMAGE, X, WEIGHT, BIAS[:4], 2, 0.5), r"\(16, 8\) and \(16,\)"),
         (final_velocity, (X, WEIGHT, BIAS, 3, 2, 6, torch.float32), "do not fit"),
         (final_velocity, (X, WEIGHT, BIAS, 2, 2, 6, torch.int64), "torch.int64"),
-        (combine_stages, (STAGES[0], STAGES, torch.zeros(4), STEP), "at least the number of coefficients"),
-        (combine_stages, (STAGES[0], STAGES, torch.zeros(3).half(), STEP), "coefficients and step must be"),
-        (combine_stages, (STAGES[0], STAGES[:, :, :4], torch.zeros(3), STEP), "stages must be"),
-        (combine_stages, (STAGES[0], STAGES, torch.zeros(3), torch.ones(5)), r"step must be \(2 or 1,\)"),
-        (error_norm, (STAGES[0], STAGES[0].half(), STAGES, torch.zeros(3), STEP, STEP, STEP), "x_new must be"),
-        (error_norm, (STAGES[0], STAGES[0], STAGES, torch.zeros(3), STEP, torch.ones(()), STEP), "rtol and atol must be"),
-        (ema_update, ([BIAS], [BIAS, BIAS], 0.9), "ema has 1 tensors, live 2"),
-        (ema_update, ([WEIGHT], [torch.zeros(8, 16).t()], 0.9), "tensor 0: ema and live must be contiguous"),
-        (ema_update, ([BIAS, BIAS.half()], [BIAS, BIAS], 0.9), "tensor 1: each list"),
+        (combine_stages, (STATE, STAGES, torch.zeros(4), STEP), "at least the number of"),
+        (combine_stages, (STATE, STAGES, ROW.half(), STEP), "coefficients and step must be"),
+        (combine_stages, (STATE, STAGES[:, :, :4], ROW, STEP), "stages must be"),
+        (combine_stages, (STATE, STAGES, ROW, torch.ones(5)), r"step must be \(2 or 1,\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(
