@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from odelt_fast.config import NUM_STEP_INDICES
 from odelt_fast.files import flush, one_line, read_object
 from odelt_fast.images import ImageSource
-from odelt_fast.model import NUM_STEP_INDICES, DiT
+from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws
 from odelt_fast.train.objectives.targets import euler, guided
@@ -66,12 +67,13 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
             starts = range(state.process_index * size, count, state.num_processes * size)
             for start in tqdm(starts, desc="pairs", unit="batch", disable=None if main else True):
                 rows = np.arange(start, min(start + size, count))
-                # Written, not mapped: a full disk is then an error and no signal.
+                # Written, not mapped: a full disk is then an error and no signal. Flushed at once: a
+                # buffer writes back what lies between two of its writes, others' pairs.
                 for name, values in _pairs(teacher, config, rows).items():
                     files[name].seek(headers[name] + start * values[0].nbytes)
                     files[name].write(values.tobytes())
+                    files[name].flush()
             for file in files.values():
-                file.flush()
                 os.fsync(file.fileno())
         state.wait_for_everyone()
         if main:

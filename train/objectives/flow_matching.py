@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class Diffusion(FlowMatching):
     velocity of the ODE that samples it.
     """
 
-    path: Path = VariancePreserving()
+    path: Path = field(default_factory=VariancePreserving)
 
     def target(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
         return x0
@@ -74,7 +74,7 @@ class Reflow(FlowMatching):
     label where that was it: none are dropped.
     """
 
-    path: Path = Rectified()
+    path: Path = field(default_factory=Rectified)
 
     @torch.no_grad()
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:

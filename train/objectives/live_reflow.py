@@ -50,7 +50,7 @@ class LiveReflow(Method):
             depth = networks.depth(reflow)
             with without_dropout(networks.live) as live:
                 teacher = self.guided(live)
-                made = euler(teacher, made, index[reflow], y[reflow], depth, self.euler_steps)
+                made = euler(teacher, made, index[:n].clone(), y[:n], depth, self.euler_steps)
             images = torch.cat([made, images[n:]])
         velocity = SHORTCUT_MODELS_PATH.velocity(t, noise, images)
         index[reflow], velocity[reflow] = 0, made - noise[reflow]
