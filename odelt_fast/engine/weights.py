@@ -107,12 +107,10 @@ class PreparedWeights:
 
     def are_of(self, model: DiT) -> bool:
         """Whether they were prepared from just this model's parameters as they are now."""
-        own = list(model.parameters())
-        return (
-            self.is_current()
-            and len(own) == len(self._versions.parameters)
-            and all(a is b for a, b in zip(self._versions.parameters, own))
+        own, ours = (
+            list(map(id, each)) for each in (model.parameters(), self._versions.parameters)
         )
+        return own == ours and self.is_current()
 
     @property
     def nbytes(self) -> dict[str, int]:
