@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks.measure import device_record, host_timer, peak_memory, write_json
 from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.images.encode import LatentWriter
+from odelt_fast.images.shards import LatentWriter
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
