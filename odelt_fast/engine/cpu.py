@@ -16,6 +16,7 @@ product itself.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from odelt_fast.engine.native.build import load
 from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
 from odelt_fast.engine.weights import LAYERS, ParameterVersions
 from odelt_fast.model import DiT, position_table
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a thread that go through a block together: the weights are read once for them.
 ROWS_AT_ONCE = 512
@@ -110,7 +113,8 @@ class CpuNetwork:
         patches = x.to(work.x.dtype).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, layer.weight[0].numel())
         # A product is twice as fast as the convolution.
-        torch.addmm(layer.bias, patches, layer.weight.flatten(1).t(), out=work.x.flatten(0, 1))  # type: ignore[arg-type]
+        weight = layer.weight.flatten(1).t()
+        torch.addmm(layer.bias, patches, weight, out=work.x.flatten(0, 1))  # type: ignore[arg-type]
         # The positions are added in float32, as in the model: positions + 1*(patches + 1*rest), in
         # the pass that makes the norm.
         inner = InnerState(work.positions.expand_as(work.x), None)
@@ -283,4 +287,7 @@ def native_unavailable(model: DiT, build_it: bool = True) -> str | None:
 def choose(model: DiT) -> DiT | CpuNetwork:
     """What `auto` runs on a CPU: the native operators where they have been built (`odelt-fast
     build-ops`), else the model."""
-    return model if native_unavailable(model, build_it=False) else CpuNetwork(model)
+    reason = native_unavailable(model, build_it=False)
+    if reason is not None:
+        logger.info("the native operators are not used: %s", reason)
+    return model if reason else CpuNetwork(model)

@@ -21,7 +21,7 @@ from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import RUNNING, Field, Solution, check_times
 from odelt_fast.solvers.tableau import Tableau
 
-logger = logging.getLogger("odelt_fast")
+logger = logging.getLogger(__name__)
 
 
 class DeviceAdaptive:

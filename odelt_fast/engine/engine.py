@@ -39,7 +39,7 @@ from odelt_fast.model import DiT, position_table
 
 ROW_LAUNCHES, ENDS_LAUNCHES = 7, 3
 
-logger = logging.getLogger("odelt_fast")
+logger = logging.getLogger(__name__)
 
 
 class Engine:
