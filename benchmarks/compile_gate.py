@@ -1,15 +1,14 @@
-"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU, and fails on code that would be
-slow or could not be launched.
+"""Compiles every kernel for sm_80, sm_90 and sm_100 without a GPU; slow code fails.
 
     python -m benchmarks.compile_gate [--arch 80 90 100] [--case PATTERN ...] [--one] [--sample N
     --seed S] [--update-baseline [--missing]]
 
-For each `CompileCase` of each module in kernels/: no spills, shared memory within the card's limit,
-global loads as wide as the case demands, and no more registers than the stored baseline
-(benchmarks/compile_baseline.json, one table for each Triton version; a case that it lacks is shown
-as new). Nothing is cached. Prints a table; exit code 1 when a case fails. All cases take minutes:
---sample draws some. The baseline is saved after every case, so that an interrupted update goes on
-with --missing.
+For each `CompileCase` of each module in kernels/: it compiles, no spills, shared memory within the
+card's limit, global loads as wide as the case demands, and no more registers than the stored
+baseline (benchmarks/compile_baseline.json, one table for each Triton version; a case that it lacks
+is shown as new). Nothing is cached. Prints a table; exit code 1 when a case fails. All cases take
+minutes: --sample draws some. The baseline is saved after every case, so that an interrupted update
+goes on with --missing.
 """
 
 from __future__ import annotations
@@ -30,10 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from odelt_fast.files import write_atomically
+
 if TYPE_CHECKING:
     from odelt_fast.kernels.compile_case import CompileCase
 
 ROOT = Path(__file__).resolve().parent.parent
+Table = dict[str, dict[str, int]]  # "CASE sm_ARCH" -> registers and shared
 BASELINE = Path(__file__).with_name("compile_baseline.json")
 ARCHES = (80, 90, 100)
 # Shared memory that one block may use, in bytes: the CUDA programming guide's table of compute
@@ -43,8 +45,7 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel uses: registers a thread, bytes of shared memory, bytes of spills a
-    thread, widest global load in bytes."""
+    """Registers a thread, bytes of shared memory, of spills a thread, of the widest global load."""
 
     registers: int
     shared: int
@@ -53,28 +54,28 @@ class Resources:
 
 
 def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
-    """The cases of every module in kernels/ that match one of the patterns; with `one`, the first
-    of each kernel function."""
+    """The cases in kernels/ that match a pattern; `one`: the first of each module and function.
+
+    Raises:
+        ValueError: two cases have one name.
+    """
     sys.path.insert(0, str(ROOT))
-    seen: set[str] = set()
-    names: set[str] = set()
+    seen: set[object] = set()
     for path in sorted((ROOT / "kernels").glob("*.py")):
         module = importlib.import_module(f"odelt_fast.kernels.{path.stem}")
         for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
-            if case.name in names:
+            if case.name in seen:
                 raise ValueError(f"two compile cases are called {case.name}")
-            names.add(case.name)
-            if not any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns) or (
-                one and case.fn.__name__ + path.stem in seen
-            ):
-                continue
-            seen.add(case.fn.__name__ + path.stem)
-            yield case
+            function = (path.stem, case.fn.__name__)
+            matches = any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)
+            if matches and not (one and function in seen):
+                seen.add(function)
+                yield case
+            seen.add(case.name)
 
 
 def compile_case(case: CompileCase, arch: int) -> Resources:
-    """Compiles one case for one target and reads its resources from the machine code, and from the
-    PTX."""
+    """Compiles one case for one target; its resources, from the machine code and the PTX."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,28 +95,26 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
 
 
 def machine_resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of stack and local memory) a thread, from `cuobjdump -res-usage`; the stack
-    is where ptxas puts spills."""
+    """(registers, bytes of stack and local memory) a thread, from `cuobjdump -res-usage`.
+
+    The stack is where ptxas puts spills.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        result = subprocess.run(
-            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", result.stdout)
-    if not usage:
-        raise RuntimeError(f"cuobjdump reported no resources: {result.stdout!r}")
-    return max(int(registers) for registers, _, _ in usage), max(
-        int(stack) + int(local) for _, stack, local in usage
-    )
+        report = subprocess.check_output([str(tool), "-res-usage", file.name], text=True)
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    if not found:
+        raise RuntimeError(f"cuobjdump reported no resources: {report!r}")
+    usage = [tuple(map(int, numbers)) for numbers in found]
+    return max(registers for registers, _, _ in usage), max(s + local for _, s, local in usage)
 
 
 def widest_load(ptx: str) -> int:
-    """Bytes of the widest load from global memory in the PTX; a copy by the tensor memory
-    accelerator counts as 128."""
+    """Bytes of the widest load from global memory in the PTX; one by TMA counts as 128."""
     widths = [0]
     if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared[\w.:]*\.global", ptx):
         widths.append(128)
@@ -199,11 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     import triton
 
-    stored: dict[str, dict[str, dict[str, int]]] = (
-        json.loads(options.baseline.read_text()) if options.baseline.exists() else {}
-    )
-    version = f"triton {triton.__version__}"
-    baseline = stored.get(version, {})
+    path, version = options.baseline, f"triton {triton.__version__}"
+    stored: dict[str, Table] = json.loads(path.read_text()) if path.exists() else {}
+    baseline = stored.setdefault(version, {})
     pairs = [
         (case, arch)
         for case in collect(options.case, options.one)
@@ -224,11 +221,9 @@ def run(options: argparse.Namespace) -> int:
         key, start = f"{case.name} sm_{arch}", time.perf_counter()
         try:
             found = compile_case(case, arch)
-        except (
-            Exception
-        ) as error:  # a compiler's fault has any type; the other cases are still to be judged
-            text = str(error).strip()
-            reason = f"{type(error).__name__}: {text.splitlines()[-1] if text else ''}"
+        # A compiler's fault has any type; the other cases are still to be judged.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
             print(f"{case.name:44} sm_{arch:<4} does not compile: {reason}", flush=True)
             failed += 1
             continue
@@ -236,37 +231,24 @@ def run(options: argparse.Namespace) -> int:
         faults = judge(case, arch, found, known)
         if options.update_baseline and not faults:
             baseline[key] = {"registers": found.registers, "shared": found.shared}
-            stored[version] = baseline
-            save(options.baseline, stored)
-        verdict = (
-            "; ".join(faults)
-            if faults
-            else "ok"
-            if known or options.update_baseline
-            else "ok (new)"
-        )
+            save(path, stored)
+        new = "" if known or options.update_baseline else " (new)"
         resources = f"{found.registers:9} {found.shared:7} {found.load_bytes:4}"
-        print(
-            f"{case.name:44} sm_{arch:<4} {resources} {time.perf_counter() - start:5.1f} "
-            f" {verdict}",
-            flush=True,
-        )
+        seconds, verdict = time.perf_counter() - start, "; ".join(faults) or f"ok{new}"
+        print(f"{case.name:44} sm_{arch:<4} {resources} {seconds:5.1f}  {verdict}", flush=True)
         failed += bool(faults)
     print(f"{len(pairs) - failed} of {len(pairs)} passed")
     return 1 if failed else 0
 
 
-def save(path: Path, stored: dict[str, dict[str, dict[str, int]]]) -> None:
+def save(path: Path, stored: dict[str, Table]) -> None:
     """Writes the baseline in one move, a line a case."""
     tables = []
     for version, table in sorted(stored.items()):
-        lines = ",\n".join(
-            f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())
-        )
-        tables.append(f" {json.dumps(version)}: {{\n{lines}\n }}")
-    part = path.with_name(path.name + ".part")
-    part.write_text("{\n" + ",\n".join(tables) + "\n}\n")
-    part.replace(path)
+        lines = ",\n".join(f'  "{key}": {json.dumps(table[key])}' for key in sorted(table))
+        tables.append(f' "{version}": {{\n{lines}\n }}')
+    text = "{\n" + ",\n".join(tables) + "\n}\n"
+    write_atomically(path, lambda file: file.write(text.encode()), flushed=False)
 
 
 if __name__ == "__main__":

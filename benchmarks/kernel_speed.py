@@ -1,8 +1,7 @@
-"""Times of the kernels: Triton, plain PyTorch and Inductor in turn, each checked against float64
-before it is timed.
+"""Times of the kernels: Triton, plain PyTorch and Inductor in turn, each checked first.
 
-Inputs are so many that each set has left the cache before its next use, and all calls are one CUDA
-graph, so that the host does not count.
+Checked against float64. Inputs are so many that each set has left the cache before its next use,
+and all calls are one CUDA graph, so that the host does not count.
 """
 
 from __future__ import annotations
@@ -21,29 +20,25 @@ from benchmarks.ceilings import floor_seconds
 from benchmarks.kernel_table import KernelCase, Operator
 from benchmarks.measure import Timer, graph_timer, summary, take_turns
 
-COLD_BYTES = {
-    "cuda": 256 * 2**20,
-    "cpu": 32 * 2**20,
-}  # several times the last cache: 60 MB on an H200
+# Several times the last cache: 60 MB on an H200.
+COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
 MOST_SETS = 256
 
 
 def relative_error(got: Any, exact: Any) -> float:
     """Largest relative L2 error over the outputs."""
-    pairs = zip(
-        *(([value] if isinstance(value, Tensor) else list(value)) for value in (got, exact))
-    )
-    errors = [
-        torch.linalg.vector_norm(a.double().reshape(b.shape) - b) / torch.linalg.vector_norm(b)
-        for a, b in pairs
-    ]
+    pairs = zip(*([value] if isinstance(value, Tensor) else value for value in (got, exact)))
+    norm = torch.linalg.vector_norm
+    errors = [norm(a.double().reshape(b.shape) - b.double()) / norm(b.double()) for a, b in pairs]
     return max(float(error) if torch.isfinite(error) else math.inf for error in errors)
 
 
 @dataclass
 class Prepared:
-    """A case with its inputs drawn, and the float64 result of the first of them. pytorch_error:
-    relative, once it is known."""
+    """A case with its inputs drawn, and the float64 result of the first of them.
+
+    pytorch_error: relative, once it is known.
+    """
 
     case: KernelCase
     dtype: torch.dtype
@@ -62,12 +57,14 @@ class Prepared:
         return relative_error(operator(*(_copy(value) for value in self.arguments[0])), self.exact)
 
     def variant(self, name: str) -> tuple[float, Timer]:
-        """(relative error, timer of a variant); ValueError if the error is above twice plain
-        PyTorch's, or what rounding may cost."""
+        """(relative error, timer) of a variant.
+
+        Raises:
+            ValueError: the error is above twice plain PyTorch's, and what rounding may cost.
+        """
         if not self.pytorch_error:
-            with suppress(
-                RuntimeError
-            ):  # a form that PyTorch lacks here sets no measure: rounding is the bound
+            # A form that PyTorch lacks here sets no measure: rounding is the bound.
+            with suppress(RuntimeError):
                 self.pytorch_error = self.error(self.case.plain)
         operator = self.variants[name]
         error = self.error(operator)
@@ -76,15 +73,17 @@ class Prepared:
             raise ValueError(
                 f"its result is wrong: relative error {error:.2e}, at most {bound:.2e} is allowed"
             )
-        return error, graph_timer(
-            lambda index: operator(*self.arguments[index]), self.sets, self.device
-        )
+
+        def call(index: int) -> Any:
+            return operator(*self.arguments[index])
+
+        return error, graph_timer(call, self.sets, self.device)
 
 
 def prepare(
     case: KernelCase, dtype: torch.dtype, device: torch.device, inductor: bool = False
 ) -> Prepared:
-    """Draws the inputs. inductor: also the plain form, compiled, where the case allows it."""
+    """Draws the inputs; inductor: also the plain form, compiled, where the case allows it."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -107,8 +106,7 @@ def measure_kernel(
     seconds: float,
     inductor: bool = True,
 ) -> dict[str, Any]:
-    """Samples, GB/s or TFLOP/s, share of the floor, error of every variant of a case; or the reason
-    it did not run."""
+    """Samples, rates, share of the floor and error of every variant, or why it did not run."""
     prepared = prepare(case, dtype, device, inductor)
     rows: dict[str, dict[str, Any]] = {name: {} for name in prepared.variants}
     timers: dict[str, Timer] = {}
@@ -117,25 +115,23 @@ def measure_kernel(
         try:
             row["relative_error"], timers[name] = prepared.variant(name)
             row["setup_s"] = time.perf_counter() - start
-        except (
-            Exception
-        ) as error:  # a compiler's fault has any type; the other variants are still to be measured
+        # A compiler's fault has any type; the other variants are still to be measured.
+        except Exception as error:
             row["reason"] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     floor = floor_seconds(case.flops, case.bytes, case.rate, ceilings)
     for name, taken in (take_turns(timers, seconds, most=100) if timers else {}).items():
-        row = rows[name] | {"samples_s": taken} | summary(taken)
-        rates = {
-            "gigabytes_per_s": case.bytes / row["median_s"] / 1e9,
-            "tflops": case.flops / row["median_s"] / 1e12,
-        }
-        rows[name] = row | rates | {"share_of_floor": floor / row["median_s"]}
+        times = summary(taken)
+        rows[name] |= {"samples_s": taken, **times, **rates(case, floor, times["median_s"])}
+    sizes = {"bytes": case.bytes, "flops": case.flops, "floor_s": floor, "sets": prepared.sets}
+    return {"kernel": case.name, **sizes, "variants": rows}
+
+
+def rates(case: KernelCase, floor: float, seconds: float) -> dict[str, float]:
+    """What a call of `seconds` reaches, and the share of the ceilings' `floor` in it."""
     return {
-        "kernel": case.name,
-        "bytes": case.bytes,
-        "flops": case.flops,
-        "floor_s": floor,
-        "sets": prepared.sets,
-        "variants": rows,
+        "gigabytes_per_s": case.bytes / seconds / 1e9,
+        "tflops": case.flops / seconds / 1e12,
+        "share_of_floor": floor / seconds,
     }
 
 

@@ -1,5 +1,4 @@
-"""The kernels under pytest-benchmark: Triton and plain PyTorch on a GPU, the plain forms elsewhere;
-`pytest benchmarks/`.
+"""The kernels under pytest-benchmark (`pytest benchmarks/`): Triton on a GPU, and plain PyTorch.
 
 A round is all calls of one variant over inputs that have left the cache between two uses
 (extra_info: calls), and only after its result was found right. Inductor's forms: `python -m
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.ceilings import floor_seconds
-from benchmarks.kernel_speed import prepare
+from benchmarks.kernel_speed import prepare, rates
 from benchmarks.kernel_table import KernelCase, cases, operators
 from benchmarks.sampling import CONFIGS
 
@@ -50,8 +49,8 @@ def test_kernel(
     benchmark.group = case.name
     benchmark.pedantic(timer, rounds=20 if CUDA else 3, warmup_rounds=2 if CUDA else 1)
     each = statistics.median(benchmark.stats.stats.data) / prepared.sets
+    floor = floor_seconds(case.flops, case.bytes, case.rate, ceilings)
     benchmark.extra_info.update(
-        record, variant=variant, calls=prepared.sets, relative_error=relative_error, seconds_of_a_call=each,
-        gigabytes_per_s=case.bytes / each / 1e9, tflops=case.flops / each / 1e12,
-        share_of_floor=floor_seconds(case.flops, case.bytes, case.rate, ceilings) / each,
+        record, variant=variant, calls=prepared.sets, relative_error=relative_error,
+        seconds_of_a_call=each, **rates(case, floor, each),
     )  # fmt: skip

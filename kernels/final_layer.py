@@ -49,8 +49,11 @@ def final_euler_reference(
     step: float, guidance: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch."""
-    sizes = patch_size, *x.shape[2:]
-    return x + final_velocity_reference(h, weight, bias, *sizes, x.dtype, guidance) * step
+    height, width = x.shape[2:]
+    velocity = final_velocity_reference(
+        h, weight, bias, patch_size, height, width, x.dtype, guidance
+    )
+    return x + velocity * step
 
 
 @triton.jit
@@ -215,7 +218,7 @@ def compile_cases() -> Iterator[CompileCase]:
 
     With and without guidance; update or velocity alone; in bfloat16 also overlapped.
     """
-    forms = {
+    forms: dict[str, dict[str, object]] = {
         "euler": {"GUIDED": False, "PDL": False},
         "euler_guided": {"GUIDED": True, "PDL": False},
         "velocity_guided": {"GUIDED": True, "PDL": False, "x": None},
