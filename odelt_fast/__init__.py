@@ -12,7 +12,7 @@ _HOME = {
     "Sampler": "sampling.sampler",
     "load_model": "checkpoints.folder",
     "save_model": "checkpoints.folder",
-    "CheckpointError": "checkpoints.folder",
+    "CheckpointError": "checkpoints.errors",
     "convert_reference_checkpoint": "checkpoints.reference",
     "OdeltPipeline": "pipeline",
     "deadline_planner": "planning.evidence",
@@ -32,7 +32,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from odelt_fast.checkpoints.folder import CheckpointError, load_model, save_model
+    from odelt_fast.checkpoints.errors import CheckpointError
+    from odelt_fast.checkpoints.folder import load_model, save_model
     from odelt_fast.checkpoints.reference import convert_reference_checkpoint
     from odelt_fast.config import PRESETS, DiTConfig
     from odelt_fast.model import DiT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from odelt_fast.checkpoints.folder import CONFIG_NAME, WEIGHTS_NAME
+from odelt_fast.checkpoints.lookup import CONFIG_NAME, WEIGHTS_NAME
 from odelt_fast.files import one_line
 from odelt_fast.train.config import TrainConfig
 

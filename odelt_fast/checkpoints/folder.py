@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.resources
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,39 +24,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from odelt_fast.checkpoints.errors import CheckpointError, check_finite, refusals
+from odelt_fast.checkpoints.lookup import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import flush, locked, one_line, parse_object, read_bytes
 from odelt_fast.model import DiT
 
-CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = (
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-)
 _PARTIAL = ".partial"  # the folder, in the model's folder, of files that are being written
 _JSON_LIMIT = 1 << 20  # bytes of config.json and of the shard index
 _HEADER_LIMIT = 16 << 20  # bytes; 1024 blocks need 2 MiB
-_TABLE_FLOOR = (
-    16 << 20
-)  # bytes of position table that any model may have; above it, 4 times the size of its weights
+# Bytes of position table that any model may have; above it, 4 times the size of its weights.
+_TABLE_FLOOR = 16 << 20
 _STORED_DTYPES = ("F16", "BF16", "F32", "F64")
-Header = tuple[
-    dict[str, tuple[str, tuple[int, ...]]], str | None
-]  # name -> (dtype, shape); the hash of the configuration, if recorded
 _COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class CheckpointError(ValueError):
-    """A model folder or checkpoint file that cannot be read or written; the message is one line
-    that names what is wrong."""
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    """CheckpointError naming `name` if a value of the tensor is infinite or NaN."""
-    if tensor.numel() and not all(map(math.isfinite, torch.stack(torch.aminmax(tensor)).tolist())):
-        raise CheckpointError(
-            f"{name} holds values that are not finite in {str(tensor.dtype).removeprefix('torch.')}"
-        )
+# Name -> (dtype, shape); the hash of the configuration, if recorded.
+Header = tuple[dict[str, tuple[str, tuple[int, ...]]], str | None]
 
 
 def save_model(
@@ -68,10 +48,7 @@ def save_model(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes config.json and model.safetensors into `folder` (made if missing) and returns it.
-
-    dtype: storage dtype of the weights (None: the model's own). metadata: strings kept in the
-    safetensors header (weights=ema, step=...).
+    """Writes config.json and model.safetensors into a folder.
 
     A kill at any moment leaves a folder that loads either the old model or the new one, never a
     mixture. Both files are written to a folder `.partial` inside and flushed; the rename of the
@@ -79,8 +56,18 @@ def save_model(
     `load_model` takes the configuration in `.partial` if the weights are its own, so that the
     moment between is safe too. One writer at a time: others wait for the folder's lock.
 
-    Raises ValueError for a truncated model or a bad dtype or metadata; CheckpointError, with the
-    folder's model as it was, for weights that are not finite and for files that cannot be written.
+    Args:
+        folder: made if missing.
+        dtype: storage dtype of the weights (None: the model's own).
+        metadata: strings kept in the safetensors header (weights=ema, step=...).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a truncated model, a bad dtype or metadata.
+        CheckpointError: weights that are not finite, files that cannot be written; the folder's
+            model stays as it was.
     """
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise ValueError(
@@ -132,22 +119,11 @@ def save_model(
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Puts the configuration of the weights in its place, where a save was killed between its two
-    renames."""
+    """Puts the weights' configuration in its place, where a kill came between the two renames."""
     pending = folder / _PARTIAL / CONFIG_NAME
     with contextlib.suppress(CheckpointError):
         if pending.is_file() and _read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
             os.replace(pending, folder / CONFIG_NAME)
-
-
-def bundled_models() -> tuple[str, ...]:
-    """Names of the models that come with the package, sorted."""
-    models = importlib.resources.files("odelt_fast").joinpath("models")
-    if not models.is_dir():
-        return ()
-    return tuple(
-        sorted(entry.name for entry in models.iterdir() if entry.joinpath(CONFIG_NAME).is_file())
-    )
 
 
 def load_model(
@@ -158,18 +134,23 @@ def load_model(
     *,
     download: Mapping[str, Any] | None = None,
 ) -> DiT:
-    """Loads a model, in eval mode, from a local folder, by a bundled name, or from the Hub
-    ("user/repo"); the first of these that fits.
+    """Loads a model, in eval mode.
 
-    dtype: of the weights, float32 if None whatever the file stores (what saves space on disk is not
-    what to compute in). depth: run at most at this length: only the blocks that it uses are read
-    from disk, longer lengths raise ValueError afterwards. download: how to get a Hub id: revision,
-    token, cache_dir, force_download, local_files_only, as in huggingface_hub. A folder holds
-    config.json and either model.safetensors or, for shards, model.safetensors.index.json; of a
-    saved pipeline, its subfolder `transformer` is taken.
+    Args:
+        name: a local folder, a bundled name, or a Hub id ("user/repo"); the first that fits. A
+            folder holds config.json and either model.safetensors or, for shards,
+            model.safetensors.index.json; of a saved pipeline, its subfolder `transformer` is taken.
+        dtype: of the weights, float32 if None whatever the file stores (what saves space on disk
+            is not what to compute in).
+        depth: run at most at this length: only the blocks that it uses are read from disk, longer
+            lengths raise ValueError afterwards.
+        download: how to get a Hub id: revision, token, cache_dir, force_download,
+            local_files_only, as in huggingface_hub.
 
-    Raises CheckpointError, in one line, for a name that is nothing of these and for files that are
-    missing, damaged, hostile or not finite; ValueError for a depth, dtype or device that cannot be.
+    Raises:
+        CheckpointError: in one line: a name that is nothing of these; files that are missing,
+            damaged, hostile or not finite.
+        ValueError: a depth, dtype or device that cannot be.
     """
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise ValueError(
@@ -185,9 +166,8 @@ def load_model(
     config = _folder_config(folder, {digest for _, digest in headers.values()})
     config.check_depth(depth)
     grid = config.image_size // config.patch_size
-    if grid * grid * config.hidden_size * 4 > _TABLE_FLOOR + 4 * sum(
-        path.stat().st_size for path in shards
-    ):
+    allowed = _TABLE_FLOOR + 4 * sum(path.stat().st_size for path in shards)
+    if grid * grid * config.hidden_size * 4 > allowed:
         raise CheckpointError(
             f"{one_line(repr(str(folder)))}: image_size {config.image_size} is out of all"
             " proportion to the weights"
@@ -202,8 +182,7 @@ def load_model(
     for path, (entries, _) in headers.items():
         with refusals(path), safe_open(path, "pt") as file:
             for key in sorted(wanted.keys() & entries.keys()):
-                # A copy: views of the mapped file would change, or crash the process, with the
-                # file.
+                # A copy: views of the mapped file would change, or crash, with the file.
                 tensor = file.get_tensor(key).to(dtype or torch.float32, copy=True)
                 if tensor.shape != wanted[key].shape:
                     raise ValueError(f"{key} changed while it was read")
@@ -215,8 +194,7 @@ def load_model(
 
 
 class WithoutStorage(TorchFunctionMode):
-    """Parameters made inside have no storage and are not initialised; other tensors (the position
-    table) are real.
+    """Parameters made inside have no storage and no values; other tensors (positions) are real.
 
     Unlike `torch.device("meta")`, this never runs an operation on a tensor without storage: those
     cost a second of imports at first use.
@@ -233,85 +211,19 @@ class WithoutStorage(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def refusals(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with the file at `path` becomes a CheckpointError that names it."""
-    try:
-        yield
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RecursionError,
-        MemoryError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:
-        raise CheckpointError(f"{one_line(repr(str(path)))}: {one_line(error)}") from None
-
-
-def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
-    """The local folder of a model: an existing folder, else a bundled model, else a download from
-    the Hub. Raises CheckpointError."""
-    if os.path.isdir(name):
-        return _transformer(Path(name))
-    if isinstance(name, str) and name in bundled_models():
-        return Path(str(importlib.resources.files("odelt_fast"))) / "models" / name
-    if isinstance(name, str) and re.fullmatch(
-        r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII
-    ):
-        return _transformer(_download(name, download or {}))
-    bundled = ", ".join(bundled_models()) or "none"
-    raise CheckpointError(
-        f"no model {one_line(repr(str(name)))}: give a folder that exists, a bundled name"
-        f" ({bundled}) or a Hub id (user/repo)"
-    )
-
-
 def read_config(name: str | Path) -> DiTConfig:
-    """The configuration of the model that `load_model` would load, without its weights. Raises
-    CheckpointError as `load_model` does."""
+    """The configuration of the model that `load_model` would load; it raises as that does."""
     folder = find_folder(name)
     return _folder_config(folder, {_read_header(path)[1] for path in _shards(folder)})
 
 
-def _transformer(folder: Path) -> Path:
-    """The folder itself, or the model in it if it is that of a pipeline."""
-    inner = folder / "transformer"
-    return (
-        inner if not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).is_file() else folder
-    )
-
-
-def _download(name: str, options: Mapping[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = (
-        CONFIG_NAME,
-        INDEX_NAME,
-        "*.safetensors",
-        *(f"transformer/{file}" for file in (CONFIG_NAME, INDEX_NAME)),
-    )
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files), **options))
-    # the client's own, its HTTP library's and the system's: all mean that there is no model
-    except Exception as error:
-        bundled = ", ".join(bundled_models()) or "none"
-        problem = f"is no folder here and cannot be had from the Hub ({one_line(error)})"
-        raise CheckpointError(f"{name!r} {problem}; bundled models: {bundled}") from None
-
-
 def _member(folder: Path, name: str) -> Path:
-    """The path of a regular file of the folder. Links may not leave it, except within the Hub's own
-    cache."""
+    """The path of a regular file of the folder; links leave it only within the Hub's own cache."""
     path = folder / name
     if not os.path.isfile(path):
-        problem = (
-            "it is not a regular file"
-            if os.path.exists(path)
-            else f"a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
-        )
+        problem = f"a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+        if os.path.exists(path):
+            problem = "it is not a regular file"
         raise CheckpointError(f"no {name!r} in {one_line(repr(str(folder)))}: {problem}")
     root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     snapshot = root.parent if root.name == "transformer" else root
@@ -339,8 +251,10 @@ def _read_config(path: Path) -> tuple[DiTConfig, str]:
 
 
 def _folder_config(folder: Path, digests: set[str | None]) -> DiTConfig:
-    """The configuration of the folder; that of an interrupted save if the weights, by the hash that
-    they carry, belong to it."""
+    """The configuration of the folder, or of an interrupted save that the weights belong to.
+
+    digests: of their configurations, which the weights carry.
+    """
     if None not in digests and os.path.isfile(folder / _PARTIAL / CONFIG_NAME):
         with contextlib.suppress(CheckpointError):
             config, digest = _read_config(_member(folder, f"{_PARTIAL}/{CONFIG_NAME}"))
@@ -350,8 +264,7 @@ def _folder_config(folder: Path, digests: set[str | None]) -> DiTConfig:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those of its index, whose names may only be plain
-    names in the folder."""
+    """The safetensors files of a folder: one, or those of its index, by plain names only."""
     if os.path.exists(folder / WEIGHTS_NAME) or not os.path.exists(folder / INDEX_NAME):
         return [_member(folder, WEIGHTS_NAME)]
     path = _member(folder, INDEX_NAME)
@@ -360,9 +273,8 @@ def _shards(folder: Path) -> list[Path]:
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("weight_map must map the tensors' names to file names")
         for name in weight_map.values():
-            if not isinstance(name, str) or not re.fullmatch(
-                r"\w[\w.-]{0,199}\.safetensors", name, re.ASCII
-            ):
+            plain = r"\w[\w.-]{0,199}\.safetensors"
+            if not isinstance(name, str) or not re.fullmatch(plain, name, re.ASCII):
                 raise ValueError(
                     f"{one_line(repr(name))} is no name of a .safetensors file in the folder"
                 )
@@ -370,27 +282,20 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _read_header(path: Path) -> Header:
-    """Name -> (dtype, shape) of each tensor in a safetensors file, and the hash of the
-    configuration that it was saved with."""
+    """The tensors in a safetensors file, and the hash of the configuration that it has."""
     with refusals(path):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > _HEADER_LIMIT:
-            raise ValueError(
-                f"header of {length} bytes, more than the {_HEADER_LIMIT} that are allowed"
-            )
+            raise ValueError(f"header of {length} bytes, more than the {_HEADER_LIMIT} allowed")
         with safe_open(path, "pt") as tensors:
-            names = tensors.keys()
-            slices = {name: tensors.get_slice(name) for name in names}
-            entries = {
-                name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()
-            }
+            parts = ((name, tensors.get_slice(name)) for name in tensors.keys())  # noqa: SIM118
+            entries = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts}
             return entries, (tensors.metadata() or {}).get("config_sha256")
 
 
 def _check_shapes(model: DiT, headers: Mapping[Path, Header]) -> None:
-    """CheckpointError that names the first tensor which is missing, unknown, doubled, of the wrong
-    shape or not of floating point."""
+    """CheckpointError that names the first tensor that does not belong, or that is missing."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     seen: set[str] = set()
     for path, (entries, _) in headers.items():

@@ -15,12 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.folder import (
-    CheckpointError,
-    WithoutStorage,
-    check_finite,
-    refusals,
-)
+from odelt_fast.checkpoints.errors import CheckpointError, check_finite, refusals
+from odelt_fast.checkpoints.folder import WithoutStorage
 from odelt_fast.checkpoints.pickle_records import as_array, as_mapping, read_records
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import one_line

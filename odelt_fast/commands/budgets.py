@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import parse_memory, parse_seconds
-from odelt_fast.commands.options import choose_dtype
+from odelt_fast.commands.options import choose_dtype, device_of
 from odelt_fast.planning.profile import show_schedule
 
 if TYPE_CHECKING:
-    import torch
-
     from odelt_fast.commands.sample import Command
     from odelt_fast.planning.planner import Choice, Point
 
@@ -27,15 +25,6 @@ def limits(max_latency: str | None, max_memory: str | None) -> tuple[float | Non
         except ValueError as error:
             raise ValueError(f"{option} {error}") from None
     return found[0], found[1]
-
-
-def device_of(name: str) -> torch.device:
-    """The device of --device. ValueError for a GPU that is not there."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def described(point: Point) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from odelt_fast.commands.options import Device, Dtype, Whole
+from odelt_fast.checks import whole
+from odelt_fast.commands.options import Device, Dtype, Whole, choose_dtype, device_of
 
 
 @dataclass(frozen=True)
 class Command:
-    """Encode images, and their mirror images, into shards of VAE latents that `odelt-fast train
-    --data` reads. A killed run continues."""
+    """Encode images, and their mirror images, into shards of VAE latents
+    that `odelt-fast train --data` reads. A killed run continues."""
 
     data: str
     """Images: a folder of class folders, a Parquet file or a folder of them, or the id of a Hugging
@@ -37,30 +38,20 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {options.batch_size}")
+    whole("--batch-size", options.batch_size)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(
             f"--out {options.out} is not a folder: give a new folder, or one of an earlier run"
         )
 
-    import torch
-
-    from odelt_fast.commands.options import choose_dtype
     from odelt_fast.images import open_source
     from odelt_fast.images.encode import encode_images, vae_encoder
 
-    device = (
-        ("cuda" if torch.cuda.is_available() else "cpu")
-        if options.device == "auto"
-        else options.device
-    )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
+    device = device_of(options.device)
     source = open_source(
         options.data, image_size=options.image_size, channels=3, split=options.split
     )
-    encoder = vae_encoder(options.vae, device, choose_dtype(options.dtype, device))
+    encoder = vae_encoder(options.vae, device, choose_dtype(options.dtype, device.type))
     encode_images(
         source,
         encoder,

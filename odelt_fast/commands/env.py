@@ -59,7 +59,7 @@ def facts() -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from odelt_fast.checkpoints.folder import bundled_models
+    from odelt_fast.checkpoints.lookup import bundled_models
     from odelt_fast.engine.availability import (
         describe_attentions,
         describe_package,

@@ -19,8 +19,10 @@ Labels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="LABEL...", help_behav
 
 
 def _optional(kind: type, metavar: str) -> Any:
-    """Parses an option that has a value or is left out; tyro's own way would offer the value None
-    and explain both in every error."""
+    """Parses an option that has a value or is left out.
+
+    Tyro's own way would offer the value None and explain both in every error.
+    """
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -38,20 +40,24 @@ File = Annotated[Path | None, _optional(Path, "FILE"), tyro.conf.arg(help_behavi
 
 def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
     """The model (DiT) that the options ask for. ValueError for a device that is not there."""
-    import torch
-
     from odelt_fast.checkpoints.folder import load_model
 
-    if device == "cuda" and not torch.cuda.is_available():
+    place = device_of(device)
+    return load_model(name, place, choose_dtype(dtype, place.type), depth)
+
+
+def device_of(name: str) -> torch.device:
+    """The device of --device. ValueError for a GPU that is not there."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
         raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(name, device=device, dtype=choose_dtype(dtype, device), depth=depth)
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def load_decoder(name: str | None, model: DiT) -> Decoder | None:
-    """The decoder of --decoder, on the model's device; ValueError if it takes other latents than
-    the model makes."""
+    """The decoder of --decoder, on the model's device; ValueError if it does not fit the model."""
     if name is None:
         return None
     import torch
@@ -59,28 +65,29 @@ def load_decoder(name: str | None, model: DiT) -> Decoder | None:
     from odelt_fast.sampling import decoder as decoders
 
     # float16 overflows in the usual autoencoders.
-    found = decoders.load_decoder(
-        name, model.device, torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
-    )
-    if found.latent_channels != model.config.channels:
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    decoder = decoders.load_decoder(name, model.device, dtype)
+    if decoder.latent_channels != model.config.channels:
         raise ValueError(
-            f"--decoder {name} takes latents of {found.latent_channels} channels, the model makes"
+            f"--decoder {name} takes latents of {decoder.latent_channels} channels, the model makes"
             f" {model.config.channels}"
         )
-    return found
+    return decoder
 
 
 def choose_dtype(name: Dtype, device: str) -> torch.dtype:
-    """The dtype of --dtype: auto is bfloat16 where the device computes in it (GPUs; CPUs with
-    AVX512-BF16 or AMX), else float32."""
+    """The dtype of --dtype.
+
+    auto is bfloat16 where the device computes in it (GPUs; CPUs with AVX512-BF16 or AMX), else
+    float32.
+    """
     import torch
 
     if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return getattr(torch, name)
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = device == "cuda" or any(getattr(torch.cpu, flag, bool)() for flag in flags)
-    return torch.bfloat16 if native else torch.float32
+    fast = device == "cuda" or any(getattr(torch.cpu, flag, bool)() for flag in flags)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def plural(count: int, noun: str) -> str:

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.commands.budgets import choice_json, described, device_of, limits
-from odelt_fast.commands.options import Device, Dtype, File, Number, Text, choose_dtype, plural
+from odelt_fast.commands.budgets import choice_json, described, limits
+from odelt_fast.commands.options import (
+    Device,
+    Dtype,
+    File,
+    Number,
+    Text,
+    choose_dtype,
+    device_of,
+    plural,
+)
 from odelt_fast.files import check_folder
 
 if TYPE_CHECKING:

@@ -85,9 +85,8 @@ def run(options: Command) -> None:
     if not 0 <= options.seconds < 1e6:
         raise ValueError(f"--seconds must be from 0 to 1000000, not {options.seconds:g}")
 
-
     from odelt_fast.checkpoints.folder import read_config
-    from odelt_fast.commands.budgets import device_of
+    from odelt_fast.commands.options import device_of
     from odelt_fast.planning.evidence import find_quality, this_machine
     from odelt_fast.planning.profiler import Grid, Profiler, operations_of
 

@@ -7,8 +7,16 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from odelt_fast.commands.budgets import device_of
-from odelt_fast.commands.options import Device, Dtype, File, Text, Whole, load, load_decoder
+from odelt_fast.commands.options import (
+    Device,
+    Dtype,
+    File,
+    Text,
+    Whole,
+    device_of,
+    load,
+    load_decoder,
+)
 
 if TYPE_CHECKING:
     from odelt_fast.model import DiT

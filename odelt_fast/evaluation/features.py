@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from odelt_fast.checkpoints.folder import check_finite, refusals
+from odelt_fast.checkpoints.errors import check_finite, refusals
 from odelt_fast.files import one_line
 
 PROTOCOLS = ("reference", "adm")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from odelt_fast.checkpoints.folder import find_folder
+from odelt_fast.checkpoints.lookup import find_folder
 
 
 @dataclass(frozen=True)

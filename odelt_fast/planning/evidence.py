@@ -117,7 +117,7 @@ def find_quality(
 ) -> Quality | None:
     """The table of quality that is given, or of the model's folder, or None. ValueError for one of
     another model."""
-    from odelt_fast.checkpoints.folder import find_folder
+    from odelt_fast.checkpoints.lookup import find_folder
 
     if path is None and not (find_folder(name) / FILE_NAME).is_file():
         return None

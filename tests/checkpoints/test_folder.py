@@ -18,7 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from odelt_fast.checkpoints.folder import CheckpointError, bundled_models, load_model, save_model
+from odelt_fast.checkpoints.errors import CheckpointError
+from odelt_fast.checkpoints.folder import load_model, save_model
+from odelt_fast.checkpoints.lookup import bundled_models
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from odelt_fast.checkpoints.folder import CheckpointError
+from odelt_fast.checkpoints.errors import CheckpointError
 from odelt_fast.checkpoints.pickle_records import Global, Text, as_array, read_records
 from odelt_fast.checkpoints.reference import (
     config_from_parameters,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from odelt_fast import DiT, DiTConfig, Sampler, load_model
-from odelt_fast.checkpoints.folder import find_folder
+from odelt_fast.checkpoints.lookup import find_folder
 from odelt_fast.cli import main
 from odelt_fast.config import PRESETS
 from odelt_fast.demo.settings import STEPS, Dials, Setting, check_setting, solvers

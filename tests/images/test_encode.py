@@ -84,7 +84,7 @@ def test_latents_are_the_posteriors_of_the_vae(
     [
         ({"--vae": "/nowhere"}, "cannot be loaded"),
         ({"--data": "/nowhere/at/all"}, "/nowhere/at/all"),
-        ({"--batch-size": "0"}, "--batch-size must be at least 1"),
+        ({"--batch-size": "0"}, "--batch-size must be a whole number of at least 1"),
         ({"--device": "cuda"}, "no CUDA GPU"),
     ],
 )

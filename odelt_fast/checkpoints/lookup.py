@@ -1,0 +1,66 @@
+"""Which folder a model's name means: a folder, a bundled model, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from odelt_fast.checkpoints.errors import CheckpointError
+from odelt_fast.files import one_line
+
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def bundled_models() -> tuple[str, ...]:
+    """Names of the models that come with the package, sorted."""
+    models = importlib.resources.files("odelt_fast").joinpath("models")
+    if not models.is_dir():
+        return ()
+    found = (entry.name for entry in models.iterdir() if entry.joinpath(CONFIG_NAME).is_file())
+    return tuple(sorted(found))
+
+
+def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
+    """The local folder of a model: one that exists, else a bundled one, else a download.
+
+    Raises:
+        CheckpointError: `name` is none of them.
+    """
+    if os.path.isdir(name):
+        return _transformer(Path(name))
+    if isinstance(name, str) and name in bundled_models():
+        return Path(str(importlib.resources.files("odelt_fast"))) / "models" / name
+    if isinstance(name, str) and re.fullmatch(
+        r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII
+    ):
+        return _transformer(_download(name, download or {}))
+    bundled = ", ".join(bundled_models()) or "none"
+    raise CheckpointError(
+        f"no model {one_line(repr(str(name)))}: give a folder that exists, a bundled name"
+        f" ({bundled}) or a Hub id (user/repo)"
+    )
+
+
+def _transformer(folder: Path) -> Path:
+    """The folder itself, or the model in it if it is that of a pipeline."""
+    inner = folder / "transformer"
+    pipeline = not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).is_file()
+    return inner if pipeline else folder
+
+
+def _download(name: str, options: Mapping[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    files = [CONFIG_NAME, INDEX_NAME, "*.safetensors"]
+    files += [f"transformer/{file}" for file in (CONFIG_NAME, INDEX_NAME)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=files, **options))
+    except Exception as error:  # the client's own, its HTTP library's and the system's
+        bundled = ", ".join(bundled_models()) or "none"
+        problem = f"is no folder here and cannot be had from the Hub ({one_line(error)})"
+        raise CheckpointError(f"{name!r} {problem}; bundled models: {bundled}") from None
