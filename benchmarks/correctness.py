@@ -1,5 +1,6 @@
-"""Correctness first: what a measurement depends on, run as child processes; a red group refuses the
-measurements that need it.
+"""Correctness first: what a measurement depends on, run as child processes.
+
+A red group refuses the measurements that need it.
 
 The kernels' random cases need no pytest; the other groups are pytest files, the tests for a GPU
 among them. A result holds for the sources it was found with (`Group.digest`): after a change the
@@ -24,37 +25,50 @@ from xml.etree import ElementTree
 from benchmarks.measure import ROOT, SOURCES, source_digest
 
 TESTS = ROOT / "tests"
-NETWORK = ("test_model.py",)
-ENGINE = ("engine/test_engine.py", "engine/test_graphs.py")
-SOLVERS = ("engine/test_while_graph.py", "engine/test_adaptive.py")
+WHEELS_HINT = "carry the wheels in a folder and pass --wheels FOLDER"
 SOLVER_KERNELS = ("combine_stages", "adaptive_step", "adaptive_solve")
-TRAINING = ("train/test_parity.py", "train/test_objectives_recorded.py")
+# Group -> its test files, and the packages that they need beside pytest.
+FILES = {
+    "network": (("test_model.py",), ()),
+    "engine": (("engine/test_engine.py", "engine/test_graphs.py"), ()),
+    "solvers": (("engine/test_while_graph.py", "engine/test_adaptive.py"), ()),
+    "training": (
+        ("train/test_parity.py", "train/test_objectives_recorded.py"),
+        ("tyro", "accelerate"),
+    ),
+}
+_SAMPLING = ("network", "engine")
 NEEDS = {
     "kernels": ("kernels",),
-    "latency": ("network", "engine"),
-    "throughput": ("network", "engine"),
-    "xl": ("network", "engine"),
-    "peers": ("network", "engine"),
+    **dict.fromkeys(("latency", "throughput", "xl", "peers"), _SAMPLING),
     "solvers": ("solvers",),
     "training": ("training",),
 }
+_KERNEL_SOURCES = ("kernels/*.py", "tests/helpers/kernel_*.py", "tests/stress/kernel_*.py")
 
 
 @dataclass(frozen=True)
 class Group:
-    """name; test files for pytest, or names of kernels for their random cases; what must be
-    importable; the sources it speaks for."""
+    """What is run, and what it speaks for.
+
+    files: for pytest; kernels: in their place, names of kernels for their random cases. modules:
+    what must be importable. sources: patterns of the files that the result holds for.
+
+    Raises:
+        ValueError: if a test file does not exist.
+    """
 
     name: str
     group: str
     files: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
-    sources: tuple[str, ...] = (
-        "kernels/*.py",
-        "tests/helpers/kernel_*.py",
-        "tests/stress/kernel_*.py",
-    )
+    sources: tuple[str, ...] = _KERNEL_SOURCES
+
+    def __post_init__(self) -> None:
+        missing = [str(path) for path in map(TESTS.joinpath, self.files) if not path.is_file()]
+        if missing:
+            raise ValueError(f"correctness: there is no {', '.join(missing)}")
 
     @property
     def digest(self) -> str:
@@ -62,45 +76,33 @@ class Group:
 
 
 def groups(cuda: bool) -> Iterator[Group]:
-    """All groups. On a GPU each kernel is one of its own, so that a run can stop and go on between
-    them."""
+    """All groups. On a GPU each kernel is one, so that a run can stop and go on between them."""
     if importlib.util.find_spec("triton"):
         names = kernel_names(cuda)
-        for kernels in ((name,) for name in names) if cuda else [tuple(names)]:
-            yield Group(
-                f"kernels: {', '.join(kernels) if cuda else 'all, interpreted'}",
-                "kernels",
-                (),
-                kernels,
-                (),
-            )
-        yield Group("kernels of solvers", "solvers", (), SOLVER_KERNELS, ())
-    for name, wanted, modules in (
-        ("network", NETWORK, ()),
-        ("engine", ENGINE, ()),
-        ("solvers", SOLVERS, ()),
-        ("training", TRAINING, ("tyro", "accelerate")),
-    ):
-        found = tuple(file for file in wanted if (TESTS / file).exists())
+        if cuda:
+            for name in names:
+                yield Group(f"kernels: {name}", "kernels", kernels=(name,))
+        else:
+            yield Group("kernels: all, interpreted", "kernels", kernels=tuple(names))
+        yield Group("kernels of solvers", "solvers", kernels=SOLVER_KERNELS)
+    for name, (files, modules) in FILES.items():
         sources = (*SOURCES, "tests/data/**/*", *(("train/**/*.py",) if name == "training" else ()))
-        if found:
-            yield Group(name, name, found, (), ("pytest", *modules), sources)
+        yield Group(name, name, files, (), ("pytest", *modules), sources)
 
 
 def kernel_names(cuda: bool) -> list[str]:
-    """The names of tests/stress/kernel_cases.py's kernels."""
-    code = "from tests.stress import kernel_cases; print(*[name for name, _ in kernel_cases.collect()], sep='\\n')"
+    """The names of the kernels that tests/stress/kernel_cases.py has cases of."""
+    code = (
+        "from tests.stress.kernel_cases import collect\n"
+        "print(*[name for name, _ in collect()], sep='\\n')"
+    )
+    command = [sys.executable, "-c", code]
     run = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment(not cuda),
-        cwd=ROOT,
+        command, capture_output=True, text=True, env=environment(not cuda), cwd=ROOT
     )
     if run.returncode:
-        raise RuntimeError(
-            f"the kernels' cases cannot be listed: {run.stderr.strip().splitlines()[-1]}"
-        )
+        reason = run.stderr.strip().splitlines()[-1]
+        raise RuntimeError(f"the kernels' cases cannot be listed: {reason}")
     return run.stdout.split()
 
 
@@ -109,46 +111,26 @@ def environment(interpret: bool) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
 
 
-def run_group(group: Group, cuda: bool, cases: int, timeout: float) -> dict[str, Any]:
-    """{"green", "passed", "failed", "skipped", "seconds", "sources", "command", "tail"}, or
-    {"reason"} where it could not be run."""
+def run_group(group: Group, cases: int, timeout: float) -> dict[str, Any]:
+    """{"green", "passed", "failed", "skipped", "seconds", "sources", "command", "tail"}.
+
+    {"green": False, "reason"} where it could not be run.
+    """
     missing = [module for module in group.modules if importlib.util.find_spec(module) is None]
     if missing:
-        return {
-            "green": False,
-            "reason": (
-                f"{', '.join(missing)} missing: carry the wheels in a folder and pass --wheels"
-                " FOLDER"
-            ),
-        }
+        return {"green": False, "reason": f"{', '.join(missing)} missing: {WHEELS_HINT}"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         if group.kernels:
             chosen = [word for kernel in group.kernels for word in ("--kernel", kernel)]
-            command = [
-                sys.executable,
-                "-m",
-                "tests.stress.kernel_cases",
-                "--cases",
-                str(cases),
-                *chosen,
-            ]
+            arguments = ["-m", "tests.stress.kernel_cases", "--cases", str(cases), *chosen]
         else:
-            files = [str(Path("tests") / name) for name in group.files]
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={report}",
-                *files,
-            ]
+            pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            arguments = [*pytest, *(str(Path("tests") / name) for name in group.files)]
         start = time.perf_counter()
         try:
             run = subprocess.run(
-                command,
+                [sys.executable, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -159,27 +141,22 @@ def run_group(group: Group, cuda: bool, cases: int, timeout: float) -> dict[str,
         except subprocess.TimeoutExpired:
             return {"green": False, "reason": f"not finished in {timeout:.0f} s: run again"}
         counts = count_cases(run.stdout) if group.kernels else count_tests(report)
-    # A group whose every test was skipped has shown nothing.
-    green = run.returncode == 0 and counts["passed"] > 0 and not counts["failed"]
-    shown = " ".join(["python", *command[1:]]).replace(str(report), "report.xml")
-    found = {
-        "green": green,
+    return {
+        # A group whose every test was skipped has shown nothing.
+        "green": run.returncode == 0 and counts["passed"] > 0 and not counts["failed"],
         **counts,
         "seconds": time.perf_counter() - start,
         "sources": group.digest,
-        "command": shown,
+        "command": " ".join(["python", *arguments]).replace(str(report), "report.xml"),
+        "tail": run.stdout.splitlines()[-40:],
     }
-    return found | {"tail": run.stdout.splitlines()[-40:]}
 
 
 def count_cases(output: str) -> dict[str, int]:
-    """From kernel_cases.py's lines "NAME: a of b cases right"."""
-    pairs = [
-        (int(right), int(total))
-        for right, total in re.findall(r"^\S+: (\d+) of (\d+) cases right", output, re.MULTILINE)
-    ]
-    passed = sum(right for right, _ in pairs)
-    return {"passed": passed, "failed": sum(total for _, total in pairs) - passed, "skipped": 0}
+    """From the lines "NAME: a of b cases right" of tests/stress/kernel_cases.py."""
+    pairs = re.findall(r"^\S+: (\d+) of (\d+) cases right", output, re.MULTILINE)
+    passed, total = (sum(map(int, counts)) for counts in zip(*pairs)) if pairs else (0, 0)
+    return {"passed": passed, "failed": total - passed, "skipped": 0}
 
 
 def count_tests(report: Path) -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""The paper's reference implementation as a peer: its model.py, unchanged, jitted by JAX in a
-process of its own that answers requests.
+"""The paper's reference implementation as a peer: its model.py, unchanged, jitted by JAX.
 
-    python benchmarks/jax_peer.py --reference-dir CHECKOUT        # a checkout of
-    github.com/gudovskiy/odelt; needs jax, flax and einops
+It runs in a process of its own that answers requests. With a checkout of github.com/gudovskiy/odelt
+and a Python that has jax, flax and einops:
+
+    python benchmarks/jax_peer.py --reference-dir CHECKOUT
 
 One JSON line a request: {"op": "build", "config": {...}, "depth", "steps", "batch", "dtype"}
 compiles Euler's method and answers {"setup_seconds"}; {"op": "time"} samples once and answers
@@ -50,8 +51,12 @@ class JaxPeer:
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [python, str(Path(__file__).resolve()), "--reference-dir", str(reference)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.messages, text=True, env=environment,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            text=True,
+            env=environment,
+        )
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """The answer to one request."""
@@ -66,10 +71,8 @@ class JaxPeer:
         if not line:
             code = self.process.wait()
             self.messages.seek(0)
-            raise ValueError(
-                "the JAX reference stopped:"
-                f" {(self.messages.read().strip() or f'exit code {code}').splitlines()[-1]}"
-            )
+            reason = self.messages.read().strip() or f"exit code {code}"
+            raise ValueError(f"the JAX reference stopped: {reason.splitlines()[-1]}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise ValueError(f"the JAX reference: {answer['error']}")
@@ -79,15 +82,9 @@ class JaxPeer:
         self, config: DiTConfig, depth: int, steps: int, batch: int, dtype: torch.dtype
     ) -> float:
         """Seconds that compiling and the first run took."""
+        work = {"depth": depth, "steps": steps, "batch": batch}
         name = str(dtype).removeprefix("torch.")
-        answer = self.ask(
-            op="build",
-            config=dataclasses.asdict(config),
-            depth=depth,
-            steps=steps,
-            batch=batch,
-            dtype=name,
-        )
+        answer = self.ask(op="build", config=dataclasses.asdict(config), dtype=name, **work)
         return float(answer["setup_seconds"])
 
     def timed(self) -> float:
@@ -116,24 +113,24 @@ def build(request: dict[str, Any]) -> Any:
     import jax.numpy as jnp
     from model import DiT  # type: ignore[import-not-found]  # the reference's
 
-    config, depth, steps, batch = (
-        request["config"],
-        request["depth"],
-        request["steps"],
-        request["batch"],
+    config, steps, batch = request["config"], request["steps"], request["batch"]
+    same = (
+        *("patch_size", "hidden_size", "depth", "depth_min", "depth_group"),
+        *("num_heads", "mlp_ratio", "num_classes"),
     )
     network = DiT(
-        patch_size=config["patch_size"], hidden_size=config["hidden_size"], depth=config["depth"], depth_min=config["depth_min"],
-        depth_group=config["depth_group"], depth_wise=depth, num_heads=config["num_heads"], mlp_ratio=config["mlp_ratio"],
-        out_channels=config["channels"], class_dropout_prob=0.1, num_classes=config["num_classes"], dtype=getattr(jnp, request["dtype"]),
-    )  # fmt: skip
+        **{name: config[name] for name in same},
+        depth_wise=request["depth"],
+        out_channels=config["channels"],
+        class_dropout_prob=0.1,
+        dtype=getattr(jnp, request["dtype"]),
+    )
     shape = (batch, config["image_size"], config["image_size"], config["channels"])
     noise = jax.random.normal(jax.random.key(1), shape)
     labels = jnp.arange(batch) % config["num_classes"]
     index = jnp.full((batch,), min(steps.bit_length() - 1, 7), jnp.float32)
-    parameters = jax.jit(network.init)(
-        jax.random.key(0), jnp.zeros((batch,)), noise, (index, labels)
-    )
+    start = (jax.random.key(0), jnp.zeros((batch,)), noise, (index, labels))
+    parameters = jax.jit(network.init)(*start)
     leaves, tree = jax.tree.flatten(parameters)
     keys = jax.random.split(jax.random.key(2), len(leaves))
     # Zero-initialised tensors would give zeros, which multiply faster than other numbers do.
@@ -192,14 +189,8 @@ def main() -> None:
     parser.add_argument("--reference-dir", type=Path, required=True)
     folder = parser.parse_args().reference_dir.resolve()
     # This file's folder must not lend its modules to the reference's imports.
-    sys.path[:] = [
-        str(folder),
-        *[
-            path
-            for path in sys.path
-            if Path(path or ".").resolve() != Path(__file__).resolve().parent
-        ],
-    ]
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != here)]
     serve()
 
 

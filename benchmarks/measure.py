@@ -1,8 +1,11 @@
-"""Measuring: variants take turns, warm and synchronised; every sample is kept, beside the device
-and the code that gave it."""
+"""Measuring: variants take turns, warm and synchronised; every sample is kept.
+
+Beside the samples stand the device and the code that gave them.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import hashlib
 import json
@@ -11,18 +14,33 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from odelt_fast.files import one_line, write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("odelt_fast/**/*.py", "odelt_fast/**/*.json", "kernels/*.py", "csrc/**/*")
 Timer = Callable[[], float]  # runs a variant once and returns its seconds
+
+
+def command_parser(name: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`; `text` is shown as it stands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    prog = f"python -m benchmarks.{name}"
+    return argparse.ArgumentParser(prog=prog, description=text, formatter_class=raw)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """E.g. "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,8 +51,10 @@ def synchronize(device: torch.device) -> None:
 def host_timer(
     call: Callable[[], object], device: torch.device, clock: Timer = time.perf_counter
 ) -> Timer:
-    """Seconds from the call to its finished result, as a user waits for it: host clock, device idle
-    before and after."""
+    """Seconds from the call to its finished result, as a user waits for it.
+
+    By the host's clock, the device idle before and after.
+    """
 
     def timed() -> float:
         synchronize(device)
@@ -49,20 +69,19 @@ def host_timer(
 def graph_timer(
     call: Callable[[int], object], sets: int, device: torch.device, clock: Timer = time.perf_counter
 ) -> Timer:
-    """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1): inputs that
-    have left the cache between two uses.
+    """Seconds of one call on the device alone, the mean over call(0) .. call(sets - 1).
 
-    On CUDA one graph holds all the calls and events stand around its replay, so that the host does
-    not count; elsewhere its clock does.
+    Of enough sets, inputs have left the cache between two uses. On CUDA one graph holds all the
+    calls and events stand around its replay, so that the host does not count; elsewhere its clock
+    does.
     """
     if device.type != "cuda":
         timed = host_timer(lambda: [call(index) for index in range(sets)], device, clock)
         return lambda: timed() / sets
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(
-        stream
-    ):  # whatever compiles or allocates on first use does it before the capture
+    # Whatever compiles or allocates on first use does it before the capture.
+    with torch.cuda.stream(stream):
         for index in (0, sets - 1, 0):
             call(index)
     torch.cuda.current_stream().wait_stream(stream)
@@ -89,12 +108,17 @@ def take_turns(
     most: int = 200,
     warm_seconds: float = 0.2,
 ) -> dict[str, list[float]]:
-    """Samples of every timer, in seconds: all of them once a round, in turning order, for about
-    `seconds` and `least` to `most` rounds.
+    """Samples of every timer, in seconds: all of them once a round, in turning order.
 
     Before that each runs twice and the whole for `warm_seconds`: an idle GPU's clock is a fifth of
     a busy one's.
+
+    Args:
+        timers: by name; none gives no samples.
+        seconds: to take about, in `least` to `most` rounds.
     """
+    if not timers:
+        return {}
     begin, rounds = time.perf_counter(), 0
     while rounds < 2 or time.perf_counter() - begin < warm_seconds:
         for timer in timers.values():
@@ -122,9 +146,29 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     }
 
 
+def measured(samples: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """{name: samples and their summary}, as results store them."""
+    return {name: {"samples_s": taken} | summary(taken) for name, taken in samples.items()}
+
+
+@contextmanager
+def reason_in(row: dict[str, Any]) -> Iterator[None]:
+    """Puts why the body failed into row["reason"], in one line, and goes on.
+
+    A compiler's or an allocator's fault has any type, and the other variants are still to be
+    measured.
+    """
+    try:
+        yield
+    except Exception as fault:
+        row["reason"] = one_line(f"{type(fault).__name__}: {fault}")
+
+
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Calls once: bytes that CUDA's allocator held at the peak over what it held before; None
-    elsewhere."""
+    """Calls once: bytes that CUDA's allocator held at the peak over what it held before.
+
+    None elsewhere.
+    """
     if device.type != "cuda":
         call()
         return None
@@ -148,19 +192,14 @@ def release(device: torch.device) -> None:
 
 
 def device_record() -> dict[str, Any]:
-    """What results must be read with: device, driver, clocks, versions, commit, and a digest of the
-    package's sources."""
-    import numpy
-
+    """What results must be read with: device, clocks, versions, commit, digest of the sources."""
     record: dict[str, Any] = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "sources": source_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "jax": _version("jax"),
-        "numpy": numpy.__version__,
+        **{package: _version(package) for package in ("triton", "jax", "numpy")},
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -180,57 +219,43 @@ def device_record() -> dict[str, Any]:
 
 
 def nvidia_smi() -> dict[str, str] | None:
-    """Driver, clocks (MHz), temperature (C) and power (W) at this moment; None where nvidia-smi is
-    missing or silent."""
-    fields = (
-        "driver_version",
-        "clocks.sm",
-        "clocks.mem",
-        "clocks.max.sm",
-        "temperature.gpu",
-        "power.draw",
-    )
-    command = [
-        "nvidia-smi",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader,nounits",
-        "--id=0",
-    ]
-    try:
-        answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
+    """Driver, clocks (MHz), temperature (C) and power (W) at this moment.
+
+    None where nvidia-smi is missing or silent.
+    """
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
+    answer = _output(f"nvidia-smi --query-gpu={fields} --format=csv,noheader,nounits --id=0")
+    if answer is None:
         return None
-    return dict(zip(fields, (value.strip() for value in answer.split(","))))
+    return dict(zip(fields.split(","), (value.strip() for value in answer.split(","))))
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" for changed files; $COMMIT where there is no repository;
-    else "unknown"."""
-    if (ROOT / ".git").exists():
-        command = [
-            "git",
-            "-C",
-            str(ROOT),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=30, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            pass
-    return os.environ.get("COMMIT", "unknown")
+    """The checkout's commit, with "-dirty" for changed files.
+
+    $COMMIT where there is no repository, else "unknown".
+    """
+    describe = "git describe --always --dirty --abbrev=40 --exclude=*"
+    found = _output(describe) if (ROOT / ".git").exists() else None
+    return os.environ.get("COMMIT", "unknown") if found is None else found
+
+
+def _output(command: str) -> str | None:
+    """What a command prints, run in the checkout; None if it fails."""
+    try:
+        run = subprocess.run(
+            command.split(), capture_output=True, text=True, timeout=30, check=True, cwd=ROOT
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
 
 
 def source_digest(*patterns: str) -> str:
-    """A digest of the files that match (all of the package's sources if none is given): what was
-    found correct is what is measured."""
+    """A digest of the files that match (of SOURCES if none is given).
+
+    What was found correct is what is measured.
+    """
     digest = hashlib.sha256()
     files = {
         path
@@ -244,39 +269,27 @@ def source_digest(*patterns: str) -> str:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes beside the place first, then renames: a run that is killed leaves the old file
-    whole."""
+    """Writes the file whole: a run that is killed leaves the old one."""
+    text = json.dumps(value, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.stem}-", suffix=".json", delete=False
-    ) as file:
-        partial = Path(file.name)
-        try:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-            partial.chmod(0o644)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 class Results:
-    """One part's JSON file. A configuration is added whole, with its raw samples, and is never
-    measured again.
+    """One part's JSON file: a configuration is added whole and is never measured again.
 
     {"part", "runs": [{"command", "ceilings", ...device_record()}], "configurations": {key: {"run":
-    index in runs, ...}}} Raises ValueError for a file that is not one of these, or that another
-    device gave: its numbers would stand beside these.
+    index in runs, "seconds", its raw samples, ...}}}. Raises ValueError for a file that is not one
+    of these, or that another device gave: its numbers would stand beside these.
     """
 
     def __init__(self, path: Path, part: str) -> None:
-        self.path, self.run = (
-            path,
-            device_record() | {"command": " ".join(["python -m benchmarks.suite", *sys.argv[1:]])},
-        )
+        command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
+        self.path, self.run = path, device_record() | {"command": command}
         self.content: dict[str, Any] = {"part": part, "runs": [], "configurations": {}}
         if path.exists():
             try:
@@ -306,8 +319,6 @@ class Results:
 
 
 def _version(package: str) -> str | None:
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,20 +1,18 @@
-"""Native CPU operators against PyTorch and Inductor in GB/s, and what they change in a whole
-evaluation of the network.
+"""Native CPU operators against PyTorch and Inductor, and what they change in an evaluation.
 
-    python -m benchmarks.native_ops [--model DiT-B/2] [--batch 8] [--depth 4] [--dtypes float32
-    bfloat16] [--seconds 5] [--no-inductor]
-        [--output benchmarks/results/native-ops-cpu.json]
+    python -m benchmarks.native_ops [--model DiT-B/2] [--batch 8] [--depth 4]
+        [--dtypes float32 bfloat16] [--seconds 5] [--no-inductor] [--output FILE.json]
 
-Bytes are those that an operator must read and write once; the variants take turns. `gemm_share`:
-the matrix products of an evaluation, timed alone into memory of their own, as a share of the
-evaluation. `native rows`: with PyTorch's products and attention. `faster`: its slowest tenth beats
-the others' fastest tenth.
+GB/s are of the bytes that an operator must read and write once; the variants take turns.
+`gemm_share`: the matrix products of an evaluation, timed alone into memory of their own, as a share
+of the evaluation. `native rows`: with PyTorch's products and attention. `faster`: its slowest tenth
+beats the others' fastest tenth.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,29 +22,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import measure
-from odelt_fast import DiT
-from odelt_fast.config import PRESETS
+from benchmarks.ceilings import token_count
+from odelt_fast.config import PRESETS, DiTConfig
 from odelt_fast.engine.cpu import CpuNetwork
 from odelt_fast.engine.native import cpu_ops
 from odelt_fast.engine.native.build import load
 from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
+from odelt_fast.model import DiT
 
 CPU = torch.device("cpu")
 Variants = dict[str, Callable[[], object]]
 
 
 def operators(
-    batch: int, tokens: int, size: int, hidden: int, dtype: torch.dtype, inductor: bool
-) -> dict[str, tuple[int, Variants]]:
-    """Per operator the bytes it moves and its variants, on one set of inputs."""
-    x, y, xr, vr, a, b, c = (torch.randn(batch, tokens, size).to(dtype) for _ in range(7))
-    table, wide, bias = (
-        torch.randn(batch, 6 * size).to(dtype),
-        torch.randn(batch * tokens, hidden).to(dtype),
-        torch.randn(size).to(dtype),
-    )
-    long = torch.randn(hidden).to(dtype)
-    gate, shift, scale = (table[:, None, first * size : (first + 1) * size] for first in (0, 1, 2))
+    config: DiTConfig, batch: int, dtype: torch.dtype, inductor: bool
+) -> Iterator[tuple[str, int, Variants]]:
+    """(name, bytes that it moves, variants) of every operator, on one set of inputs."""
+    tokens, size, hidden = token_count(config), config.hidden_size, config.mlp_size
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape).to(dtype)
+
+    x, y, xr, vr, a, b, c = (draw(batch, tokens, size) for _ in range(7))
+    table, bias = draw(batch, 6 * size), draw(size)
+    wide, long = draw(batch * tokens, hidden), draw(hidden)
+    gate, shift, scale = (table[:, None, first * size : (first + 1) * size] for first in range(3))
     columns = Modulation(table, 0, table, size, 2 * size)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -58,95 +58,117 @@ def operators(
         total = torch.addcmul(x, gate, y + bias)
         return total, norm(total, shift, scale)
 
-    def end(
-        x: Tensor,
-        y: Tensor,
-        bias: Tensor,
-        xr: Tensor,
-        vr: Tensor,
-        gate: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def end(x: Tensor, y: Tensor, xr: Tensor, vr: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        bias, gate, shift, scale = rest
         v = torch.addcmul(x, gate, y + bias)
         return xr + v, vr + v, norm(xr + v, shift, scale)
 
     def gelu(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias, approximate="tanh")
 
-    plain: dict[str, tuple[int, Callable[..., object], tuple[Tensor, ...], Callable[[], None]]] = {
-        "gated_residual": (
-            4 * x.nbytes, gated, (x, y, bias, gate, shift, scale), lambda: cpu_ops.gated_residual(x, y, bias, columns, out_x=a, out=b)
-        ),
-        "group_end": (
-            7 * x.nbytes, end, (x, y, bias, xr, vr, gate, shift, scale),
-            lambda: cpu_ops.group_end(x, y, bias, InnerState(xr, vr), columns, (a, b, c)),
-        ),
-        "bias_gelu": (2 * wide.nbytes, gelu, (wide, long), lambda: cpu_ops.bias_gelu_(wide, long)),
-    }  # fmt: skip
-    table_of: dict[str, tuple[int, Variants]] = {}
-    for name, (size_in_bytes, function, inputs, ours) in plain.items():
-        variants: Variants = {"pytorch": partial(function, *inputs), "native": ours}
+    forms: dict[str, tuple[int, Callable[..., object], tuple[Tensor, ...]]] = {
+        "norm_modulate": (2 * x.nbytes, norm, (x, shift, scale)),
+        "gated_residual": (4 * x.nbytes, gated, (x, y, bias, gate, shift, scale)),
+        "group_end": (7 * x.nbytes, end, (x, y, xr, vr, bias, gate, shift, scale)),
+        "bias_gelu": (2 * wide.nbytes, gelu, (wide, long)),
+    }
+    state, outs = InnerState(xr, vr), (a, b, c)
+    ours: Variants = {
+        "norm_modulate": lambda: cpu_ops.norm_modulate(x, table, size, 2 * size, out=a),
+        "gated_residual": lambda: cpu_ops.gated_residual(x, y, bias, columns, out_x=a, out=b),
+        "group_end": lambda: cpu_ops.group_end(x, y, bias, state, columns, outs),
+        "bias_gelu": lambda: cpu_ops.bias_gelu_(wide, long),
+    }
+    for name, (traffic, function, inputs) in forms.items():
+        variants: Variants = {"pytorch": partial(function, *inputs), "native": ours[name]}
         if inductor:
             variants["inductor"] = partial(torch.compile(function, dynamic=False), *inputs)
-        table_of[name] = size_in_bytes, variants
-    return table_of
+        yield name, traffic, variants
+
+
+def networks(config: DiTConfig, batch: int, depth: int, dtype: torch.dtype) -> Variants:
+    """One evaluation by the model, by the native network and with native rows alone.
+
+    The last is there where native products are; "gemm": the matrix products alone.
+    """
+    model = DiT(config).truncate(depth).to(dtype).eval()
+    forms: dict[str, Callable[..., object]] = {"model": model, "native": CpuNetwork(model)}
+    rows_alone = CpuNetwork(model)
+    if rows_alone.products:
+        rows_alone.products = False
+        forms["native rows"] = rows_alone
+    x = torch.randn(batch, config.channels, config.image_size, config.image_size)
+    y = torch.arange(batch)
+    calls = {name: partial(form, x, 0.5, 2, y, depth=depth) for name, form in forms.items()}
+    return {**calls, "gemm": products(model, batch, depth)}
 
 
 def products(model: DiT, batch: int, depth: int) -> Callable[[], None]:
     """The matrix products of the blocks of one evaluation, into memory that is used again."""
-    config, dtype = model.config, model.dtype
-    rows = batch * (config.image_size // config.patch_size) ** 2
-    wide = {
-        columns: torch.randn(rows, columns).to(dtype)
-        for columns in (config.hidden_size, 3 * config.hidden_size, config.mlp_size)
-    }
-    blocks = model.blocks[: config.live_blocks(depth)]
+    rows, spare = batch * token_count(model.config), dict[tuple[int, bool], Tensor]()
+
+    def memory(columns: int, other: bool = False) -> Tensor:
+        return spare.setdefault((columns, other), torch.randn(rows, columns).to(model.dtype))
+
+    calls = []
+    for block in model.blocks[: model.config.live_blocks(depth)]:
+        for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
+            weight = block.get_parameter(f"{name}.weight")
+            columns, inner = weight.shape
+            # A result does not lie where its input does.
+            calls.append((memory(inner), weight.t(), memory(columns, columns == inner)))
 
     def run() -> None:
-        for block in blocks:
-            for linear in (block.qkv, block.attention_out, block.mlp_in, block.mlp_out):
-                torch.mm(
-                    wide[linear.in_features],
-                    linear.weight.t(),
-                    out=_apart(wide, linear.out_features, linear.in_features),
-                )
+        for x, weight, out in calls:
+            torch.mm(x, weight, out=out)
 
     return run
 
 
-_SPARE: dict[tuple[int, int, torch.dtype], Tensor] = {}
+def take_samples(variants: Variants, seconds: float) -> dict[str, list[float]]:
+    timers = {name: measure.host_timer(call, CPU) for name, call in variants.items()}
+    return measure.take_turns(timers, seconds)
 
 
-def _apart(wide: dict[int, Tensor], columns: int, inner: int) -> Tensor:
-    """Memory for a result of that many columns, which is not the input's."""
-    like = wide[columns]
-    return (
-        like
-        if columns != inner
-        else _SPARE.setdefault((like.shape[0], columns, like.dtype), torch.empty_like(like))
-    )
-
-
-def report(samples: dict[str, list[float]], size_in_bytes: int) -> dict[str, Any]:
-    """Medians, spread and GB/s of each variant, and whether the native one is faster beyond the
-    spread."""
-    rows: dict[str, Any] = {}
-    for name, values in samples.items():
-        rows[name] = measure.summary(values)
-        rows[name]["gb_per_s"] = size_in_bytes / rows[name]["median_s"] / 1e9
+def report(samples: dict[str, list[float]], traffic: int) -> dict[str, Any]:
+    """Medians, spread and GB/s of each variant; whether ours is faster beyond the spread."""
+    rows: dict[str, Any] = {name: measure.summary(values) for name, values in samples.items()}
+    for row in rows.values():
+        row["gb_per_s"] = traffic / row["median_s"] / 1e9
     others = min(row["low_s"] for name, row in rows.items() if name != "native")
-    return {"bytes": size_in_bytes, **rows, "faster": rows["native"]["high_s"] < others}
+    return {"bytes": traffic, **rows, "faster": rows["native"]["high_s"] < others}
+
+
+def measure_dtype(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Times operators and evaluations in a dtype, and prints them."""
+    config, dtype, rows = PRESETS[options.model], getattr(torch, name), {}
+    inductor = not options.no_inductor
+    for operator, traffic, variants in operators(config, options.batch, dtype, inductor):
+        row = rows[operator] = report(take_samples(variants, options.seconds), traffic)
+        speeds = ", ".join(f"{each} {row[each]['gb_per_s']:.1f}" for each in variants)
+        faster = ", native is faster" if row["faster"] else ""
+        print(f"{name} {operator}: {speeds} GB/s{faster}", flush=True)
+    variants = networks(config, options.batch, options.depth, dtype)
+    samples = take_samples(variants, 10 * options.seconds)
+    whole = {key: measure.summary(values) for key, values in samples.items()}
+    median = {key: row["median_s"] for key, row in whole.items()}
+    shares = {key: median["gemm"] / value for key, value in median.items() if key != "gemm"}
+    speedup = median["model"] / median["native"]
+    print(
+        f"{name} evaluation: GEMM share {shares['model']:.0%} -> {shares['native']:.0%},"
+        f" {speedup:.2f}x\n" + ", ".join(f"{key} {t * 1e3:.0f} ms" for key, t in median.items()),
+        flush=True,
+    )
+    return {"operators": rows, "evaluation": whole, "gemm_share": shares, "speedup": speedup}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = measure.command_parser("native_ops", __doc__)
+    dtypes = ["float32", "bfloat16"]
     parser.add_argument("--model", default="DiT-B/2", choices=list(PRESETS))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument(
-        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
-    )
+    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
     parser.add_argument(
         "--seconds",
         type=float,
@@ -156,77 +178,13 @@ def main() -> None:
     parser.add_argument("--no-inductor", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    reason = load("cpu")
-    if reason:
+    if reason := load("cpu"):
         parser.error(f"the native operators are not there: {reason}")
-    config = PRESETS[options.model]
-    tokens = (config.image_size // config.patch_size) ** 2
-    record: dict[str, Any] = {
-        **measure.device_record(),
-        "model": options.model,
-        "batch": options.batch,
-        "depth": options.depth,
-    }
+    settings = {name: getattr(options, name) for name in ("model", "batch", "depth")}
+    record: dict[str, Any] = {**measure.device_record(), **settings}
     record["vector_floats"] = torch.ops.odelt_native.cpu_width()
     with torch.no_grad():
-        for name in options.dtypes:
-            dtype = getattr(torch, name)
-            rows = {}
-            sizes = options.batch, tokens, config.hidden_size, config.mlp_size
-            for operator, (size_in_bytes, variants) in operators(
-                *sizes, dtype, not options.no_inductor
-            ).items():
-                timers = {
-                    variant: measure.host_timer(call, CPU) for variant, call in variants.items()
-                }
-                rows[operator] = report(measure.take_turns(timers, options.seconds), size_in_bytes)
-                speeds = ", ".join(
-                    f"{variant} {rows[operator][variant]['gb_per_s']:.1f}" for variant in variants
-                )
-                print(
-                    f"{name} {operator}: {speeds}"
-                    f" GB/s{', native is faster' if rows[operator]['faster'] else ''}",
-                    flush=True,
-                )
-            model = DiT(config).truncate(options.depth).to(dtype).eval()
-            x, y = (
-                torch.randn(options.batch, config.channels, config.image_size, config.image_size),
-                torch.arange(options.batch),
-            )
-            networks: dict[str, Callable[..., object]] = {
-                "model": model,
-                "native": CpuNetwork(model),
-            }
-            if networks["native"].products:  # type: ignore[attr-defined]
-                networks["native rows"] = rows_alone = CpuNetwork(model)
-                rows_alone.products = False
-            calls: Variants = {
-                key: partial(run, x, 0.5, 2, y, depth=options.depth)
-                for key, run in networks.items()
-            }
-            calls["gemm"] = products(model, options.batch, options.depth)
-            timers = {key: measure.host_timer(call, CPU) for key, call in calls.items()}
-            whole = {
-                key: measure.summary(values)
-                for key, values in measure.take_turns(timers, 10 * options.seconds).items()
-            }
-            shares = {key: whole["gemm"]["median_s"] / whole[key]["median_s"] for key in networks}
-            speedup = whole["model"]["median_s"] / whole["native"]["median_s"]
-            record[name] = {
-                "operators": rows,
-                "evaluation": whole,
-                "gemm_share": shares,
-                "speedup": speedup,
-            }
-            print(
-                f"{name} evaluation: GEMM share {shares['model']:.0%} -> {shares['native']:.0%},"
-                f" {speedup:.2f}x",
-                flush=True,
-            )
-            print(
-                ", ".join(f"{key} {row['median_s'] * 1e3:.0f} ms" for key, row in whole.items()),
-                flush=True,
-            )
+        record |= {name: measure_dtype(name, options) for name in options.dtypes}
     if options.output:
         measure.write_json(options.output, record)
 

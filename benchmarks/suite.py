@@ -1,5 +1,6 @@
-"""Everything that is measured, correctness first: `python -m benchmarks.suite --out DIR [--part
-PART ...]`.
+"""Everything that is measured, correctness first.
+
+    python -m benchmarks.suite --out DIR [--part PART ...]
 
 Parts: correctness (the tests that the rest depends on; a red group refuses the parts that need it),
 kernels (each against plain PyTorch and Inductor), latency (batch 1), throughput (larger batches,
@@ -22,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,169 +39,100 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.jax_peer import JaxPeer
 from benchmarks.kernel_speed import measure_kernel
 from benchmarks.kernel_table import cases, operators
-from benchmarks.measure import Results, nvidia_smi, release
+from benchmarks.measure import Results, command_parser, nvidia_smi, release
 from benchmarks.report import part_table
-from benchmarks.sampling import CONFIGS, MODES, Cell, measure_cell, measure_memory
-from benchmarks.solver_speed import SCALE, measure_proof, measure_race, table3_cells
+from benchmarks.sampling import CONFIGS, Workload, dopri5, measure_memory, measure_workload
+from benchmarks.scope import GRIDS, SCALE, Scope, table3, workloads
+from benchmarks.solver_speed import measure_proof, measure_race
 
 PARTS = ("correctness", "kernels", "latency", "throughput", "xl", "solvers", "peers", "training")
 FINISHED, REFUSED, AGAIN = 0, 1, 3
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What is measured on one kind of device. Tuples of (network, batch) or (network, batch,
-    depth); seconds: of each variant."""
-
-    dtype: torch.dtype
-    network: str
-    depths: tuple[int, ...]
-    steps: tuple[int, ...]
-    batches: tuple[int, ...]
-    adaptive: tuple[float, ...]
-    xl: tuple[str, int, tuple[int, ...]]
-    kernels: tuple[tuple[str, int], ...]
-    peers: tuple[tuple[str, int, int], ...]
-    variants: tuple[str, ...]
-    inductor: bool
-    cases: int
-    seconds: float
+Item = tuple[str, Callable[[], dict[str, Any]]]  # key in the part's file, and what measures it
 
 
-GRIDS = {
-    "full": Grid(
-        torch.bfloat16, "DiT-B/2", (4, 8, 12), (1, 4, 128), (8, 128), (1e-2, 1e-4), ("DiT-XL/2", 64, (12, 20, 28)),
-        (("DiT-B/2", 1), ("DiT-B/2", 128), ("DiT-XL/2", 64)),
-        (("DiT-B/2", 1, 12), ("DiT-B/2", 1, 4), ("DiT-B/2", 128, 12), ("DiT-B/2", 128, 4), ("DiT-XL/2", 64, 28)),
-        ("eager", "fused", "fused-fp8"), True, 40, 1.0,
-    ),
-    "reduced": Grid(
-        torch.float32, "DiT-S/2", (4, 8, 12), (1, 4), (4,), (1e-2,), ("DiT-B/2", 1, (4, 12)), (("DiT-S/2", 1),), (("DiT-S/2", 1, 4),),
-        ("eager", "auto"), True, 4, 1.0,
-    ),
-    "tiny": Grid(
-        torch.float32, "tiny", (4, 12), (1, 2), (2,), (1e-2,), ("tiny", 1, (4,)), (("tiny", 1),), (("tiny", 2, 4),), ("eager", "fused"),
-        False, 1, 0.05,
-    ),
-}  # fmt: skip
+@dataclass
+class Session:
+    """What a run measures with. ceilings: filled before the first measurement."""
 
+    options: argparse.Namespace
+    device: torch.device
+    peer: JaxPeer | None
+    ceilings: dict[str, float] = field(default_factory=dict)
 
-@dataclass(frozen=True)
-class Item:
-    """One configuration: its key in the part's file, and what measures it."""
+    @property
+    def scope(self) -> Scope:
+        return GRIDS[self.options.grid]
 
-    key: str
-    run: Callable[[], dict[str, Any]]
+    def items(self, part: str, limit_s: float) -> Iterator[Item]:
+        """The configurations of a part, in the order in which they are measured."""
+        if part == "kernels":
+            return self.kernel_items()
+        if part == "training":
+            return iter([("training", partial(measure_training, self.device, limit_s))])
+        return self.solver_items() if part == "solvers" else self.sampling_items(part)
 
-
-def kernel_items(grid: Grid, device: torch.device, ceilings: dict[str, float]) -> Iterator[Item]:
-    for network, batch in grid.kernels:
-        config = CONFIGS[network]
-        triton = operators(config.num_heads, config.patch_size) if device.type == "cuda" else {}
-        for case in cases(config, batch, grid.dtype, triton):
-            yield Item(
-                f"{network} batch {batch} {case.name}",
-                lambda case=case: measure_kernel(
-                    case, grid.dtype, device, ceilings, grid.seconds, grid.inductor
-                ),  # type: ignore[misc]
-            )
-
-
-def sampling_cells(part: str, grid: Grid, reference: bool) -> Iterator[Cell]:
-    """The cells of latency, throughput, xl and peers; T ascends, because the longest are held to a
-    shorter one's check."""
-    if part == "peers":
-        for network, batch, depth in grid.peers:
-            variants = (
-                *grid.variants,
-                *(MODES if grid.inductor else ()),
-                *(("jax",) if reference else ()),
-            )
-            yield Cell(network, depth, 4, batch, grid.dtype, variants)
-        return
-    network, batches, depths = (
-        grid.network,
-        {"latency": (1,), "throughput": grid.batches}.get(part, (grid.xl[1],)),
-        grid.depths,
-    )
-    if part == "xl":
-        network, _, depths = grid.xl
-    for batch in batches:
-        for depth in depths:
-            for steps in grid.steps if part != "xl" else grid.steps[:2]:
-                yield Cell(network, depth, steps, batch, grid.dtype, grid.variants)
-    if part == "throughput":
-        for depth in depths:
-            for tolerance in grid.adaptive:
-                yield Cell(
-                    network,
-                    depth,
-                    1,
-                    batches[-1],
-                    grid.dtype,
-                    grid.variants[:2],
-                    "dopri5",
-                    tolerance,
+    def kernel_items(self) -> Iterator[Item]:
+        scope = self.scope
+        for network, batch in scope.kernels:
+            config = CONFIGS[network]
+            cuda = self.device.type == "cuda"
+            triton = operators(config.num_heads, config.patch_size) if cuda else {}
+            for case in cases(config, batch, scope.dtype, triton):
+                arguments = (scope.dtype, self.device, self.ceilings, scope.seconds, scope.inductor)
+                yield (
+                    f"{network} batch {batch} {case.name}",
+                    partial(measure_kernel, case, *arguments),
                 )
 
+    def time_item(self, load: Workload) -> Item:
+        arguments = (self.device, self.ceilings, self.scope.seconds, self.peer)
+        return load.key, partial(measure_workload, load, *arguments)
 
-def sampling_items(
-    part: str, grid: Grid, device: torch.device, ceilings: dict[str, float], peer: JaxPeer | None
-) -> Iterator[Item]:
-    found = list(sampling_cells(part, grid, peer is not None))
-    for cell in found:
-        yield Item(
-            cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, grid.seconds, peer)
-        )  # type: ignore[misc]
-    if part != "peers":
-        for cell in found:
-            if cell.steps == grid.steps[0] and cell.solver == "euler":
-                yield Item(f"memory {cell.key}", lambda cell=cell: measure_memory(cell, device))  # type: ignore[misc]
+    def memory_item(self, load: Workload) -> Item:
+        return f"memory {load.key}", partial(measure_memory, load, self.device)
 
+    def sampling_items(self, part: str) -> Iterator[Item]:
+        loads = list(workloads(part, self.scope, self.peer is not None))
+        yield from map(self.time_item, loads)
+        if part != "peers":
+            for load in loads:
+                if load.operation.steps == self.scope.steps[0]:
+                    yield self.memory_item(load)
 
-def solver_items(grid: Grid, device: torch.device, ceilings: dict[str, float]) -> Iterator[Item]:
-    """Table 3 without its one-step samples; races and proofs at batch 1 and the largest batch, of
-    the longest network."""
-    variant, batch, depth = (
-        "fused" if device.type == "cuda" else "auto",
-        grid.batches[-1],
-        max(grid.depths),
-    )
-    network, dtype, seconds = grid.network, grid.dtype, grid.seconds
-    for cell in table3_cells(
-        network,
-        grid.depths,
-        [count for count in grid.steps if count > 1],
-        grid.adaptive,
-        batch,
-        dtype,
-        variant,
-    ):
-        yield Item(cell.key, lambda cell=cell: measure_cell(cell, device, ceilings, seconds, None))  # type: ignore[misc]
-        if cell.solver == "euler" and cell.steps == max(grid.steps):
-            yield Item(f"memory {cell.key}", lambda cell=cell: measure_memory(cell, device))  # type: ignore[misc]
-    for count in (1, batch):
-        cell = Cell(network, depth, 1, count, dtype, (), "dopri5", scale=SCALE)
-        yield Item(
-            f"race {cell.key}", lambda cell=cell: measure_race(cell, device, seconds, grid.inductor)
-        )  # type: ignore[misc]
-        yield Item(f"proof {cell.key}", lambda cell=cell: measure_proof(cell, device))  # type: ignore[misc]
+    def solver_items(self) -> Iterator[Item]:
+        """Table 3 without its one-step samples, then races and proofs.
+
+        These at batch 1 and the largest batch, of the longest network.
+        """
+        scope, device = self.scope, self.device
+        for load in table3(scope, "fused" if device.type == "cuda" else "auto"):
+            yield self.time_item(load)
+            if load.operation.steps == max(scope.steps):
+                yield self.memory_item(load)
+        operation = dopri5(max(scope.depths))
+        for batch in (1, scope.batches[-1]):
+            load = Workload(scope.network, operation, batch, scope.dtype, scale=SCALE)
+            race = partial(measure_race, load, device, scope.seconds, scope.inductor)
+            yield f"race {load.key}", race
+            yield f"proof {load.key}", partial(measure_proof, load, device)
 
 
-def training_items(device: torch.device, limit_s: float) -> Iterator[Item]:
-    def run() -> dict[str, Any]:
-        from benchmarks.training_speed import measure
+def measure_training(device: torch.device, limit_s: float) -> dict[str, Any]:
+    from benchmarks.training_speed import measure
 
-        return {"rows": measure(device.type, limit_s)}
-
-    yield Item("training", run)
+    return {"rows": measure(device.type, limit_s)}
 
 
 def check_groups(
-    results: Results, needed: set[str], cuda: bool, cases: int, deadline: float
+    results: Results, needed: Collection[str], cuda: bool, cases: int, deadline: float
 ) -> int:
-    """Runs the groups that are not known to be green; prints a line for each. REFUSED if one is
-    red, AGAIN if time ran out."""
+    """Runs the groups that are not known to be green; prints a line for each.
+
+    Returns:
+        REFUSED if one is red, AGAIN if time ran out, else FINISHED.
+    """
 
     def known(group: correctness.Group) -> bool:
         found = results.configurations.get(group.name, {})
@@ -213,105 +147,75 @@ def check_groups(
         return AGAIN
     # Most of a GPU's groups is compilation, which the processors share; nothing is timed yet.
     with ThreadPoolExecutor(min(6, (os.cpu_count() or 2) // 2) if cuda else 1) as pool:
-        runs = {
-            pool.submit(correctness.run_group, group, cuda, cases, left): group for group in waiting
-        }
+        runs = {pool.submit(correctness.run_group, group, cases, left): group for group in waiting}
         for done in as_completed(runs):
             group, found = runs[done], done.result()
             if "reason" in found:
-                print(f"correctness: {group.name}: {found['reason']}", flush=True)
+                say("correctness", group.name, found["reason"])
                 state = state or (AGAIN if "not finished" in found["reason"] else REFUSED)
                 continue
             results.add(group.name, {"group": group.group, "cases": cases, **found})
-            counts = (
-                f"{found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped,"
-                f" {found['seconds']:.0f} s"
-            )
-            print(
-                f"correctness: {group.name}: {'green' if found['green'] else 'RED'} ({counts})",
-                flush=True,
-            )
+            counts = ", ".join(f"{found[name]} {name}" for name in ("passed", "failed", "skipped"))
+            verdict = "green" if found["green"] else "RED"
+            say("correctness", group.name, f"{verdict} ({counts}, {found['seconds']:.0f} s)")
             if not found["green"]:
                 print("\n".join(found["tail"]), flush=True)
                 state = REFUSED
     return state
 
 
-def run_part(
-    part: str, options: argparse.Namespace, device: torch.device, peer: JaxPeer | None
-) -> int:
+def say(*words: str) -> None:
+    print(": ".join(words), flush=True)
+
+
+def run_part(part: str, session: Session) -> int:
     """Measures what is left of a part, within --limit-s."""
-    begin, grid = time.perf_counter(), GRIDS[options.grid]
-    deadline = begin + options.limit_s
-    needed = (
-        {group for groups in correctness.NEEDS.values() for group in groups}
-        if part == "correctness"
-        else correctness.NEEDS[part]
-    )
+    options, scope, device = session.options, session.scope, session.device
+    deadline = time.perf_counter() + options.limit_s
+    needed = correctness.NEEDS.get(part) or {*chain(*correctness.NEEDS.values())}
     checks = Results(options.out / "correctness.json", "correctness")
-    state = check_groups(
-        checks, set(needed), device.type == "cuda", options.cases or grid.cases, deadline
-    )
+    cuda, random_cases = device.type == "cuda", options.cases or scope.cases
+    state = check_groups(checks, needed, cuda, random_cases, deadline)
     if state != FINISHED or part == "correctness":
         if state == REFUSED and part != "correctness":
-            print(f"{part}: refused: it would measure what is not correct", flush=True)
+            say(part, "refused", "it would measure what is not correct")
         return state
     results = Results(options.out / f"{part}.json", part)
-    ceilings: dict[str, float] = {}
-    items = list(
-        kernel_items(grid, device, ceilings)
-        if part == "kernels"
-        else (
-            training_items(device, deadline - time.perf_counter())
-            if part == "training"
-            else (
-                solver_items(grid, device, ceilings)
-                if part == "solvers"
-                else sampling_items(part, grid, device, ceilings, peer)
-            )
-        )
-    )
     items = [
-        item
-        for item in items
-        if any(fnmatch.fnmatch(item.key, pattern) for pattern in options.only)
+        (key, run)
+        for key, run in session.items(part, deadline - time.perf_counter())
+        if any(fnmatch.fnmatch(key, pattern) for pattern in options.only)
     ]
     longest = 0.0
-    for item in items:
-        if item.key in results.configurations:
+    session.ceilings.clear()
+    for key, run in items:
+        if key in results.configurations:
             continue
         start = time.perf_counter()
         if start + longest > deadline:
-            done = sum(item.key in results.configurations for item in items)
-            print(
-                f"{part}: {done} of {len(items)} configurations finished; run the same command"
-                " again for the rest",
-                flush=True,
-            )
+            done = sum(key in results.configurations for key, _ in items)
+            progress = f"{done} of {len(items)} configurations finished"
+            say(part, f"{progress}; run the same command again for the rest")
             return AGAIN
         try:
-            if not ceilings:  # once, and only if there is something left to measure
-                ceilings |= measure_ceilings(device, grid.seconds)
-                results.run |= {"ceilings": ceilings}
-                if device.type == "cuda":
+            if not session.ceilings:  # once, and only if there is something left to measure
+                session.ceilings |= measure_ceilings(device, scope.seconds)
+                results.run |= {"ceilings": dict(session.ceilings)}
+                if cuda:
                     results.run["nvidia_smi"] = nvidia_smi()  # the clocks of a busy card
-            found = item.run()
+            found = run()
         # one configuration's fault, of any type, must not keep the others from being measured
         except Exception as error:
-            hint = (
-                ": carry the wheels in a folder and pass --wheels FOLDER"
-                if isinstance(error, ImportError)
-                else ""
-            )
-            print(f"{part}: {item.key}: {type(error).__name__}: {error}{hint}", flush=True)
+            hint = [correctness.WHEELS_HINT] if isinstance(error, ImportError) else []
+            say(part, key, type(error).__name__, str(error), *hint)
             state = REFUSED
             continue
         finally:
             release(device)
         took = time.perf_counter() - start
         longest = max(longest, took)
-        results.add(item.key, {"seconds": took, **found})
-        print(f"{part}: {item.key}: {took:.1f} s", flush=True)
+        results.add(key, {"seconds": took, **found})
+        say(part, key, f"{took:.1f} s")
     print(part_table(results.content), flush=True)
     return state
 
@@ -321,32 +225,16 @@ def install_wheels(folder: Path, target: Path) -> None:
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         raise ValueError(f"--wheels {folder}: there are no wheels in it")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        str(target),
-        *wheels,
-    ]
-    subprocess.run(command, check=True)
+    flags = ["-q", "--no-index", "--no-deps", "--no-compile"]
+    pip = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target)]
+    subprocess.run([*pip, *wheels], check=True)
     sys.path.insert(0, str(target))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(target), os.environ.get("PYTHONPATH")])
-    )
+    paths = [str(target), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.suite",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("suite", __doc__)
     parser.add_argument(
         "--out",
         type=Path,
@@ -397,13 +285,13 @@ def main(arguments: list[str] | None = None) -> int:
                 install_wheels(
                     options.wheels, Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 )
-            peer = None
+            session = Session(options, device, None)
             if options.reference_dir and "peers" in options.part:
-                peer = JaxPeer(options.reference_dir, options.reference_python)
-                stack.callback(peer.close)
+                session.peer = JaxPeer(options.reference_dir, options.reference_python)
+                stack.callback(session.peer.close)
             for part in PARTS:
                 if part in options.part:
-                    state = max(state, run_part(part, options, device, peer))
+                    state = max(state, run_part(part, session))
                     if state == AGAIN:
                         break
         except (ValueError, subprocess.CalledProcessError) as error:

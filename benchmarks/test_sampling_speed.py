@@ -1,7 +1,7 @@
-"""Sampling under pytest-benchmark: `pytest benchmarks/`. DiT-B/2 in bfloat16 on a GPU; a smaller
-network and grid elsewhere.
+"""Sampling under pytest-benchmark: `pytest benchmarks/`.
 
-Groups are cells (batch, l, T), their rows the backends, each timed from the call to the finished
+DiT-B/2 in bfloat16 on a GPU; a smaller network and grid elsewhere. Groups are workloads (batch, l,
+T), their rows the backends, each timed from the call to the finished
 result and only after its samples were found right. A backend that cannot run here is skipped with
 its reason. Interleaved peers, larger networks: `python -m benchmarks.suite`.
 """
@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
 from benchmarks.measure import host_timer
-from benchmarks.sampling import CONFIGS, Cell, check, inputs, random_model, sampler_call
+from benchmarks.sampling import Workload, check, sampler_call
+from odelt_fast.operation import Operation
 
 CUDA = torch.cuda.is_available()
 NETWORK, DTYPE = ("DiT-B/2", torch.bfloat16) if CUDA else ("DiT-S/2", torch.float32)
@@ -40,29 +41,27 @@ def test_trajectory(
     depth: int,
     variant: str,
 ) -> None:
-    cell = Cell(NETWORK, depth, steps, batch, DTYPE, (variant,))
-    config = CONFIGS[NETWORK]
-    noise, labels = inputs(cell, device)
-    exact = sampler_call(
-        random_model(config, depth, torch.float32, device), cell, "eager", noise, labels
-    )[0]().double()
-    model = random_model(config, depth, DTYPE, device)
-    eager = sampler_call(model, cell, "eager", noise, labels)[0]()
+    load = Workload(NETWORK, Operation(depth=depth, steps=steps), batch, DTYPE, (variant,))
+    model, (noise, labels) = load.model(device), load.inputs(device)
+    wide = load.model(device, torch.float32)
+    exact = sampler_call(wide, load, "eager", noise, labels)[0]().double()
+    eager = sampler_call(model, load, "eager", noise, labels)[0]()
     try:
-        call, sampler = sampler_call(model, cell, variant, noise, labels)
+        call, sampler = sampler_call(model, load, variant, noise, labels)
     except ValueError as error:
         pytest.skip(str(error))
-    relative_error = check(variant, cell, call(), eager, exact)
-    benchmark.group = cell.key
-    benchmark.pedantic(
-        host_timer(call, device), rounds=50 if CUDA else 3, warmup_rounds=3 if CUDA else 1
-    )
-    median = statistics.median(benchmark.stats.stats.data)
-    flops = steps * evaluation_flops(config, depth, batch)
-    floor = steps * floor_seconds(
-        flops / steps, evaluation_bytes(config, depth, batch, DTYPE), DTYPE, ceilings
-    )
+    error = check(variant, DTYPE, call(), eager, exact)
+    benchmark.group = load.key
+    rounds, warmup = (50, 3) if CUDA else (3, 1)
+    benchmark.pedantic(host_timer(call, device), rounds=rounds, warmup_rounds=warmup)
+    evaluation = statistics.median(benchmark.stats.stats.data) / steps
+    flops = evaluation_flops(load.config, depth, batch)
+    traffic = evaluation_bytes(load.config, depth, batch, DTYPE)
     benchmark.extra_info.update(
-        record, cell=cell.record(), backend=sampler.explain()["backend"], relative_error=relative_error, tflops=flops / median / 1e12,
-        share_of_floor=floor / median,
-    )  # fmt: skip
+        record,
+        cell=load.record(),
+        backend=sampler.explain()["backend"],
+        relative_error=error,
+        tflops=flops / evaluation / 1e12,
+        share_of_floor=floor_seconds(flops, traffic, DTYPE, ceilings) / evaluation,
+    )

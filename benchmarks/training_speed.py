@@ -1,5 +1,6 @@
-"""Training throughput with dead blocks never computed, against the masked computation: `python -m
-benchmarks.training_speed`.
+"""Training throughput with dead blocks never computed, against the masked computation.
+
+    python -m benchmarks.training_speed
 
 One trainer takes every step twice with the same draws: as it is, rows of a batch sorted by depth
 and run as shrinking prefixes, and with every block computed for every row and the additions masked
@@ -12,7 +13,6 @@ ones). Memory is the peak of a step's allocations over what lies between steps.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -27,9 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import device_record, host_timer, peak_memory, write_json
+from benchmarks.ceilings import evaluation_flops
+from benchmarks.measure import (
+    command_parser,
+    device_record,
+    host_timer,
+    peak_memory,
+    write_json,
+)
 from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.images.shards import LatentWriter
+from odelt_fast.images.encode import LatentWriter
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
@@ -48,9 +55,8 @@ class MaskedDiT(DiT):
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
         """As `DiT.inner_ode`, at full depth for every row."""
         group = self.config.depth_group
-        live = torch.tensor(
-            [self.config.live_blocks(length) for length in lengths], device=tokens.device
-        )[:, None, None]
+        blocks = [self.config.live_blocks(length) for length in lengths]
+        live = torch.tensor(blocks, device=tokens.device)[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         for start in range(0, self.config.live_blocks(), group):
             *inner, last = self.blocks[start : start + group]
@@ -63,29 +69,18 @@ class MaskedDiT(DiT):
         return vr
 
 
-def forward_flops(config: DiTConfig, blocks: float) -> float:
-    """Arithmetic of the matrix products of one evaluation of one image through `blocks` blocks
-    (multiplication and addition are two)."""
-    size, tokens, pixels = (
-        config.hidden_size,
-        (config.image_size // config.patch_size) ** 2,
-        config.patch_size**2 * config.channels,
-    )
-    block = (
-        tokens * (2 * size * (4 * size + 2 * config.mlp_size) + 4 * tokens * size) + 12 * size**2
-    )
-    return blocks * block + 4 * tokens * pixels * size
-
-
 def step_flops(config: TrainConfig, masked: bool) -> float:
-    """The same for a training step of one process: forward and backward of all rows, forward passes
-    of the teachers."""
+    """Operations of a training step of one process.
+
+    Forward and backward (twice forward) of all rows, forward passes of the teachers.
+    """
     rows, model = config.row_sizes(), config.model
-    mean = statistics.mean(model.live_blocks(depth) for depth in model.depths)
-    full = model.live_blocks()
-    student = forward_flops(model, full if masked else mean)
-    teachers = 2 * rows["time"] * forward_flops(model, full) + rows["length"] * student
-    return 3 * config.train_batch_size * student + teachers
+    full = evaluation_flops(model, model.depth, 1)
+    mean = statistics.mean(evaluation_flops(model, depth, 1) for depth in model.depths)
+    student = full if masked else mean
+    return (
+        3 * config.train_batch_size * student + 2 * rows["time"] * full + rows["length"] * student
+    )
 
 
 def make_trainer(
@@ -94,24 +89,24 @@ def make_trainer(
     """A trainer on random latents: speed does not depend on what they show."""
     latents = folder / "latents"
     if not latents.exists():
-        writer = LatentWriter(
-            latents, model.channels, model.image_size, [str(i) for i in range(model.num_classes)]
-        )
+        names = [str(label) for label in range(model.num_classes)]
+        writer = LatentWriter(latents, model.channels, model.image_size, names)
         rng = np.random.default_rng(0)
-        moments = rng.standard_normal(
-            (256, 2, 2, model.channels, model.image_size, model.image_size), dtype=np.float32
-        )
+        shape = (256, 2, 2, model.channels, model.image_size, model.image_size)
+        moments = rng.standard_normal(shape, dtype=np.float32)
         writer.append(moments, rng.integers(model.num_classes, size=256))
         writer.finish()
-    config = replace(
-        DEFAULT,
-        model=model,
-        data=str(latents),
-        train_batch_size=batch,
-        depth_sampling="stratified",
-        mixed_precision=precision,
-    )
-    return Trainer(replace(config, output_dir=folder / "run", log_with=(), **METHODS[method]))  # type: ignore[arg-type]
+    settings: dict[str, Any] = {
+        "model": model,
+        "data": str(latents),
+        "output_dir": folder / "run",
+        "log_with": (),
+        "train_batch_size": batch,
+        "depth_sampling": "stratified",
+        "mixed_precision": precision,
+        **METHODS[method],
+    }
+    return Trainer(replace(DEFAULT, **settings))
 
 
 def use(trainer: Trainer, kind: type[DiT]) -> None:
@@ -122,31 +117,24 @@ def use(trainer: Trainer, kind: type[DiT]) -> None:
 def gradient_difference(trainer: Trainer) -> float:
     """Relative difference of the gradients of one loss, computed both ways."""
     from odelt_fast.train.draws import StepDraws, global_rows
-    from odelt_fast.train.objectives.targets import Networks, StepBatch
+    from odelt_fast.train.objectives.targets import Networks
 
     with torch.no_grad():  # a final layer of zeros would hide every gradient behind it
         for parameter in trainer.model.final_layer.parameters():
             parameter.normal_(0, 0.02, generator=torch.Generator(parameter.device).manual_seed(0))
     rows = global_rows(list(trainer.config.row_sizes().values()), 0, 1)
-    images, labels = (
-        tensor.to(trainer.accelerator.device) for tensor in trainer.loader.batch(0, rows)
-    )
+    device, parameters = trainer.accelerator.device, list(trainer.model.parameters())
+    images, labels = (tensor.to(device) for tensor in trainer.loader.batch(0, rows))
     found = []
     for kind in (DiT, MaskedDiT):
         use(trainer, kind)
         networks = Networks(live=trainer.model, ema=trainer.ema, teacher=None)
-        batch = StepBatch(images, labels, StepDraws(0, 0, rows), 0)
-        targets = trainer.objective(networks, batch)
-        gradients = torch.autograd.grad(
-            row_losses(trainer.model, targets).mean(),
-            list(trainer.model.parameters()),
-            allow_unused=True,
-        )
-        found.append(
-            [torch.zeros(()) if gradient is None else gradient.double() for gradient in gradients]
-        )
-    apart = sum((a - b).square().sum().item() for a, b in zip(*found))
-    return (apart / sum(b.square().sum().item() for b in found[1])) ** 0.5
+        targets = trainer.objective(networks, images, labels, StepDraws(0, 0, rows), 0)
+        loss = row_losses(trainer.model, targets).mean()
+        gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        found.append(torch.cat([gradient.double().flatten() for gradient in gradients]))
+    ours, masked = found
+    return float(torch.linalg.vector_norm(ours - masked) / torch.linalg.vector_norm(masked))
 
 
 def seconds_of(trainer: Trainer, kind: type[DiT], step: int) -> float:
@@ -160,30 +148,29 @@ def peak_of(trainer: Trainer, kind: type[DiT], step: int) -> int:
     """Bytes that training step `step` holds at its peak, above what lies there between steps."""
     use(trainer, kind)
     trainer.finished_steps = step
-    found = peak_memory(trainer.step, trainer.accelerator.device)
-    if found is not None:
-        return found
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    if (peak := peak_memory(trainer.step, trainer.accelerator.device)) is not None:
+        return peak
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         trainer.step()
-    events = [
-        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]  # type: ignore[union-attr]
-    return max(
-        accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
-    )
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
 
 
 def measure(
     device: str, limit_s: float, *, batch: int | None = None, rounds: int = 5, precision: str = "no"
 ) -> list[dict[str, Any]]:
-    """One row a method: images per second both ways, their ratio, its share of the bound, peak
-    memory, arithmetic per second.
+    """One row a method: images per second both ways, ratio and its bound, peak memory, arithmetic.
 
-    device: "cpu" or "cuda" (accelerate takes the GPU where there is one). limit_s: no further round
-    starts after it. batch: a multiple of 24, which the depths and the consistency rows divide
-    evenly. Raises RuntimeError if the gradients differ.
+    Args:
+        device: "cpu" or "cuda" (accelerate takes the GPU where there is one).
+        limit_s: no further round starts after it.
+        batch: a multiple of 24, which the depths and the consistency rows divide evenly.
+
+    Raises:
+        RuntimeError: if the gradients differ.
     """
     model, results, begin = PRESETS["DiT-B/2"], [], time.perf_counter()
     batch = batch or (240 if device == "cuda" else 24)
@@ -229,9 +216,7 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("training_speed", __doc__)
     parser.add_argument(
         "--batch",
         type=int,

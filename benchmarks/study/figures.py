@@ -1,57 +1,44 @@
-"""Figures of the study, beside its first document: the grid of l by T, the methods beside each
-other, quality against latency."""
+"""Figures of the study, beside its first document.
+
+The grid of l by T, the methods beside each other, quality against latency.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from benchmarks.study.report import METHODS, STEPS, read_published
+from benchmarks.study.campaign import Study
 from benchmarks.study.runs import BY_NAME
+from benchmarks.study.tables import METHODS, STEPS, Results
 from odelt_fast.files import save_picture
-
-if TYPE_CHECKING:
-    from benchmarks.study.study import Study
 
 _IMAGES = 10  # one of each class
 
 
-def draw(study: Study, folder: Path) -> None:
-    """Draws what the results in `folder` and the trained models are enough for; `odelt-fast plot`
-    draws the first and the last."""
+def draw(study: Study, folder: Path, published: Results | None) -> None:
+    """Draws what the published results in `folder` and the trained models are enough for.
+
+    `odelt-fast plot` draws the first and the last.
+
+    Args:
+        published: results of the main run, if there are any.
+    """
+    beside, name = study.options.documents[0].parent, f"study-{study.options.set}"
+    if study.trained(BY_NAME["odelt"]):
+        network = ["--model", str(study.out / "odelt"), "--device", study.budget.device]
+        _plot(beside / f"{name}-grid.png", "grid", *network, "--dtype", "float32")
+    _draw_methods(study, beside / f"{name}-methods.png")
+    if published and all(row["latency"] for row in published["rows"]):
+        results = ["--results", str(folder / "odelt.json"), "--paper"]
+        _plot(beside / f"{name}-pareto.png", "pareto", *results)
+
+
+def _plot(out: Path, *arguments: str) -> None:
     from odelt_fast.cli import main
 
-    beside, found = study.options.documents[0].parent, read_published(folder)
-    name = f"study-{study.options.set}"
-    if study.trained(BY_NAME["odelt"]):
-        network = [
-            "--model",
-            str(study.out / "odelt"),
-            "--dtype",
-            "float32",
-            "--device",
-            study.budget.device,
-        ]
-        _plot(main, ["grid", *network, "--out", str(beside / f"{name}-grid.png")])
-    _draw_methods(study, beside / f"{name}-methods.png")
-    if "odelt" in found and all(row["latency"] for row in found["odelt"]["rows"]):
-        _plot(
-            main,
-            [
-                "pareto",
-                "--results",
-                str(folder / "odelt.json"),
-                "--paper",
-                "--out",
-                str(beside / f"{name}-pareto.png"),
-            ],
-        )
-
-
-def _plot(main: object, arguments: list[str]) -> None:
-    assert callable(main)
-    if main(["plot", *arguments]):
-        raise ValueError(f"odelt-fast plot {' '.join(arguments)} failed")
+    command = ["plot", *arguments, "--out", str(out)]
+    if main(command):
+        raise ValueError(f"odelt-fast {' '.join(command)} failed")
 
 
 def _draw_methods(study: Study, out: Path) -> None:
@@ -60,22 +47,15 @@ def _draw_methods(study: Study, out: Path) -> None:
     from odelt_fast.evaluation.evaluator import sample_depths_by_steps
     from odelt_fast.sampling.pictures import labelled_grid
 
-    runs = [BY_NAME[name] for name in (*METHODS, "odelt") if study.trained(BY_NAME[name])]
-    rows = [
-        (run, depth, f"{run.title}, l = {depth}" if len(run.depths) > 1 else run.title)
-        for run in runs
-        for depth in run.depths
-    ]
-    cells = [
-        sample_depths_by_steps(load_model(str(study.out / run.name)), [depth], STEPS, _IMAGES)[0]
-        for run, depth, _ in rows
-    ]
+    titles, cells = [], []
+    for run in (BY_NAME[name] for name in (*METHODS, "odelt")):
+        if study.trained(run):
+            model = load_model(str(study.out / run.name))
+            cells += sample_depths_by_steps(model, run.depths, STEPS, _IMAGES)
+            several = len(run.depths) > 1
+            titles += [
+                f"{run.title}, l = {depth}" if several else run.title for depth in run.depths
+            ]
     if cells:
-        picture = labelled_grid(
-            cells,
-            [title for _, _, title in rows],
-            [f"T = {steps}" for steps in STEPS],
-            _IMAGES,
-            upright=True,
-        )
-        save_picture(out, picture)
+        columns = [f"T = {steps}" for steps in STEPS]
+        save_picture(out, labelled_grid(cells, titles, columns, _IMAGES, upright=True))

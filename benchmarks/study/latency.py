@@ -1,5 +1,4 @@
-"""Latencies of the study's evaluations and the cost of its trainings, all variants in turn on one
-machine.
+"""Latencies of the study's evaluations and the cost of its trainings, all variants in turn.
 
 `python -m benchmarks.study --latency-only` measures again and writes the tables, in about five
 minutes of one core. Latency: seconds for one batch of images, as the evaluations generate them,
@@ -17,16 +16,17 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from benchmarks.measure import Timer, device_record, host_timer, summary, take_turns, write_json
+from benchmarks.study.campaign import Study
 from benchmarks.study.runs import BY_NAME, RUNS, Run
 
 if TYPE_CHECKING:
-    from benchmarks.study.study import Study
     from odelt_fast.train.loop import Trainer
 
 _STEP_ROUNDS, _STEPS_A_ROUND = 8, 4
@@ -36,8 +36,10 @@ _GUIDED = "-guided"
 
 
 def twin(name: str) -> str:
-    """The evaluation whose equal steps cost the same as those of the evaluation `name`: same
-    network, same number of evaluations."""
+    """The evaluation whose equal steps cost the same as those of the evaluation `name`.
+
+    It has the same network and the same number of evaluations.
+    """
     if name not in BY_NAME:
         return name  # guided, or a bundled model
     return "shortcut" if BY_NAME[name].conventional else "odelt"
@@ -56,9 +58,14 @@ def latency_of(latency: dict[str, Any], name: str, row: dict[str, Any]) -> float
 
 
 def time_everything(study: Study) -> None:
-    """Writes OUT/latency.json: {"machine", "latency": {evaluation: {row: seconds}}, "training":
-    {run: costs}, "parameters": {l: number that is loaded to run the main model at l}}. Raises
-    ValueError if nothing has been evaluated."""
+    """Writes OUT/latency.json.
+
+    {"machine", "latency": {evaluation: {row: seconds}}, "training": {run: costs}, "parameters":
+    {l: number that is loaded to run the main model at l}}
+
+    Raises:
+        ValueError: if nothing has been evaluated.
+    """
     if not study.results():
         raise ValueError(
             f"{study.out} holds no finished evaluation to time: run the stages train and evaluate"
@@ -68,19 +75,15 @@ def time_everything(study: Study) -> None:
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     torch.set_num_threads(1)
     try:
-        machine = {
-            **device_record(),
-            "load": load,
-        }  # of the minute before: about 0 on a quiet machine
-        latency, training = _latencies(study), _training_costs(study)
+        found = {
+            # the load of the minute before: about 0 on a quiet machine
+            "machine": {**device_record(), "load": load},
+            "latency": _latencies(study),
+            "training": _training_costs(study),
+            "parameters": _parameters(study),
+        }
     finally:
         torch.set_num_threads(threads)
-    found = {
-        "machine": machine,
-        "latency": latency,
-        "training": training,
-        "parameters": _parameters(study),
-    }
     write_json(study.out / "latency.json", found)
 
 
@@ -94,15 +97,14 @@ def _latencies(study: Study) -> dict[str, dict[str, Any]]:
         for row in results["rows"]:
             if row["steps"] is None or name == twin(name):
                 chosen = timers if name.removesuffix(_GUIDED) in BY_NAME else bundled
-                chosen["\n".join((name, row_key(row)))] = _sampling_timer(
-                    study, name, results["settings"], row
-                )
+                timer = _sampling_timer(study, name, results["settings"], row)
+                chosen[f"{name}\n{row_key(row)}"] = timer
     # The bundled models are slower than all the rest together: their long rows are timed once,
     # warmed up by the short ones.
     short = {key: timer for key, timer in bundled.items() if int(key.rpartition("=")[2]) <= _SHORT}
-    samples = take_turns(short, 0, least=5) if short else {}
+    samples = take_turns(short, 0, least=5)
     samples |= {key: [timer()] for key, timer in bundled.items() if key not in short}
-    samples |= take_turns(timers, study.options.seconds, least=3) if timers else {}
+    samples |= take_turns(timers, study.options.seconds, least=3)
     found: dict[str, dict[str, Any]] = {}
     for key, values in samples.items():
         name, row_name = key.split("\n")
@@ -119,30 +121,24 @@ def _sampling_timer(
     from odelt_fast.evaluation.measuring import Processes
     from odelt_fast.evaluation.settings import Evaluation
 
-    evaluation = Evaluation(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in settings.items()
-        }
-    )
-    cells = plan_cells(replace(evaluation, seeds=1), [row["depth"]])
-    cell = next(
+    values = {
+        key: tuple(each) if isinstance(each, list) else each for key, each in settings.items()
+    }
+    evaluation = Evaluation(**values)
+    setting = row["solver"], row["steps"], row["tolerance"]
+    (cell,) = (
         cell
-        for cell in cells
-        if (cell.solver, cell.steps, cell.tolerance)
-        == (row["solver"], row["steps"], row["tolerance"])
+        for cell in plan_cells(replace(evaluation, seeds=1), [row["depth"]])
+        if (cell.solver, cell.steps, cell.tolerance) == setting
     )
     device = Processes.of_this_run(study.budget.device).device
-    run = name.removesuffix(_GUIDED)
+    run, depth = name.removesuffix(_GUIDED), row["depth"]
     model = load_model(
-        str(study.out / run) if run in BY_NAME else evaluation.model, device, depth=cell.depth
+        str(study.out / run) if run in BY_NAME else evaluation.model, device, depth=depth
     )
-    sampler = cell.sampler(model, evaluation)
-    config = model.config
-    noise = torch.randn(
-        evaluation.batch_size, config.channels, config.image_size, config.image_size, device=device
-    )
-    labels = np.arange(evaluation.batch_size) % config.num_classes
+    sampler, config, batch = cell.sampler(model, evaluation), model.config, evaluation.batch_size
+    noise = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
+    labels = np.arange(batch) % config.num_classes
     return host_timer(lambda: sampler(noise=noise, labels=labels, seed=0), device)
 
 
@@ -162,38 +158,32 @@ def _parameters(study: Study) -> dict[str, int]:
 
 
 def _training_costs(study: Study) -> dict[str, dict[str, float]]:
-    """Of every run that was trained (other seeds cost the same): "batch", its images; "seconds",
-    processor time of a step (median); and how often a step sends an image of its batch through all
-    blocks: "learnt", forward and backward, and "targets", forward alone."""
+    """Of every run that was trained; other seeds cost the same.
+
+    "batch": its images; "seconds": processor time of a step (median); and how often a step sends an
+    image of its batch through all blocks: "learnt", forward and backward, and "targets", forward
+    alone.
+    """
     trainers = {
         run.name: _trainer(study, run) for run in RUNS if study.trained(run) and run.repeats is None
     }
     passes = {name: _passes(trainer) for name, trainer in trainers.items()}
-
-    def timer(trainer: Trainer) -> Timer:
-        def timed() -> float:
-            start = time.process_time()
-            for _ in range(_STEPS_A_ROUND):
-                trainer.step()
-            return (time.process_time() - start) / _STEPS_A_ROUND
-
-        return timed
-
-    samples = (
-        take_turns(
-            {name: timer(trainer) for name, trainer in trainers.items()}, 0, least=_STEP_ROUNDS
-        )
-        if trainers
-        else {}
-    )
+    timers = {name: partial(_step_seconds, trainer) for name, trainer in trainers.items()}
     return {
         name: {
             "batch": trainers[name].config.train_batch_size,
             "seconds": summary(values)["median_s"],
             **passes[name],
         }
-        for name, values in samples.items()
+        for name, values in take_turns(timers, 0, least=_STEP_ROUNDS).items()
     }
+
+
+def _step_seconds(trainer: Trainer) -> float:
+    start = time.process_time()
+    for _ in range(_STEPS_A_ROUND):
+        trainer.step()
+    return (time.process_time() - start) / _STEPS_A_ROUND
 
 
 def _trainer(study: Study, run: Run) -> Trainer:
@@ -201,16 +191,13 @@ def _trainer(study: Study, run: Run) -> Trainer:
     from odelt_fast.train.main import parse
 
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # accelerate's, that no tracker is installed: none is wanted
+        # accelerate's, that no tracker is installed: none is wanted
+        warnings.simplefilter("ignore")
         return Trainer(replace(parse(study.training(run)), log_with=()))
 
 
 def _passes(trainer: Trainer) -> dict[str, float]:
-    networks = [
-        network for network in (trainer.model, trainer.ema, trainer.teacher) if network is not None
-    ]
+    networks = [each for each in (trainer.model, trainer.ema, trainer.teacher) if each is not None]
     with _counted(block for network in networks for block in network.blocks) as rows:
         for _ in range(_COUNTED_STEPS):
             trainer.step()

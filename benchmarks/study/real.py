@@ -11,12 +11,11 @@ _BATCH = 256
 
 
 def measure_real(settings: Evaluation, seed: int = 0) -> dict[str, float]:
-    """Of the real images of an evaluation, under its metrics' names: the distance of a random half
-    to the other half, and the share that the feature network takes for their class. "images": how
-    many there are.
+    """Of the real images of an evaluation, under its metrics' names.
 
-    A half has fewer images than the evaluation compares, which makes the distance larger than that
-    of two sets of its size.
+    The distance of a random half to the other half, and the share that the feature network takes
+    for their class; "images": how many there are. A half has fewer images than the evaluation
+    compares, which makes the distance larger than that of two sets of its size.
     """
     from odelt_fast.checkpoints.folder import load_model
     from odelt_fast.evaluation.features import bundled_for, load_features
@@ -39,11 +38,11 @@ def measure_real(settings: Evaluation, seed: int = 0) -> dict[str, float]:
         features.append(found.numpy())
         right += int((logits.argmax(1).numpy() == labels).sum())
     rows = np.concatenate(features)[np.random.default_rng(seed).permutation(len(source))]
-    halves = [
+    first_half, second_half = (
         moments_of([half], network.dimensions).statistics() for half in np.array_split(rows, 2)
-    ]
+    )
     return {
-        network.distance: frechet_distance(*halves),
+        network.distance: frechet_distance(first_half, second_half),
         "recognised": right / len(source),
         "images": len(source),
     }

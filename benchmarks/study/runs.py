@@ -1,5 +1,4 @@
-"""What the study trains and evaluates: the methods of the paper's Table 2, and its own method over
-G (Table 4) and K (Table 5).
+"""What the study trains: the paper's methods (Table 2), and its own over G and K (Tables 4, 5).
 
 Every run of a set has the same network, batch and number of optimizer steps; methods of two phases
 spend half of the steps on the teacher.
@@ -14,12 +13,12 @@ _CONVENTIONAL = "--model.no-length-conditioned"
 
 @dataclass(frozen=True)
 class Run:
-    """One training. options: of `odelt-fast train`, beside the set's. share: of the set's steps.
-    teacher: run that it starts from.
+    """One training.
 
-    depths: to evaluate; a teacher has none. steps: T of Euler's solver. guided, adaptive: whether T
-    = 128 with guidance and Dopri5 are evaluated, too. repeats: run of which this one is another
-    training seed.
+    options: of `odelt-fast train`, beside the set's. share: of the set's steps. teacher: run that
+    it starts from. depths: to evaluate; a teacher has none. steps: T of Euler's solver. guided,
+    adaptive: whether T = 128 with guidance and Dopri5 are evaluated, too. repeats: run of which
+    this one is another training seed.
     """
 
     name: str
@@ -50,16 +49,8 @@ _ABLATIONS = (
     Run("g1", "G = 1", ("--model.depth-group", "1"), depths=(8, 4)),
     Run("g2", "G = 2", ("--model.depth-group", "2"), depths=(8, 4)),
 )
-_CURVE = (
-    128,
-    64,
-    32,
-    16,
-    8,
-    4,
-    2,
-    1,
-)  # for the Pareto plot, and for adaptive solvers to compare with
+# For the Pareto plot, and for adaptive solvers to compare with.
+_CURVE = (128, 64, 32, 16, 8, 4, 2, 1)
 RUNS = (
     Run("odelt", "ODE_t(ODE_l)", (), depths=(12, 8, 4), steps=_CURVE, guided=True, adaptive=True),
     # The model of Table 3's adaptive rows: flow matching over continuous time, with length
@@ -112,10 +103,10 @@ BY_NAME = {run.name: run for run in RUNS}
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set with the budget of its runs. file: that holds it in a data folder. options: of
-    every training. pairs: of Reflow.
+    """A data set with the budget of its runs.
 
-    num_images: of a seed in evaluations, in batches of batch_size.
+    file: that holds it in a data folder. options: of every training. pairs: of Reflow. num_images:
+    of a seed in evaluations, in batches of batch_size.
     """
 
     data: str
@@ -136,16 +127,8 @@ DATA_SETS = {
         data="digits",
         options=(
             *("--recipe", "digits", *_SMALL_NETWORK, "--train-batch-size", "64"),
-            *(
-                "--learning-rate",
-                "4e-3",
-                "--warmup-steps",
-                "200",
-                "--sampling-steps",
-                "0",
-                "--checkpointing-steps",
-                "200",
-            ),
+            *("--learning-rate", "4e-3", "--warmup-steps", "200"),
+            *("--sampling-steps", "0", "--checkpointing-steps", "200"),
         ),
         steps=3600,
         pairs=4000,

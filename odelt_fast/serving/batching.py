@@ -18,11 +18,9 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-
-from odelt_fast.operation import Operation
 
 MISSING = (
     "odelt-fast serve needs FastAPI, uvicorn and prometheus_client: pip install 'odelt-fast[serve]'"
@@ -50,11 +48,15 @@ class Rejected(Exception):
         return cls(503, "deadline", message, wait)
 
 
-class Key(NamedTuple):
+@dataclass(frozen=True)
+class Key:
     """What the images of one batch have in common. alone: a number that no other request has, for
     one that shares no batch."""
 
-    operation: Operation
+    depth: int
+    steps: int
+    solver: str
+    guidance_scale: float | None
     alone: int = 0
 
 

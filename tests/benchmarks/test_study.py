@@ -17,12 +17,14 @@ import pytest
 import torch
 
 from benchmarks.study import latency as study_latency
-from benchmarks.study import report as study_report
-from benchmarks.study.report import read_published, tables, write_tables
+from benchmarks.study.__main__ import run
+from benchmarks.study.campaign import Options, Study
+from benchmarks.study.report import read_published, write_tables
 from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS
-from benchmarks.study.study import Options, Study, run
+from benchmarks.study.tables import METHODS, STEPS, tables
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
+from odelt_fast.evaluation.results import number
 from odelt_fast.model import DiT
 from odelt_fast.train.main import parse
 
@@ -86,10 +88,10 @@ def test_runs_are_what_the_papers_tables_compare(tmp_path: Path) -> None:
     configs = {each.name: parse(study.training(each)) for each in RUNS}
     assert [configs[each].length_consistency_every for each in ("k0", "odelt", "k4")] == [0, 8, 4]
     assert [configs[each].model.depth_group for each in ("g1", "g2", "odelt")] == [1, 2, 4]
-    assert [configs[each].objective for each in study_report.METHODS] == [
+    assert [configs[each].objective for each in METHODS] == [
         *("diffusion", "flow", "progressive", "reflow", "consistency", "live-reflow", "shortcut")
     ]
-    assert not any(configs[each].model.length_conditioned for each in study_report.METHODS)
+    assert not any(configs[each].model.length_conditioned for each in METHODS)
     assert (configs["odelt-flow"].times, configs["odelt-flow"].length_consistency_every) == (
         "continuous",
         8,
@@ -163,7 +165,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study.bind()
     for name in RANDOM:
         for each, settings in study.evaluations(BY_NAME[name]).items():
-            few = tuple(steps for steps in settings.steps if steps in study_report.STEPS)
+            few = tuple(steps for steps in settings.steps if steps in STEPS)
             study.evaluate(each, replace(settings, steps=few, batch_size=35))
     study.measure_real()
     with pytest.MonkeyPatch.context() as patch:
@@ -233,9 +235,7 @@ def test_the_document_gets_its_tables_and_nothing_else_changes(small: Path) -> N
         rows[depth, "euler", 4, None]["metrics"]["digits-features Frechet distance"]
         for depth in (8, 12)
     )
-    assert study_report.number(value) != study_report.number(
-        other
-    )  # so that a wrong depth would be seen
+    assert number(value) != number(other)  # so that a wrong depth would be seen
     (line,) = [line for line in text.splitlines() if line.startswith("| ODE_t(ODE_l), l = 8 | 1 |")]
     assert line.split(" | ")[3] == f"{value['mean']:.{1 if value['mean'] >= 100 else 2}f}"
     assert line.endswith("| 7.9, 19.4, 24.3 |")

@@ -23,9 +23,17 @@ from benchmarks.jax_peer import JaxPeer
 from benchmarks.kernel_speed import measure_kernel
 from benchmarks.kernel_table import KernelCase
 from benchmarks.measure import Results, summary, take_turns, write_json
-from benchmarks.sampling import CONFIGS, Cell, check, measure_memory, random_model
+from benchmarks.sampling import CONFIGS, Workload, check, measure_memory, random_model
+from benchmarks.scope import GRIDS, workloads
+from odelt_fast.operation import Operation
 
 CPU = torch.device("cpu")
+
+
+def one_step(depth: int) -> Operation:
+    return Operation(depth=depth, steps=1)
+
+
 CEILINGS = {"float32": 1e11, "bfloat16": 2e11, "bandwidth": 1e10}
 
 
@@ -132,19 +140,22 @@ def test_the_floor_is_the_larger_of_arithmetic_and_traffic() -> None:
 
 
 def test_wrong_samples_are_not_timed() -> None:
-    cell = Cell("tiny", 4, 1, 2, torch.bfloat16, ("eager",))
     exact = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     noise = torch.randn_like(exact)
     noise *= torch.linalg.vector_norm(exact) / torch.linalg.vector_norm(noise)
     eager = exact + 0.01 * noise
-    assert check("fused", cell, exact - 0.019 * noise, eager, exact) == pytest.approx(0.019)
+
+    def checked(variant: str, got: torch.Tensor) -> float:
+        return check(variant, torch.bfloat16, got, eager, exact)
+
+    assert checked("fused", exact - 0.019 * noise) == pytest.approx(0.019)
     with pytest.raises(ValueError, match=r"relative error 2.10e-02 to float32, at most 2.00e-02"):
-        check("fused", cell, exact - 0.021 * noise, eager, exact)
-    assert check("fused-fp8", cell, exact - 0.039 * noise, eager, exact) == pytest.approx(0.039)
+        checked("fused", exact - 0.021 * noise)
+    assert checked("fused-fp8", exact - 0.039 * noise) == pytest.approx(0.039)
     with pytest.raises(ValueError, match=r"at most 4.00e-02"):
-        check("fused-fp8", cell, exact - 0.041 * noise, eager, exact)
+        checked("fused-fp8", exact - 0.041 * noise)
     with pytest.raises(ValueError, match="nan"):
-        check("fused", cell, exact * torch.nan, eager, exact)
+        checked("fused", exact * torch.nan)
 
 
 def test_a_wrong_kernel_is_not_timed_and_says_so() -> None:
@@ -185,17 +196,14 @@ def quick_tests(folder: Path, name: str, body: str) -> Group:
 def test_a_group_is_green_only_if_something_passed_and_nothing_failed(
     tmp_path: Path, name: str, body: str, green: bool, counts: tuple[int, ...]
 ) -> None:
-    found = run_group(quick_tests(tmp_path, name, body), cuda=False, cases=1, timeout=60)
+    found = run_group(quick_tests(tmp_path, name, body), cases=1, timeout=60)
     assert found["green"] is green
     assert (found["passed"], found["failed"], found["skipped"]) == counts
 
 
 def test_a_missing_package_is_named_with_the_way_to_bring_it() -> None:
     found = run_group(
-        Group("training", "training", ("test_training.py",), (), ("pytest", "no_such_module")),
-        False,
-        1,
-        60,
+        Group("network", "network", ("test_model.py",), (), ("pytest", "no_such_module")), 1, 60
     )
     assert not found["green"]
     assert (
@@ -281,11 +289,14 @@ def test_the_solvers_part_measures_table_3_a_race_and_a_proof(
     monkeypatch.setitem(correctness.NEEDS, "solvers", ("green",))
     assert run_suite(tmp_path, "--part", "solvers") == suite.FINISHED
     found = json.loads((tmp_path / "out" / "solvers.json").read_text())["configurations"]
-    assert list(found) == [
-        *(name for depth in (12, 4) for name in (f"tiny float32 batch 2 l={depth} T=2", f"memory tiny float32 batch 2 l={depth} T=2",
-                                                 f"tiny float32 batch 2 l={depth} dopri5 0.01")),
-        *(f"{what} tiny float32 batch {batch} l=12 dopri5 0.01" for batch in (1, 2) for what in ("race", "proof")),
-    ]  # fmt: skip
+    batch = "tiny float32 batch"
+    expected = []
+    for depth in (12, 4):
+        equal = f"{batch} 2 l={depth} T=2"
+        expected += [equal, f"memory {equal}", f"{batch} 2 l={depth} dopri5 0.01"]
+    for count in (1, 2):
+        expected += [f"{what} {batch} {count} l=12 dopri5 0.01" for what in ("race", "proof")]
+    assert list(found) == expected
     for batch in (1, 2):
         race = found[f"race tiny float32 batch {batch} l=12 dopri5 0.01"]["race"]
         assert len(race) == 7
@@ -336,10 +347,13 @@ def test_the_papers_figures_stand_beside_ours_and_the_gain_is_judged() -> None:
         "one launch, fused network": {"reason": "why"},
     }
     sizes = {"weights": {"blocks": 2**21, "ends": 2**20, "live_blocks": 8}}
-    text = report.part_table({"part": "solvers", "configurations": {
-        "a": {"cell": cell, "variants": {"fused": row}}, "memory a": {"cell": cell, "variants": {"fused": sizes}},
-        "race a": {"cell": cell, "race": race}, "proof a": {"cell": cell, "proof": {"reason": "no GPU"}},
-    }})  # fmt: skip
+    found = {
+        "a": {"cell": cell, "variants": {"fused": row}},
+        "memory a": {"cell": cell, "variants": {"fused": sizes}},
+        "race a": {"cell": cell, "race": race},
+        "proof a": {"cell": cell, "proof": {"reason": "no GPU"}},
+    }
+    text = report.part_table({"part": "solvers", "configurations": found})
     assert (
         "| 500 ms (400 ms to 600 ms) | 26 | 19.2 ms | 1.0 MiB | 3.0 MiB | 2.25 s | 33 | 0.67x |"
         in text
@@ -377,7 +391,7 @@ def test_the_suite_refuses_what_is_red_and_stops_at_its_limit(
 
 def test_weights_are_in_proportion_to_live_blocks() -> None:
     found = [
-        measure_memory(Cell("tiny", depth, 1, 1, torch.float32, ("eager",)), CPU)
+        measure_memory(Workload("tiny", one_step(depth), 1, torch.float32, ("eager",)), CPU)
         for depth in (4, 8, 12)
     ]
     sizes = [one["variants"]["eager"]["weights"] for one in found]
@@ -473,7 +487,7 @@ def test_a_reference_that_cannot_run_says_why(tmp_path: Path) -> None:
 
 def test_cpu_rate_compares_the_evaluation_with_the_product() -> None:
     found = cpu_rate.measure(
-        torch.float32, Cell("tiny", 4, 1, 2, torch.float32, ("eager", "auto")), 0.01
+        Workload("tiny", one_step(4), 2, torch.float32, ("eager", "auto")), 0.01
     )
     pairs = zip(found["variants"]["model"]["samples_s"], found["variants"]["product"]["samples_s"])
     shares = sorted(
@@ -486,7 +500,7 @@ def test_cpu_rate_compares_the_evaluation_with_the_product() -> None:
 
 def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) -> None:
     rows = cpu_rate.operators(
-        torch.float32, Cell("tiny", 4, 1, 2, torch.float32, ("auto",)), evaluations=2
+        Workload("tiny", one_step(4), 2, torch.float32, ("auto",)), evaluations=2
     )
     times = [float(row[2]) for row in rows]
     assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
@@ -508,29 +522,20 @@ def test_the_suite_runs_without_tyro() -> None:
     assert run.returncode == 0, run.stderr
 
 
-def test_every_part_of_the_full_grid_has_cells_of_its_own_and_long_ones_follow_their_check() -> (
-    None
-):
-    grid = suite.GRIDS["full"]
+def test_every_part_of_the_full_grid_has_workloads_of_its_own() -> None:
+    """Long ones follow the one by which they are checked."""
     keys: list[str] = []
     for part in ("latency", "throughput", "xl", "peers"):
-        cells = list(suite.sampling_cells(part, grid, reference=True))
-        assert cells
-        keys += [f"{part} {cell.key}" for cell in cells]
-        for cell, following in itertools.pairwise(cells):
-            same = (cell.network, cell.batch, cell.depth) == (
-                following.network,
-                following.batch,
-                following.depth,
-            )
-            assert not same or following.steps > cell.steps or following.solver != "euler"
+        loads = list(workloads(part, GRIDS["full"], reference=True))
+        assert loads
+        keys += [f"{part} {load.key}" for load in loads]
+        for first, second in itertools.pairwise(loads):
+            if (first.network, first.batch, first.depth) == (
+                second.network,
+                second.batch,
+                second.depth,
+            ):
+                assert second.operation.adaptive or second.work > first.work
     assert len(set(keys)) == len(keys)
     assert sum(key.startswith("latency") for key in keys) == 9
-    assert (
-        sum(
-            "euler" not in key and "dopri5" not in key
-            for key in keys
-            if key.startswith("throughput")
-        )
-        == 18
-    )
+    assert sum(key.startswith("throughput") and "dopri5" not in key for key in keys) == 18

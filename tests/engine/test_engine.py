@@ -22,16 +22,27 @@ from odelt_fast.kernels.quantize import quantize_rows_reference
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu, run_python
-from tests.helpers.reference_cases import (
-    depth_of,
-    inputs,
-    load_case,
-    model_cases,
-    quantities,
-    relative_error,
-)
+from tests.helpers.reference_cases import Case, load_case, model_cases, relative_error
 
 FP8_BOUND = 4e-2  # promised, of one evaluation
+
+
+def quantities(pattern: str) -> list:
+    found = [
+        (path, name)
+        for path in model_cases()
+        for name in load_case(path).arrays
+        if re.fullmatch(pattern, name)
+    ]
+    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
+
+
+def depth_of(name: str) -> int | None:
+    return int(re.search(r"depth(\d+)", name)[1]) or None
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
 
 
 def test_recorded_cases_are_there() -> None:
@@ -341,11 +352,9 @@ from tests.helpers.engine_cases import random_model
 from odelt_fast.engine.engine import Engine
 from tests.helpers.reference_cases import relative_error
 small = {"image_size": 4, "channels": 1, "hidden_size": 24, "depth": 5, "depth_min": 3}
-short = {"length_conditioned": False, "depth": 2, "depth_min": 2}
-for changes in ({"inner_step": "inverse_depth"}, short):
+for changes in ({"inner_step": "inverse_depth"}, {"length_conditioned": False, "depth": 2, "depth_min": 2}):
     model = random_model(**small | changes)
-    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    t, y = torch.tensor([0.1, 0.8]), torch.tensor([3, 10])
+    x, t, y = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.8]), torch.tensor([3, 10])
     with torch.inference_mode():
         engine = Engine(model)
         for depth in model.config.depths:

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -64,26 +62,6 @@ def load_case(path: Path) -> Case:
 
 def model_cases() -> list[Path]:
     return sorted(FOLDER.glob("model_*.npz"))
-
-
-def quantities(pattern: str) -> list:
-    """Parameters (path, name) of the recorded arrays of models whose whole name fits."""
-    return [
-        pytest.param(path, name, id=f"{path.stem}-{name}")
-        for path in model_cases()
-        for name in load_case(path).arrays
-        if re.fullmatch(pattern, name)
-    ]
-
-
-def depth_of(name: str) -> int | None:
-    """The depth that an array's name holds; 0 there is all blocks."""
-    return int(re.search(r"depth(\d+)", name)[1]) or None  # type: ignore[index]
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, t, log2_steps, y of a model's case."""
-    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
 
 
 def training_cases() -> list[Path]:

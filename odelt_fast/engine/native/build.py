@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -23,8 +22,6 @@ from pathlib import Path
 import torch
 
 from odelt_fast.files import cache_folder
-
-logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LIBRARIES = ("cpu", "cuda")
@@ -193,7 +190,6 @@ def _build_once(library: str) -> str | None:
     try:
         build(library)
     except BuildError as error:
-        logger.info("the native %s operators cannot be built", library, exc_info=True)
         return str(error)
     return None
 
@@ -203,6 +199,5 @@ def _open_once(library: str) -> str | None:
     try:
         torch.ops.load_library(str(library_path(library)))
     except (OSError, RuntimeError) as error:
-        logger.info("the native %s operators cannot be loaded", library, exc_info=True)
         return f"{_telling_line(error)}: odelt-fast build-ops --force builds it anew"
     return None

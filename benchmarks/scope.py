@@ -1,0 +1,128 @@
+"""What the suite measures on each kind of device: networks, depths, steps, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.sampling import MODES, Workload, dopri5
+from odelt_fast.operation import Operation
+
+# Random weights at which Dopri5 takes 32 evaluations at 1e-2 and 50 at 1e-4 (DiT-S/2), near the
+# paper's 33 to 34 and 71 to 72.
+SCALE = 30.0
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What is measured on one kind of device.
+
+    Tuples of (network, batch) or (network, batch, depth); cases: random ones of each kernel;
+    seconds: of each variant.
+    """
+
+    dtype: torch.dtype
+    network: str
+    depths: tuple[int, ...]
+    steps: tuple[int, ...]
+    batches: tuple[int, ...]
+    adaptive: tuple[float, ...]
+    xl: tuple[str, int, tuple[int, ...]]
+    kernels: tuple[tuple[str, int], ...]
+    peers: tuple[tuple[str, int, int], ...]
+    variants: tuple[str, ...]
+    inductor: bool
+    cases: int
+    seconds: float
+
+
+GRIDS = {
+    "full": Scope(
+        dtype=torch.bfloat16,
+        network="DiT-B/2",
+        depths=(4, 8, 12),
+        steps=(1, 4, 128),
+        batches=(8, 128),
+        adaptive=(1e-2, 1e-4),
+        xl=("DiT-XL/2", 64, (12, 20, 28)),
+        kernels=(("DiT-B/2", 1), ("DiT-B/2", 128), ("DiT-XL/2", 64)),
+        peers=(
+            *(("DiT-B/2", batch, depth) for batch in (1, 128) for depth in (12, 4)),
+            ("DiT-XL/2", 64, 28),
+        ),
+        variants=("eager", "fused", "fused-fp8"),
+        inductor=True,
+        cases=40,
+        seconds=1.0,
+    ),
+    "reduced": Scope(
+        dtype=torch.float32,
+        network="DiT-S/2",
+        depths=(4, 8, 12),
+        steps=(1, 4),
+        batches=(4,),
+        adaptive=(1e-2,),
+        xl=("DiT-B/2", 1, (4, 12)),
+        kernels=(("DiT-S/2", 1),),
+        peers=(("DiT-S/2", 1, 4),),
+        variants=("eager", "auto"),
+        inductor=True,
+        cases=4,
+        seconds=1.0,
+    ),
+    "tiny": Scope(
+        dtype=torch.float32,
+        network="tiny",
+        depths=(4, 12),
+        steps=(1, 2),
+        batches=(2,),
+        adaptive=(1e-2,),
+        xl=("tiny", 1, (4,)),
+        kernels=(("tiny", 1),),
+        peers=(("tiny", 2, 4),),
+        variants=("eager", "fused"),
+        inductor=False,
+        cases=1,
+        seconds=0.05,
+    ),
+}
+
+
+def workloads(part: str, scope: Scope, reference: bool) -> Iterator[Workload]:
+    """Those of latency, throughput, xl and peers.
+
+    T ascends, because the longest are held to a shorter one's check.
+    """
+    dtype, variants = scope.dtype, scope.variants
+    if part == "peers":
+        modes = MODES if scope.inductor else ()
+        everyone = (*variants, *modes, *(("jax",) if reference else ()))
+        for network, batch, depth in scope.peers:
+            yield Workload(network, Operation(depth=depth), batch, dtype, everyone)
+        return
+    network, depths, counts = scope.network, scope.depths, scope.steps
+    batches = (1,) if part == "latency" else scope.batches
+    if part == "xl":
+        network, batch, depths = scope.xl
+        batches, counts = (batch,), scope.steps[:2]
+    for batch in batches:
+        for depth in depths:
+            for steps in counts:
+                equal = Operation(depth=depth, steps=steps)
+                yield Workload(network, equal, batch, dtype, variants)
+    if part == "throughput":
+        for depth in depths:
+            for tolerance in scope.adaptive:
+                adaptive = dopri5(depth, tolerance)
+                yield Workload(network, adaptive, batches[-1], dtype, variants[:2])
+
+
+def table3(scope: Scope, variant: str) -> Iterator[Workload]:
+    """Longest first, as in the paper; fixed steps before adaptive ones."""
+    for depth in sorted(scope.depths, reverse=True):
+        equal = [Operation(depth=depth, steps=steps) for steps in sorted(scope.steps) if steps > 1]
+        for operation in (*equal, *(dopri5(depth, tolerance) for tolerance in scope.adaptive)):
+            shape = (scope.batches[-1], scope.dtype)
+            yield Workload(scope.network, operation, *shape, (variant,), SCALE)
