@@ -128,11 +128,9 @@ def attention_kernel(
         p_k += BLOCK_N * token_stride
         p_v += BLOCK_N * token_stride
     p_out = out_ptr + ((i_batch * tokens + offs_m) * width + i_head * HEAD_DIM)[:, None]
-    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(p_out + offs_d[None, :], out, mask=mask_q)
+    tl.store(p_out + offs_d[None, :], acc / total[:, None], mask=mask_q)
     if TAIL > 0:
-        out_tail = (acc_tail / total[:, None]).to(out_ptr.dtype.element_ty)
-        tl.store(p_out + offs_t[None, :], out_tail, mask=mask_q_tail)
+        tl.store(p_out + offs_t[None, :], acc_tail / total[:, None], mask=mask_q_tail)
 
 
 def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:

@@ -1,11 +1,10 @@
-"""Final projection, unpatchify, guidance and Euler update: v = unpatchify(h W^T + b); x' = x +
-step*v.
+"""The end of an evaluation in one pass: projection, unpatchify, guidance, Euler update.
 
-h (B, N, D), normalised and modulated already (last_group_end or gated_residual); with guidance h
-(2B, N, D), first the rows with labels, then those with the null label, and v = v_null +
-guidance*(v_label - v_null). W (p*p*C, D), b (p*p*C,) in h's dtype, pixel order (row, column,
-channel) within a patch; x, x', v (B, C, H, W). Sums, guidance and update are float32 and rounded
-once. Bytes: one read of h; x and v are 1/48 of that in DiT-B/2.
+v = unpatchify(h W^T + b); x' = x + step*v. h (B, N, D), normalised and modulated already
+(last_group_end or gated_residual); with guidance h (2B, N, D), first the rows with labels, then
+those with the null label, and v = v_null + guidance*(v_label - v_null). W (p*p*C, D), b (p*p*C,) in
+h's dtype, pixel order (row, column, channel) within a patch; x, x', v (B, C, H, W). Sums, guidance
+and update are float32 and rounded once. Bytes: one read of h; x and v are 1/48 of that in DiT-B/2.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def _kernel(
     mask = (o_n < tokens)[:, None] & (o_out < OUT)[None, :]
     if x is not None:
         b_v = tl.fma(step, b_v, tl.load(x + o_pixel, mask=mask, other=0.0).to(tl.float32))
-    tl.store(out + o_pixel, b_v.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + o_pixel, b_v, mask=mask)
 
 
 def _launch(

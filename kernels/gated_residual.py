@@ -1,5 +1,4 @@
-"""Gated residual, then LayerNorm + modulate, in one pass: x' = x + gate*y; h = LN(x')*(1 + scale) +
-shift.
+"""Gated residual, LayerNorm, modulate in one pass: x' = x + gate*y; h = LN(x')*(1 + scale) + shift.
 
 x, y, x', h (B, N, D) in one dtype; gate comes from the packed row `gates` (B or 1, K), shift and
 scale from `modulation` (B or 1, K'), which is the same tensor inside a block and the next block's

@@ -111,7 +111,7 @@ def pointer_kernel(
             bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
             residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
         )  # fmt: skip
-        tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+        tl.store(p_out, y, mask=mask_m[:, None] & mask_n[None, :])
     else:
         area: tl.constexpr = BLOCK_M * BLOCK_N
         p_part = partial_ptr + tile.to(tl.int64) * area + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
@@ -130,7 +130,7 @@ def pointer_kernel(
                 bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
                 residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
             )  # fmt: skip
-            tl.store(p_out, y.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+            tl.store(p_out, y, mask=mask_m[:, None] & mask_n[None, :])
             tl.store(counter_ptr + tile, 0)
 
 

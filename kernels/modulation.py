@@ -62,7 +62,7 @@ def _kernel(
         b_sum = tl.dot(b_weight, b_silu.to(b_weight.dtype), b_sum, input_precision="ieee")
     b_sum += tl.load(bias + o_k, mask=m_k, other=0.0).to(tl.float32)[:, None]
     o_out = o_r.to(tl.int64)[None, :] * columns + o_k[:, None]
-    tl.store(out + o_out, b_sum.to(out.dtype.element_ty), mask=m_k[:, None] & m_r[None, :])
+    tl.store(out + o_out, b_sum, mask=m_k[:, None] & m_r[None, :])
 
 
 @torch.library.custom_op("odelt_fast::modulation", mutates_args=())

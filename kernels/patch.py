@@ -64,7 +64,7 @@ def _kernel(
     mask = m_m[:, None] & m_d[None, :]
     b_out += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     b_out += tl.load(positions + i_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=mask, other=0.0)
-    tl.store(out + o_m[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + o_m[:, None] * D + o_d[None, :], b_out, mask=mask)
 
 
 @torch.library.custom_op("odelt_fast::patch_embed", mutates_args=())

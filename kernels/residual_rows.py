@@ -82,12 +82,12 @@ def residual_kernel(
         b_vr = b_velocity
         if vr is not None:
             b_vr += load_rows(vr, i_b, o_n, o_d, mask, vr_batch, vr_token)
-        tl.store(out_vr + o_out, b_vr.to(out_vr.dtype.element_ty), mask=mask)
+        tl.store(out_vr + o_out, b_vr, mask=mask)
         b_base = b_vr
         if xr is not None:
             b_base = load_rows(xr, i_b, o_n, o_d, mask, xr_batch, xr_token) + b_velocity
     if out_x is not None:
-        tl.store(out_x + o_out, b_base.to(out_x.dtype.element_ty), mask=mask)
+        tl.store(out_x + o_out, b_base, mask=mask)
     b_shift = load_columns(modulation, i_b, modulation_row, shift_column, o_d, m_d)
     b_scale = load_columns(modulation, i_b, modulation_row, scale_column, o_d, m_d)
     b_h = modulate(normalize(b_base, m_d, eps, D), b_shift, b_scale)

@@ -156,7 +156,7 @@ def store_rows(out, scales, b_h, o_row, o_d, mask, D: tl.constexpr):
     With `scales` as float8, and one float32 scale a row.
     """
     if scales is None:
-        tl.store(out + o_row * D + o_d[None, :], b_h.to(out.dtype.element_ty), mask=mask)
+        tl.store(out + o_row * D + o_d[None, :], b_h, mask=mask)
     else:
         b_q, b_scale = quantize_tile(b_h)
         tl.store(out + o_row * D + o_d[None, :], b_q, mask=mask)

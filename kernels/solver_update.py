@@ -61,7 +61,7 @@ def _combine_kernel(
     b_sum = stage_sum(stages, coefficients, o_x, mask, stage_stride, STAGES, BLOCK, SUM)
     b_step = tl.load(step + i_b * step_row).to(SUM)
     b_x = tl.fma(b_step, b_sum, tl.load(x + o_x, mask=mask, other=0.0).to(SUM))
-    tl.store(out + o_x, b_x.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + o_x, b_x, mask=mask)
 
 
 def sum_type(dtype: torch.dtype) -> tl.dtype:

@@ -41,71 +41,55 @@ def combine_stages_case(rng: random.Random, device: torch.device, dtype: torch.d
     with watched(x, stages, coefficients, step):
         got = combine_stages(x, stages, coefficients, step)
     stages = stages.nan_to_num()[: len(coefficients)]  # NaN: of stages whose coefficient is 0
+    operands = (x, stages, coefficients, step)
+    doubles = tuple(operand.double() for operand in operands)
     if x.dtype == torch.float64:  # S + 2 roundings, each of at most the sum of all magnitudes
-        plain = combine_stages_reference(x, stages, coefficients, step)
-        size = combine_stages_reference(
-            x.abs(), stages.double().abs(), coefficients.abs(), step.abs()
-        )
-        assert bool(
-            (
-                (got - plain).abs()
-                <= 2 * (len(coefficients) + 2) * torch.finfo(torch.float64).eps * size
-            ).all()
-        )
+        error = (got - combine_stages_reference(*operands)).abs()
+        size = combine_stages_reference(*(operand.abs() for operand in doubles))
+        bound = 2 * (len(coefficients) + 2) * torch.finfo(torch.float64).eps * size
+        assert bool((error <= bound).all())
     else:
         axes = Axes(("bx", "sbx", "s", "b"), ("bx",), {"s": len(coefficients)})
-        exact = combine_stages_reference(
-            x.double(), stages.double(), coefficients.double(), step.double()
-        )
-        check_error(
-            "state",
-            got,
-            axes.plain(rng, combine_stages_reference, x, stages, coefficients, step),
-            exact,
-        )
+        plain = axes.plain(rng, combine_stages_reference, *operands)
+        check_error("state", got, plain, combine_stages_reference(*doubles))
     return got
 
 
 def _stages(
     rng: random.Random, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """State, stages (one more than coefficients at times), coefficients (some 0, and then the stage
-    is NaN) and step."""
+    """(state, stages, coefficients, step).
+
+    At times there are more stages than coefficients, and a coefficient is 0 and its stage NaN.
+    """
     batch, count = batch_size(rng), rng.randint(1, 7)
-    inner = rng.choice(
-        [(rng.randint(1, 50),), (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 9))]
-    )
+    inner = inner_shape(rng)
     if batch < 6 and rng.random() < 0.1:
         inner = (rng.randint(1000, 40000),)
     batch = enough_tokens(batch, math.prod(inner))
     x = guarded(rng, (batch, *inner), dtype, device)
-    stages = guarded(
-        rng,
-        (count + rng.choice([0, 0, 2]), batch, *inner),
-        rng.choice([dtype, torch.float32]),
-        device,
-    )
+    shape = (count + rng.choice([0, 0, 2]), batch, *inner)
+    stages = guarded(rng, shape, rng.choice([dtype, torch.float32]), device)
     coefficients = torch.tensor([rng.uniform(-2, 2) for _ in range(count)], device=device)
     if count > 1 and stages.stride(0) and rng.random() < 0.5:
         unused = rng.randrange(count)
         coefficients[unused] = 0.0
         stages[unused] = float("nan")
-    step = torch.tensor(
-        [rng.uniform(0.001, 1) for _ in range(rng.choice([1, batch]))], device=device
-    )
-    return x, stages, coefficients, step
+    steps = [rng.uniform(0.001, 1) for _ in range(rng.choice([1, batch]))]
+    return x, stages, coefficients, torch.tensor(steps, device=device)
+
+
+def inner_shape(rng: random.Random) -> tuple[int, ...]:
+    """Of a sample of a state."""
+    image = rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 9)
+    return rng.choice([(rng.randint(1, 50),), image])
 
 
 def adaptive_step_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
     """One attempt of samples in every state: running, ended, refused, beyond floating point."""
     tableau, shared = rng.choice(TABLEAUS), rng.random() < 0.5
     dtype = rng.choice([torch.float32, torch.float64])  # solvers keep their state in these
-    batch, inner = (
-        batch_size(rng),
-        rng.choice(
-            [(rng.randint(1, 50),), (rng.randint(1, 4), rng.randint(1, 9), rng.randint(1, 9))]
-        ),
-    )
+    batch, inner = batch_size(rng), inner_shape(rng)
     if batch < 6 and rng.random() < 0.1:
         inner = (rng.choice([1024, 16384, 16385, 20000]),)
     count = tableau.stages + (not tableau.fsal)
@@ -189,8 +173,7 @@ def rules_tensor(
 
 
 def solve(update: Callable[..., None], steps: AdaptiveSteps, start: State) -> Solution:
-    """What `integrate_adaptive` does after its first step size, with `update` for all that follows
-    an attempt."""
+    """`integrate_adaptive` after its first step size, with `update` for what follows an attempt."""
     tableau, field, (x, k, *_) = steps.tableau, steps.field, start
     nodes, error, error3 = tableau_tensors(tableau, x.device)
     rules = torch.tensor(steps.rules, dtype=torch.float64, device=x.device)
@@ -230,8 +213,10 @@ def both_solutions(
 
 
 def hard_field(t: Any, x: Tensor, log2_steps: int) -> Tensor:
-    """Samples of every kind: smooth, stiff, oscillating, one whose velocity ends at t = 0.6, one
-    that grows without bound."""
+    """Samples of every kind.
+
+    Smooth, stiff, oscillating, one whose velocity ends at t = 0.6, one that grows without bound.
+    """
     t = torch.as_tensor(t).reshape(-1, 1).expand(len(x), 1)
     kinds = [
         -x,
@@ -245,8 +230,7 @@ def hard_field(t: Any, x: Tensor, log2_steps: int) -> Tensor:
 
 
 def adaptive_solve_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    """Whole solves take the host's steps: equal statuses and statistics, states far within the
-    tolerance."""
+    """Whole solves take the host's steps: equal counts, states far within the tolerance."""
     dtype, tableau = torch.float64, rng.choice(TABLEAUS)
     x = guarded(
         rng, (rng.choice([1, 2, 5, 6]), rng.randint(1, 30)), dtype, device, layout="contiguous"

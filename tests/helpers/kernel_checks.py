@@ -75,8 +75,7 @@ def guarded(
 
 @contextlib.contextmanager
 def watched(*inputs: Tensor | None, reachable: Sequence[Tensor] = ()) -> Iterator[None]:
-    """Runs kernels under guard; raises AssertionError for what they do to memory that is not
-    theirs.
+    """Runs kernels under guard: AssertionError for what they do to memory that is not theirs.
 
     Every torch.empty and torch.empty_like inside gives a NaN-filled tensor (largest value for
     integers) with guards on both sides; at the end the guards and all `inputs`, with what surrounds
@@ -195,15 +194,14 @@ def permuted(value: Any, name: str | None, order: Mapping[str, Tensor]) -> Any:
 
 
 def check_error(name: str, got: Tensor, plain: Tensor | Sequence[Tensor], exact: Tensor) -> None:
-    """AssertionError unless `got` is at most twice as far from `exact` (float64) as PyTorch's
-    result in the same dtype is.
+    """AssertionError unless `got` is within twice PyTorch's own error in the same dtype.
 
-    Distances are the largest and the root of the mean square over all elements. plain: PyTorch's
-    result, or several that are equally right, made over permuted dimensions (`Axes.plain`); the
-    farthest counts. On few elements, or where few are ill-conditioned (a row of little variance), a
-    single result lies near or far by luck, and twice its distance would say nothing; over many
-    elements all lie equally far. Cases therefore have at least ENOUGH elements, or sums whose order
-    can be drawn.
+    Errors are distances from `exact` (float64): the largest, and the root of the mean square, over
+    all elements. plain: PyTorch's result, or several that are equally right, made over permuted
+    dimensions (`Axes.plain`); the farthest counts. On few elements, or where few are
+    ill-conditioned (a row of little variance), a single result lies near or far by luck, and twice
+    its distance would say nothing; over many elements all lie equally far. Cases therefore have at
+    least ENOUGH elements, or sums whose order can be drawn.
     """
     plain = [plain] if isinstance(plain, Tensor) else list(plain)
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(exact.shape)}"

@@ -1,5 +1,7 @@
-"""Kernels that are wrong on purpose: each fault must be caught by the instruments of
-`kernel_checks`, or a green run would mean nothing."""
+"""Kernels that are wrong on purpose: `kernel_checks` must catch each fault.
+
+Otherwise a green run would mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,7 @@ def _exchange_kernel(
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out (BLOCK,): sum of PROGRAMS parts of x; each program hands over its part, the last to
-    arrive adds them up."""
+    """out (BLOCK,): sum of PROGRAMS parts of x; the last program to arrive adds them up."""
     program = tl.program_id(0)
     o_n = tl.arange(0, BLOCK)
     tl.store(partial + program * BLOCK + o_n, tl.load(x + program * BLOCK + o_n))

@@ -22,8 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(path: Path) -> ModuleType:
-    """A module from its file: the repository's root is not on the path of every way to start
-    pytest."""
+    """A module from its file: the root is not on the path of every way to start pytest."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None

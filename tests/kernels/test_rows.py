@@ -54,8 +54,7 @@ def child(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def sample() -> str:
-    """Output of one run of CASES random cases of every kernel here, and of the network made of
-    them."""
+    """Output of CASES random cases of every kernel here, and of the network made of them."""
     run = child(RUN, "--interpret", "--cases", str(CASES), "--seed", "0")
     return run.stdout + run.stderr
 

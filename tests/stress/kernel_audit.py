@@ -1,5 +1,4 @@
-"""What the interpreter is taught for the kernel cases: to refuse wrong addresses and races, and to
-round as the hardware does."""
+"""What the interpreter is taught: to refuse wrong addresses and races, to round as a card does."""
 
 from __future__ import annotations
 
@@ -15,8 +14,10 @@ KINDS = ("load", "store", "atomic")
 
 
 class Accesses(NamedTuple):
-    """Of one launch, a row for each access of an element: address, program, how many atomics that
-    program had done, kind."""
+    """Of one launch, a row for each access of an element.
+
+    epochs: how many atomics the program had done.
+    """
 
     addresses: np.ndarray
     programs: np.ndarray
@@ -28,8 +29,7 @@ class Accesses(NamedTuple):
 
 
 class Launch:
-    """Accesses of the programs of one launch, and what each program knows of the others through
-    atomics.
+    """Accesses of one launch, and what each program knows of the others through atomics.
 
     An acquire-release atomic passes on what its program knows: its own accesses so far and those
     that it learned of. knowledge[p, e] maps a program q to the epoch below which q's accesses come
@@ -70,8 +70,10 @@ class Launch:
     def synchronise(
         self, grid_index: tuple[int, int, int], addresses: np.ndarray, passes_on: bool
     ) -> None:
-        """After an atomic on `addresses`: a new epoch; where it acquires and releases, with what
-        earlier atomics there had passed on."""
+        """After an atomic on `addresses`: a new epoch.
+
+        passes_on: it acquires and releases, with what earlier atomics there had passed on.
+        """
         program = _number(grid_index)
         epoch = self.epochs.get(program, 0) + 1
         known = dict(self.knowledge.get((program, epoch - 1), {}))
@@ -82,8 +84,7 @@ class Launch:
         self.epochs[program], self.knowledge[program, epoch] = epoch, known
 
     def check_races(self) -> None:
-        """AssertionError where two programs use one address, one of them writing, and no atomics
-        order them."""
+        """AssertionError where programs share an address that one writes, ordered by no atomics."""
         if not self.parts:
             return
         everything = Accesses(*(np.concatenate(columns) for columns in zip(*self.parts)))
@@ -116,9 +117,12 @@ class Launch:
 
 @contextlib.contextmanager
 def audited(reachable: Sequence[Tensor] = ()) -> Iterator[None]:
-    """In the interpreter: AssertionError for a load, store or atomic, through pointers or tensor
-    descriptors, outside the launch's tensors and `reachable`, and for a race between programs of a
-    launch: the interpreter runs them one after another, which hides it."""
+    """In the interpreter: AssertionError for accesses that would be wrong on a card.
+
+    That is a load, store or atomic, through pointers or tensor descriptors, outside the launch's
+    tensors and `reachable`, and a race between programs of a launch, which the interpreter hides by
+    running them one after another.
+    """
     from triton._C.libtriton import ir
     from triton.runtime import interpreter
 
