@@ -37,7 +37,8 @@ CARRIED_CODE = {
     "pipeline.py": "OdeltPipeline",
     "transformer/odelt_fast.pipeline.py": "OdeltTransformer",
 }
-_CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, custom_pipeline=here, trust_remote_code=True)."""
+_CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, custom_pipeline=here,\
+ trust_remote_code=True)."""
 
 from odelt_fast.pipeline import {name}
 
@@ -92,9 +93,9 @@ class OdeltTransformer(ModelMixin):
 class OdeltPipeline(DiffusionPipeline):
     """Class labels -> images, at any depth and number of steps.
 
-    >>> pipe = OdeltPipeline.from_pretrained("user/repo", dtype=torch.bfloat16).to("cuda") >>>
-    pipe(class_labels=[207, 360], depth=4, num_inference_steps=1,
-    generator=torch.manual_seed(0)).images[0]
+    >>> pipe = OdeltPipeline.from_pretrained("user/repo", dtype=torch.bfloat16).to("cuda")
+    >>> seeded = torch.manual_seed(0)
+    >>> pipe(class_labels=[207, 360], depth=4, num_inference_steps=1, generator=seeded).images[0]
 
     transformer: the model. vae: AutoencoderKL (or AutoencoderTiny, for previews) of a model of
     latents; None for a model of pixels. id2label: class -> its names, separated by commas. There is

@@ -12,25 +12,16 @@ from torch import Tensor
 
 from odelt_fast.model import DiT
 from odelt_fast.sampling.sampler import Sampler
-from tests.helpers.reference_cases import FOLDER, Case, load_case, model_cases, relative_error
-
-
-def quantities(pattern: str) -> list:
-    found = [
-        (path, name)
-        for path in model_cases()
-        for name in load_case(path).arrays
-        if re.fullmatch(pattern, name)
-    ]
-    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
-
-
-def depth_of(name: str) -> int | None:
-    return int(re.search(r"depth(\d+)", name)[1]) or None
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
+from tests.helpers.reference_cases import (
+    FOLDER,
+    Case,
+    depth_of,
+    inputs,
+    load_case,
+    model_cases,
+    quantities,
+    relative_error,
+)
 
 
 def masked_activations(model: DiT, case: Case) -> dict[str, Tensor]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from odelt_fast.checks import check_seed
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from odelt_fast.commands.sample import Command
+    from odelt_fast.commands.sample_options import Command
     from odelt_fast.sampling.sampler import Sampler
 
 
@@ -46,17 +49,14 @@ def check_options(options: Command) -> None:
     given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
-    if any(not 0 <= time <= 1 for time in options.trajectory) or list(options.trajectory) != sorted(
-        options.trajectory
-    ):
+    times = list(options.trajectory)
+    if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
         raise ValueError(
             "--trajectory must be rising times from 0 (noise) to 1 (data), not"
-            f" {' '.join(map(str, options.trajectory))}"
+            f" {' '.join(map(str, times))}"
         )
-    if options.interpolate is not None and not all(
-        0 <= seed < 2**64 for seed in options.interpolate
-    ):
-        raise ValueError("--interpolate: seeds go from 0 to 2^64 - 1")
+    for seed in options.interpolate or ():
+        check_seed(seed, "--interpolate: a seed")
     if options.frames < 2:
         raise ValueError(
             f"--frames must be at least 2, the two seeds' own images, not {options.frames}"
@@ -70,12 +70,9 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
     count, steps = options.num_images, sampler.operation.steps or 0
     if options.trajectory:
         times = options.trajectory
-        return Plan(
-            count * len(times),
-            len(times),
-            count * steps,
-            lambda update: _trajectory(options, sampler, labels, update),
-        )
+        tiles = count * len(times)
+        states = partial(_trajectory, options, sampler, labels)
+        return Plan(tiles, len(times), count * steps, states)
     if options.interpolate is not None:
         frames, (seed_a, seed_b) = options.frames, options.interpolate
         label = None if labels is None else int(labels[0])
@@ -86,24 +83,18 @@ def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
             from odelt_fast.sampling.flow_map import interpolate
             from odelt_fast.sampling.noise import drawn_labels
 
-            chosen = (
-                int(drawn_labels(seed_a, [0], sampler.model.config.num_classes)[0])
-                if label is None
-                else label
-            )
+            drawn = drawn_labels(seed_a, [0], sampler.model.config.num_classes)
+            chosen = int(drawn[0]) if label is None else label
             images = interpolate(sampler, seed_a, seed_b, frames, chosen, progress=update)
             return Drawing(images, np.full(frames, chosen), images, frames)
 
         return Plan(frames, frames, frames * steps, between)
     if options.invert is not None:
-        images, found, _ = data_images(options.invert, sampler, count)
-        chosen = labels[: len(images)] if labels is not None else found
-        return Plan(
-            3 * len(images),
-            3,
-            2 * len(images) * steps,
-            lambda update: _invert(sampler, images, chosen, update),
-        )
+        images, own, _ = data_images(options.invert, sampler, count)
+        chosen = labels[: len(images)] if labels is not None else own
+        tiles = 3 * len(images)
+        there_and_back = partial(_invert, sampler, images, chosen)
+        return Plan(tiles, 3, 2 * len(images) * steps, there_and_back)
 
     def draw(update: Callable[[int], None]) -> Drawing:
         images = sampler(num_images=count, labels=labels, seed=options.seed, progress=update)
@@ -131,11 +122,9 @@ def data_images(
         except Exception as error:  # Pillow's readers raise most kinds
             raise ValueError(f"{data} cannot be read: {decode_failure(error)}") from None
         return torch.from_numpy(pixels[None] / 127.5 - 1).float(), None, 1 / 127.5
-    pixelwise: dict[str, Any] = (
-        {"image_size": config.image_size, "channels": config.channels}
-        if config.channels in (1, 3)
-        else {}
-    )
+    pixelwise: dict[str, Any] = {}
+    if config.channels in (1, 3):
+        pixelwise = {"image_size": config.image_size, "channels": config.channels}
     source = open_source(str(data), **pixelwise)
     if source.channels != config.channels or source.image_size != config.image_size:
         has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
@@ -161,13 +150,8 @@ def _trajectory(
         "trajectory": states.permute(0, 1, 3, 4, 2).cpu().numpy(),
         "times": np.array(options.trajectory),
     }
-    return Drawing(
-        _decoded(sampler, solution.x),
-        labels,
-        _decoded(sampler, states.flatten(0, 1)),
-        states.shape[1],
-        arrays,
-    )
+    images, tiles = (_decoded(sampler, x) for x in (solution.x, states.flatten(0, 1)))
+    return Drawing(images, labels, tiles, states.shape[1], arrays)
 
 
 def _invert(
@@ -178,26 +162,17 @@ def _invert(
 
     from odelt_fast.sampling.flow_map import invert
 
-    found = invert(sampler, images, labels, progress=update)
-    tiles = torch.stack([images.to(found.noise), found.noise, found.images], 1)
-    arrays: dict[str, Any] = {
-        "noise": found.noise.permute(0, 2, 3, 1).cpu().numpy(),
-        "error": found.error.cpu().numpy(),
-    }
+    inverted = invert(sampler, images, labels, progress=update)
+    noise, error = inverted.noise, inverted.error
+    rows = torch.stack([images.to(noise), noise, inverted.images], 1)
+    arrays = {"noise": noise.permute(0, 2, 3, 1).cpu().numpy(), "error": error.cpu().numpy()}
     remark = (
-        f"originals, their noise, and what it becomes: error {found.error.mean():.2g} (root mean"
-        f" square; at most {found.error.max():.2g})"
+        f"originals, their noise, and what it becomes: error {error.mean():.2g} (root mean"
+        f" square; at most {error.max():.2g})"
     )
     null = np.full(len(images), sampler.model.config.num_classes)
-    chosen = null if labels is None else labels
-    return Drawing(
-        _decoded(sampler, found.images),
-        chosen,
-        _decoded(sampler, tiles.flatten(0, 1)),
-        3,
-        arrays,
-        remark,
-    )
+    back, tiles = (_decoded(sampler, x) for x in (inverted.images, rows.flatten(0, 1)))
+    return Drawing(back, null if labels is None else labels, tiles, 3, arrays, remark)
 
 
 def _decoded(sampler: Sampler, states: Tensor) -> Tensor:

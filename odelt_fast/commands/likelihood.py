@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from odelt_fast.checks import check_seed
 from odelt_fast.commands.flows import data_images
 from odelt_fast.commands.operations import operation_of
 from odelt_fast.commands.options import Device, Dtype, File, Number, Whole, load, plural
@@ -79,8 +80,7 @@ def run(options: Command) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if not 0 <= options.seed < 2**64:
-        raise ValueError(f"--seed must be from 0 to 2^64 - 1, not {options.seed}")
+    check_seed(options.seed, "--seed")
     operation = operation_of(options)
     if options.npz is not None:
         check_target("--npz", options.npz, (".npz",))

@@ -7,7 +7,6 @@ Samplers of one model share its engine and its graphs.
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -25,6 +24,7 @@ from odelt_fast.engine.graphs import (
     Function,
     GraphCache,
     Inputs,
+    is_bug,
     node_count,
     place,
 )
@@ -228,37 +228,30 @@ class Fused:
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What runs on `samples` rows (guided ones count twice) of `tokens` tokens, and the graph
         that ran last."""
-        told, config = self.engine.describe(samples, tokens, depth), self.engine.config
-        head_dim = config.hidden_size // config.num_heads
-        told["attentions"] = availability.describe_attentions(
-            self.engine.device, self.engine.dtype, head_dim
+        engine, config = self.engine, self.engine.config
+        about: dict[str, Any] = engine.describe(samples, tokens, depth)
+        about["attentions"] = availability.describe_attentions(
+            engine.device, engine.dtype, config.hidden_size // config.num_heads
         )
+        captured = self.graphs.graphs.get(self.last_key) if self.graphs else None
+        at_once = self.strict or isinstance(self.trajectory, AdaptiveTrajectory)
+        about["graph"] = f"captured at the {'first call' if at_once else 'second call of a shape'}"
         if self.graphs is None or self.graphs_off:
-            told["graph"] = f"none: {self.graphs_off or 'not asked for'}"
+            about["graph"] = f"none: {self.graphs_off or 'not asked for'}"
         elif samples * tokens > GRAPH_TOKENS and not self.strict:
-            told["graph"] = (
+            about["graph"] = (
                 f"none: the batch has more than {GRAPH_TOKENS} tokens, and launching is not what"
                 " takes the time"
             )
-        elif self.last_key in self.graphs.graphs:
-            captured = self.graphs.graphs[self.last_key]
-            told["graph"] = "one evaluation" if self.trajectory is None else "the whole trajectory"
+        elif captured is not None:
+            about["graph"] = "one evaluation" if self.trajectory is None else "the whole trajectory"
             if isinstance(captured, CapturedSolve):
-                reason = captured.loop.fallback
-                told["graph"] = (
-                    f"one attempted step, replayed by the host ({reason})"
-                    if reason
-                    else "the whole solve, a while loop of CUDA's"
-                )
-            told["graph_nodes"] = node_count(captured.graph)
-        else:
-            at_once = self.strict or isinstance(self.trajectory, AdaptiveTrajectory)
-            told["graph"] = (
-                "captured at the first call"
-                if at_once
-                else "captured at the second call of a shape"
-            )
-        return told
+                about["graph"] = "the whole solve, a while loop of CUDA's"
+                if captured.loop.fallback:
+                    reason = captured.loop.fallback
+                    about["graph"] = f"one attempted step, replayed by the host ({reason})"
+            about["graph_nodes"] = node_count(captured.graph)
+        return about
 
 
 def choose_fused(
@@ -303,10 +296,3 @@ def choose_fused(
                 f"{option} {value!r} is for the fused backend, which does not run: {reason}"
             )
     return None, reason
-
-
-def is_bug(error: BaseException) -> bool:
-    """Whether `auto` must not hide an error: where ODELT_FAST_STRICT is set, as in the tests, a
-    fault of this package's own."""
-    own = (AssertionError, AttributeError, KeyError, NameError, TypeError)
-    return isinstance(error, own) and bool(os.environ.get("ODELT_FAST_STRICT"))

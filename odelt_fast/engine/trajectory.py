@@ -1,9 +1,8 @@
-"""A whole trajectory of fixed steps as launches alone: nothing in it waits for the host, so that one
-CUDA graph can hold it.
+"""A whole trajectory of fixed steps as launches alone, which one CUDA graph can hold.
 
-Times, steps and lengths of all evaluations are known beforehand, so their embeddings are; and the
-modulation of all blocks at many steps is one matrix product, which reads the modulation weights
-once (DiT-B/2, 12 blocks: 85 MB in bfloat16) and not once a step.
+Nothing in it waits for the host: times, steps and lengths of all evaluations are known beforehand,
+so their embeddings are. The modulation of all blocks at many steps is one matrix product, which
+reads the modulation weights once (DiT-B/2, 12 blocks: 85 MB in bfloat16) and not once a step.
 """
 
 from __future__ import annotations

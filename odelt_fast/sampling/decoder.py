@@ -13,49 +13,44 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from odelt_fast.checks import whole
+from odelt_fast.files import one_line
+
 
 class Decoder:
-    """Latents (B, c, h, w) as the model makes them -> images (B, 3, f*h, f*w) float32, data in [-1,
-    1], not clipped.
+    """Latents (B, c, h, w) -> images (B, 3, f*h, f*w) float32, data in [-1, 1], not clipped.
 
     Computes D(z / s + m) with the scale s and shift m of the autoencoder's configuration: s =
     0.18215, m = 0 for Stable Diffusion's AutoencoderKL. An AutoencoderTiny (previews) takes the
-    scaled latents of the autoencoder that it imitates: its s is 1. autoencoder: an AutoencoderKL or
-    AutoencoderTiny; runs in its own dtype, on its own device. float16 overflows in some of them;
-    bfloat16 does not. batch_size: latents decoded at a time, halved for good when memory runs out.
+    scaled latents of the autoencoder that it imitates: its s is 1.
 
-    Raises ValueError for latents of another shape and for an autoencoder whose configuration does
-    not say what is needed.
+    Args:
+        autoencoder: an AutoencoderKL or AutoencoderTiny; runs in its own dtype, on its own device.
+            float16 overflows in some of them; bfloat16 does not.
+        batch_size: latents decoded at a time, halved for good when memory runs out.
+
+    Raises:
+        ValueError: for latents of another shape and for an autoencoder whose configuration does not
+            say what is needed.
     """
 
     def __init__(self, autoencoder: Any, name: str = "", batch_size: int = 8) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, not {batch_size!r}")
+        self.batch_size = whole("batch_size", batch_size)
         config = dict(getattr(autoencoder, "config", None) or {})
         widths = config.get("decoder_block_out_channels") or config.get("block_out_channels")
-        if not widths or not all(
-            name in config for name in ("latent_channels", "scaling_factor", "out_channels")
-        ):
+        needed = ("latent_channels", "scaling_factor", "out_channels")
+        if not widths or not all(name in config for name in needed):
             raise ValueError(
                 "decoder must be an AutoencoderKL or AutoencoderTiny of diffusers, not"
                 f" {type(autoencoder).__name__}"
             )
-        self.autoencoder, self.name, self.batch_size = (
-            autoencoder,
-            name or type(autoencoder).__name__,
-            batch_size,
-        )
-        self.scale, self.shift = (
-            float(config["scaling_factor"]),
-            float(config.get("shift_factor") or 0),
-        )
-        self.latent_channels, self.channels = (
-            int(config["latent_channels"]),
-            int(config["out_channels"]),
-        )
-        self.factor = int(config.get("upsampling_scaling_factor") or 2) ** (
-            len(widths) - 1
-        )  # pixels of an image's side for one latent's
+        self.autoencoder, self.name = autoencoder, name or type(autoencoder).__name__
+        self.scale = float(config["scaling_factor"])
+        self.shift = float(config.get("shift_factor") or 0)
+        self.latent_channels = int(config["latent_channels"])
+        self.channels = int(config["out_channels"])
+        # Pixels of an image's side for one latent's.
+        self.factor = int(config.get("upsampling_scaling_factor") or 2) ** (len(widths) - 1)
         if not math.isfinite(self.scale) or not self.scale > 0:
             raise ValueError(
                 f"the decoder {self.name} has scaling_factor {self.scale}, which must be above 0"
@@ -76,14 +71,9 @@ class Decoder:
         done = 0
         while done < count:
             try:
-                part = (
-                    latents[done : done + self.batch_size].to(images.device, torch.float32)
-                    / self.scale
-                    + self.shift
-                )
-                images[done : done + len(part)] = self.autoencoder.decode(
-                    part.to(self.autoencoder.dtype)
-                ).sample
+                part = latents[done : done + self.batch_size].to(images.device, torch.float32)
+                part = (part / self.scale + self.shift).to(self.autoencoder.dtype)
+                images[done : done + len(part)] = self.autoencoder.decode(part).sample
                 done += len(part)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
@@ -164,16 +154,14 @@ def load_decoder(
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind not in kinds:
             raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
-        autoencoder = kinds[kind].from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
-        )
+        local = {"use_safetensors": True, "local_files_only": True}
+        autoencoder = kinds[kind].from_pretrained(folder, **local)
         autoencoder.encoder = autoencoder.quant_conv = None
         autoencoder = autoencoder.eval().requires_grad_(False).to(device, dtype or torch.float32)
         return Decoder(autoencoder, str(name_or_path), batch_size)
     except Exception as error:  # its errors come from many packages
-        text = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"the decoder {str(name_or_path)!r} cannot be loaded: {text or type(error).__name__}"
+            f"the decoder {str(name_or_path)!r} cannot be loaded: {one_line(error)}"
         ) from None
 
 
@@ -186,9 +174,8 @@ def _find_folder(name: str) -> Path:
         from huggingface_hub import snapshot_download
 
         files = ("config.json", "diffusion_pytorch_model.safetensors")
-        folder = Path(
-            snapshot_download(name, allow_patterns=[*files, *(f"vae/{file}" for file in files)])
-        )
+        wanted = [*files, *(f"vae/{file}" for file in files)]
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
     else:
         raise ValueError("it is no folder here and no Hub id (user/repo)")
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

@@ -1,5 +1,4 @@
-"""Solves on the host: the solver's steps in Python, the model (or its compiled form) called for each
-evaluation."""
+"""Solves on the host: the solver's steps in Python, the model called for each evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ class Host:
         fresh: Callable[[int], Tensor] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> BatchResult:
-        """One batch from t = 0 to 1; see `Fused.solve`. progress is called as the steps are made."""
+        """One batch from t = 0 to 1 as `Fused.solve`; progress is called as steps are made."""
         device, operation = self.model.device, self.operation
         x = x.to(device)
         chosen = torch.from_numpy(labels).to(device)

@@ -27,15 +27,8 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
         raise ValueError(
             f"images must be finite, of shape (N, C, H, W); these have shape {tuple(pixels.shape)}"
         )
-    return (
-        ((pixels.clamp(-1, 1) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .contiguous()
-        .numpy()
-    )
+    levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
@@ -71,10 +64,8 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> Image:
     grid = PILImage.new("L" if channels == 1 else "RGB", size, "white")
     for i, image in enumerate(images):
         tile = PILImage.fromarray(image[:, :, 0] if channels == 1 else image)
-        grid.paste(
-            tile.resize((width, height), PILImage.Resampling.NEAREST),
-            (i % columns * (width + _GAP), i // columns * (height + _GAP)),
-        )
+        place = i % columns * (width + _GAP), i // columns * (height + _GAP)
+        grid.paste(tile.resize((width, height), PILImage.Resampling.NEAREST), place)
     return grid
 
 
@@ -90,9 +81,8 @@ def depth_steps_picture(
     A cell shows its images in `columns` columns. Raises ValueError for images that are neither grey
     nor RGB.
     """
-    return labelled_grid(
-        cells, [f"l = {depth}" for depth in depths], [f"T = {count}" for count in steps], columns
-    )
+    rows = [f"l = {depth}" for depth in depths]
+    return labelled_grid(cells, rows, [f"T = {count}" for count in steps], columns)
 
 
 def labelled_grid(
@@ -119,14 +109,12 @@ def labelled_grid(
     top, gap = max(48, height // 4), max(8, height // 20)
     font = ImageFont.load_default(size=top // 3)
     left = top if not upright else top // 3 + math.ceil(max(font.getlength(name) for name in rows))
-    picture = Image.new(
-        "RGB", (left + len(columns) * (width + gap), top + len(rows) * (height + gap)), "white"
-    )
+    size = left + len(columns) * (width + gap), top + len(rows) * (height + gap)
+    picture = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(picture)
     for column, text in enumerate(columns):
-        draw.text(
-            (left + column * (width + gap) + width // 2, top // 2), text, "black", font, anchor="mm"
-        )
+        middle = left + column * (width + gap) + width // 2
+        draw.text((middle, top // 2), text, "black", font, anchor="mm")
     for row, text in enumerate(rows):
         above = top + row * (height + gap)
         if upright:

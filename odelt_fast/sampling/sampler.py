@@ -17,7 +17,8 @@ from torch import Tensor
 
 from odelt_fast.checks import check_seed, one_of, whole
 from odelt_fast.engine.cpu import CpuNetwork, choose
-from odelt_fast.engine.fused import Fused, choose_fused, is_bug
+from odelt_fast.engine.fused import Fused, choose_fused
+from odelt_fast.engine.graphs import is_bug
 from odelt_fast.engine.operators import ATTENTIONS, PRECISIONS
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT

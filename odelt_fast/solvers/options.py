@@ -146,7 +146,8 @@ def check_time_grid(grid: TimeGrid) -> float:
         shift = math.nan
     if not 0 < shift < math.inf:
         raise ValueError(
-            f"time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not {grid!r}"
+            "time_grid must be uniform, or shift:S with a finite S above 0 (shift:3.0), not"
+            f" {grid!r}"
         )
     return shift
 

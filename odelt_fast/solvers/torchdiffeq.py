@@ -24,10 +24,19 @@ def integrate_torchdiffeq(
     on_step: Hook | None = None,
     save_at: Sequence[float] = (),
 ) -> Solution:
-    """torchdiffeq's `method` from times[0] to times[-1]: fixed-step methods step along `times`,
-    rising or falling, adaptive ones (one error over the batch) choose theirs. save_at: times in
-    order whose states come back as torchdiffeq interpolates them (linearly between fixed steps).
-    Raises ValueError where torchdiffeq gives up."""
+    """State at times[-1] of x (B, ...) at times[0], by torchdiffeq's `method`.
+
+    Fixed-step methods step along `times`, rising or falling; adaptive ones choose theirs, with one
+    error over the batch.
+
+    Args:
+        on_step: called with the number of each step that was taken, or tried.
+        save_at: times in order whose states come back as torchdiffeq interpolates them (linearly
+            between fixed steps).
+
+    Raises:
+        ValueError: where torchdiffeq gives up.
+    """
     from torchdiffeq import odeint
 
     rtol, atol = limits.rtol, limits.atol
@@ -35,9 +44,8 @@ def integrate_torchdiffeq(
     if times[0] == times[-1]:
         return Solution.of_fixed_steps(x, 0, 0, torch.stack([x] * len(save)) if save else None)
     counts = {"evaluations": 0, "accepted": 0, "rejected": 0}
-    sign = (
-        1 if times[-1] > times[0] else -1
-    )  # backward time is forward time of the field -f(-t): a grid of steps must rise
+    # Backward time is forward time of the field -f(-t): a grid of steps must rise.
+    sign = 1 if times[-1] > times[0] else -1
 
     def function(t: Tensor, state: Tensor) -> Tensor:
         counts["evaluations"] += 1
@@ -60,9 +68,8 @@ def integrate_torchdiffeq(
     else:
         options = {"grid_constructor": lambda function, state, t: grid}
         if method.endswith("_adams"):
-            options["max_order"] = (
-                4  # torchdiffeq's default of 12 is unstable at the step sizes of sampling
-            )
+            # torchdiffeq's default of 12 is unstable at the step sizes of sampling.
+            options["max_order"] = 4
         hooks = {"callback_step": "accepted"}
     for hook, name in hooks.items():
         setattr(function, hook, count(name))

@@ -279,7 +279,9 @@ def test_cuda_steps_replayed_by_the_host_are_the_same(
 ) -> None:
     model = cuda_model(depth=4)
     expected = Sampler(model, solver="dopri5", backend="fused")(2, labels=3)
-    monkeypatch.setattr(device_adaptive, "while_graph_unavailable", lambda build_it=True: "not today")
+    monkeypatch.setattr(
+        device_adaptive, "while_graph_unavailable", lambda build_it=True: "not today"
+    )
     fresh = cuda_model(depth=4)
     fresh.load_state_dict(model.state_dict())
     sampler = Sampler(fresh, solver="dopri5", backend="fused")

@@ -22,27 +22,16 @@ from odelt_fast.kernels.quantize import quantize_rows_reference
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu, run_python
-from tests.helpers.reference_cases import Case, load_case, model_cases, relative_error
+from tests.helpers.reference_cases import (
+    depth_of,
+    inputs,
+    load_case,
+    model_cases,
+    quantities,
+    relative_error,
+)
 
 FP8_BOUND = 4e-2  # promised, of one evaluation
-
-
-def quantities(pattern: str) -> list:
-    found = [
-        (path, name)
-        for path in model_cases()
-        for name in load_case(path).arrays
-        if re.fullmatch(pattern, name)
-    ]
-    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
-
-
-def depth_of(name: str) -> int | None:
-    return int(re.search(r"depth(\d+)", name)[1]) or None
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
 
 
 def test_recorded_cases_are_there() -> None:

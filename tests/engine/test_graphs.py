@@ -23,7 +23,7 @@ from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
-from tests.helpers.reference_cases import load_case, model_cases, relative_error
+from tests.helpers.reference_cases import load_case, quantities, relative_error
 
 CPU = torch.device("cpu")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -266,16 +266,6 @@ def test_graphs_do_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # From here on: on a CUDA GPU.
-
-
-def quantities(pattern: str) -> list:
-    found = [
-        (path, name)
-        for path in model_cases()
-        for name in load_case(path).arrays
-        if re.fullmatch(pattern, name)
-    ]
-    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
 
 
 def cuda_model(dtype: torch.dtype = torch.bfloat16, **changes: object) -> DiT:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -75,3 +77,22 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         torch.linalg.vector_norm(actual - expected)
         / torch.linalg.vector_norm(expected).clamp_min(1e-30)
     ).item()
+
+
+def quantities(pattern: str) -> list:
+    """Parameters of a test: every recorded quantity whose whole name matches."""
+    found = [
+        (path, name)
+        for path in model_cases()
+        for name in load_case(path).arrays
+        if re.fullmatch(pattern, name)
+    ]
+    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
+
+
+def depth_of(name: str) -> int | None:
+    return int(re.search(r"depth(\d+)", name)[1]) or None
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")

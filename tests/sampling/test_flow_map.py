@@ -269,7 +269,7 @@ def test_options_of_sample(
         ("--trajectory 1 0", "rising times from 0 (noise) to 1 (data)"),
         ("--trajectory 0.5 --interpolate 1 2", "leave one out"),
         ("--interpolate 1 2 --frames 1", "--frames must be at least 2"),
-        ("--interpolate 1 -2", "seeds go from 0"),
+        ("--interpolate 1 -2", "a whole number from 0 to 2^64 - 1"),
         ("--interpolate 1 2 --labels 1 2", "draws one class"),
         ("--invert nowhere.png", "nowhere.png"),
         ("--invert model/config.json", "cannot be read"),

@@ -316,7 +316,7 @@ def test_command(
         ("--data nowhere", "nowhere"),
         ("--depth-schedule 0:4", "leave one out"),
         ("--npz a.txt", "must end in .npz"),
-        ("--seed -1", "--seed must be from 0"),
+        ("--seed -1", "--seed must be a whole number from 0"),
     ):
         assert main([*given, *options.split()]) == 2
         assert message in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""The options of `odelt-fast sample`, which its own module and those of its modes read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole
+
+
+@dataclass(frozen=True)
+class Command:
+    """Draw images with a model: --depth and --steps set the cost."""
+
+    model: str = "digits"
+    """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
+    depth: Whole = None
+    """Active blocks l, one of the model's depths; all by default."""
+    steps: Whole = None
+    """Time steps T; 4 by default. Shortcut models make good images with few (1, 4); plain flow
+    models want 128."""
+    max_latency: Text = None
+    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the
+    best within it by the measurements of odelt-fast profile and evaluate. For a warm call;
+    starting, decoding and writing files come on top."""
+    max_memory: Text = None
+    """Budget for weights, inputs and activations, such as 2GB (KB, MB, GB, or MiB, GiB)."""
+    profile: File = None
+    """Of a budget: file of odelt-fast profile; by default that of this machine and model."""
+    quality: Text = None
+    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json
+    in the model's folder."""
+    metric: Text = None
+    """Of a budget: what counts as quality, as the table names it; its first metric by default."""
+    num_images: int = 16
+    """Images to draw. The noise of image i depends on the seed and i alone."""
+    labels: Labels = ()
+    """Classes, repeated in turn if fewer than images; the number of classes is the null label.
+    Drawn from the seed by default."""
+    seed: int = 0
+    """From 0 to 2^64 - 1."""
+    guidance_scale: Number = None
+    """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them,
+    other values cost twice as much."""
+    solver: Text = None
+    """With --steps equal steps: euler (the default), midpoint, heun2, ralston, kutta3, rk4, rk38,
+    or fixed:NAME. Choosing their own steps: dopri5, tsit5, bosh3, dop853, adaptive_heun.
+    torchdiffeq:NAME is torchdiffeq's."""
+    rtol: float = 1e-2
+    """Relative error that an adaptive solver allows itself in a step."""
+    atol: float = 1e-2
+    """Absolute error, added to it."""
+    max_steps: int = 4096
+    """Steps of an adaptive solver, at most."""
+    error_norm: Literal["per_sample", "batch"] = "per_sample"
+    """Whether an adaptive solver chooses steps for each image, or the same for a whole batch."""
+    depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
+    """Depths that change with time, in place of --depth: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
+    12 from there on. Adaptive solvers need --error-norm batch for it."""
+    time_shift: float = 1.0
+    """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
+    trajectory: Annotated[
+        tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")
+    ] = ()
+    """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz
+    holds them as `trajectory`."""
+    invert: Annotated[File, tyro.conf.arg(metavar="IMAGES")] = None
+    """Carry images (a file, or what training's --data takes) to noise and back instead of drawing:
+    originals, noise, reconstructions."""
+    interpolate: Annotated[
+        tuple[int, int] | None, tyro.conf.arg(metavar="SEED_A SEED_B", help_behavior_hint="")
+    ] = None
+    """Draw a row of images on the way from the noise of one seed to that of another."""
+    frames: int = 8
+    """Images of --interpolate, both ends included."""
+    decoder: Text = None
+    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as
+    stabilityai/sd-vae-ft-mse, or madebyollin/taesd for fast previews."""
+    device: Device = "auto"
+    """auto: cuda if there is a GPU."""
+    dtype: Dtype = "auto"
+    """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
+    batch_size: Whole = None
+    """Images at a time; by the size of the model's input by default. Changes no picture."""
+    out: File = None
+    """Picture of all images in a grid (.png, .jpg, ...). Default: samples.png, or none if --npz is
+    given."""
+    npz: File = None
+    """Arrays for evaluators: arr_0 images (N, H, W, C) uint8 (latents: float32, as they are), arr_1
+    labels."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    quiet: bool = False
+    """No progress bar."""
