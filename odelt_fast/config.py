@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from odelt_fast.checks import number, one_of, shown, whole
 
 INNER_STEPS = ("unit", "inverse_depth")
 LAYER_NORM_EPS = 1e-6
@@ -75,22 +76,15 @@ class DiTConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 1
-            ):
-                raise ValueError(
-                    f"{field.name} must be a whole number of at least 1, not {value!r}"
-                )
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ValueError(f"{field.name} must be true or false, not {value!r}")
-            if field.type == "float" and (
-                not isinstance(value, (int, float))
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-            ):
-                raise ValueError(f"{field.name} must be a finite number, not {value!r}")
-            if field.name in _LIMITS and value > _LIMITS[field.name]:
-                raise ValueError(f"{field.name} must be at most {_LIMITS[field.name]}, not {value}")
+            if field.type == "int":
+                value = whole(field.name, value, 1, _LIMITS.get(field.name))
+                object.__setattr__(self, field.name, value)  # numpy's become Python's
+            elif field.type == "float":
+                number(field.name, value)
+            elif field.type == "bool" and not isinstance(value, bool):
+                raise ValueError(f"{field.name} must be true or false, not {shown(value)}")
+        one_of("inner_step", self.inner_step, INNER_STEPS)
+        one_of("sampling", self.sampling, SAMPLING_KINDS)
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -108,14 +102,6 @@ class DiTConfig:
             raise ValueError(f"mlp_ratio must be above 0 and at most 64, not {self.mlp_ratio}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if self.inner_step not in INNER_STEPS:
-            raise ValueError(
-                f"inner_step must be one of {', '.join(INNER_STEPS)}, not {self.inner_step!r}"
-            )
-        if self.sampling not in SAMPLING_KINDS:
-            raise ValueError(
-                f"sampling must be one of {', '.join(SAMPLING_KINDS)}, not {self.sampling!r}"
-            )
         if not self.length_conditioned:
             return
         if self.depth_min > self.depth:
@@ -128,8 +114,7 @@ class DiTConfig:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Lengths l at which the network may run, ascending: depth_min + k*depth_group (the
-        conventional DiT has one)."""
+        """Lengths l at which the network may run, ascending; the conventional DiT has one."""
         if not self.length_conditioned:
             return (self.depth,)
         return tuple(range(self.depth_min, self.depth + 1, self.depth_group))
@@ -139,8 +124,7 @@ class DiTConfig:
         return int(self.hidden_size * self.mlp_ratio)
 
     def check_depth(self, depth: int | None) -> int:
-        """Returns the length l that `depth` asks for (None: all of it); ValueError if the network
-        cannot run at it."""
+        """The length l that `depth` asks for (None: all of it); ValueError for what is none."""
         if depth is None:
             return self.depth
         if isinstance(depth, bool) or not isinstance(depth, int) or depth not in self.depths:
@@ -151,8 +135,10 @@ class DiTConfig:
         return depth
 
     def live_blocks(self, depth: int | None = None) -> int:
-        """Number of leading blocks whose output reaches the velocity at length `depth`: whole
-        groups only (XL, G = 8: 8 at l = 12)."""
+        """Number of leading blocks whose output reaches the velocity at length `depth`.
+
+        Whole groups only (XL, G = 8: 8 at l = 12).
+        """
         length = self.check_depth(depth)
         return length - length % self.depth_group if self.length_conditioned else length
 
@@ -182,13 +168,6 @@ PRESETS: dict[str, DiTConfig] = {
     "mnist": DiTConfig(
         image_size=28, channels=1, patch_size=7, hidden_size=128, num_heads=8, num_classes=10
     ),
-    "cifar10": DiTConfig(
-        image_size=32,
-        channels=3,
-        patch_size=2,
-        hidden_size=192,
-        num_heads=3,
-        mlp_ratio=3.5,
-        num_classes=10,
-    ),  # 15.6 MB in float16
+    # 15.6 MB in float16
+    "cifar10": DiTConfig(channels=3, hidden_size=192, num_heads=3, mlp_ratio=3.5, num_classes=10),
 }

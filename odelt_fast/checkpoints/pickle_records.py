@@ -1,9 +1,8 @@
-"""An inert reader of pickles: opcodes become records, records that describe arrays become arrays.
-Nothing is imported or called.
+"""An inert reader of pickles: opcodes become records, records of arrays become arrays.
 
-A pickle is a program. Here it is only parsed: a name stays a `Global`, a call stays a `Call`, and
-what they would have done never happens. The result may hold anything, cycles and shared parts too;
-readers walk only what they need, with a bound of their own.
+Nothing is imported or called. A pickle is a program. Here it is only parsed: a name stays a
+`Global`, a call stays a `Call`, and what they would have done never happens. The result may hold
+anything, cycles and shared parts too; readers walk only what they need, with a bound of their own.
 
 Memory: at most 4 times the size of the file plus 64 MiB. Long strings stay where they are in the
 file; short ones and records are bounded by the number of opcodes, which is capped. Everything
@@ -23,16 +22,17 @@ _OPCODES = 400_000
 _SHORT = 1024  # bytes; longer strings are not copied out of the file
 _LONG_INTEGER = 255  # bytes
 _DTYPES = {"f2": 2, "f4": 4, "f8": 8}
-_RECONSTRUCT = (
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
+_RECONSTRUCT, _SCALAR, _FROM_BUFFER = (
+    tuple((f"numpy.{core}.{module}", name) for core in ("core", "_core"))
+    for module, name in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    )
 )
-_SCALAR = (("numpy.core.multiarray", "scalar"), ("numpy._core.multiarray", "scalar"))
-_FROM_BUFFER = (("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer"))
-_BFLOAT16 = (
-    ("ml_dtypes", "bfloat16"),
-    ("ml_dtypes._custom_floats", "bfloat16"),
-    ("jaxlib.xla_extension", "bfloat16"),
+_BFLOAT16 = tuple(
+    (module, "bfloat16")
+    for module in ("ml_dtypes", "ml_dtypes._custom_floats", "jaxlib.xla_extension")
 )
 _JAX_ARRAYS = (
     ("jax._src.array", "_reconstruct_array"),
@@ -57,8 +57,10 @@ class Text:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Call:
-    """What the pickle would have called or built: function(*arguments), then its state, then items
-    set on it. It never happens."""
+    """What the pickle would have called or built, which never happens.
+
+    function(*arguments), then its state, then items set on it.
+    """
 
     function: Any
     arguments: Any
@@ -67,9 +69,14 @@ class Call:
 
 
 def read_records(data: memoryview) -> Any:
-    """The value that a pickle of protocol 2 to 5 describes: None, bool, int, float, str, bytes,
-    memoryview (long bytes), list (sets too), tuple, dict (only items with text keys) and records.
-    Raises ValueError for what is malformed, too big or not of these protocols.
+    """The value that a pickle of protocol 2 to 5 describes.
+
+    Returns:
+        None, bool, int, float, str, bytes, memoryview (long bytes), list (sets too), tuple, dict
+        (only items with text keys) or records.
+
+    Raises:
+        ValueError: it is malformed, too big or not of these protocols.
     """
     return _Reader(data).run()
 
@@ -254,13 +261,9 @@ class _Reader:
             target.items = target.items if target.items is not None else {}
             target = target.items
         if isinstance(target, dict):
-            # Other keys are of no use here, and hashing those that a hostile file can make never
-            # ends.
-            target.update(
-                (key, value)
-                for key, value in zip(values[::2], values[1::2])
-                if isinstance(key, str)
-            )
+            # Other keys are of no use here, and hashing those of a hostile file may never end.
+            pairs = zip(values[::2], values[1::2])
+            target.update((key, value) for key, value in pairs if isinstance(key, str))
 
 
 def _decode(data: bytes | memoryview) -> str:
@@ -268,8 +271,10 @@ def _decode(data: bytes | memoryview) -> str:
 
 
 def as_mapping(record: Any) -> dict[str, Any] | None:
-    """The items of a dict, or of a record of one (FrozenDict, OrderedDict, an object with
-    attributes); None for anything else."""
+    """The items of a dict, or of a record of one; None for anything else.
+
+    FrozenDict, OrderedDict, an object with attributes.
+    """
     if isinstance(record, Call) and is_array(record):
         return None
     if isinstance(record, Call):
@@ -296,12 +301,16 @@ def _name(record: Any) -> tuple[str, str]:
 
 
 def as_array(record: Any) -> np.ndarray:
-    """The array that a record describes: float16, float32 or float64 as a read-only view of the
-    file, bfloat16 widened to float32.
+    """The array that a record describes.
 
     Known are NumPy's arrays (its old and new names, in-band buffers of protocol 5) and scalars, and
-    JAX's arrays. Type, shape and number of bytes are checked before anything is made. Raises
-    ValueError for everything else.
+    JAX's arrays. Type, shape and number of bytes are checked before anything is made.
+
+    Returns:
+        float16, float32 or float64: a read-only view of the file; bfloat16: widened to float32.
+
+    Raises:
+        ValueError: everything else.
     """
     if not is_array(record) or not isinstance(record.arguments, tuple):
         raise ValueError("is not an array")
@@ -309,13 +318,9 @@ def as_array(record: Any) -> np.ndarray:
     axes: Any = None
     if name in _JAX_ARRAYS and len(arguments) >= 3:  # a NumPy array's function, arguments and state
         name, state = _name(arguments[0]), arguments[2]
-    if (
-        name in _RECONSTRUCT
-        and isinstance(state, tuple)
-        and len(state) == 5
-        and isinstance(state[3], bool)
-    ):
-        _, shape, dtype, fortran, data = state
+    fields = state if isinstance(state, tuple) else ()
+    if name in _RECONSTRUCT and len(fields) == 5 and isinstance(fields[3], bool):
+        _, shape, dtype, fortran, data = fields
         order = "F" if fortran else "C"
     elif name in _SCALAR and len(arguments) == 2:
         (dtype, data), shape, order = arguments, (), "C"
@@ -326,17 +331,9 @@ def as_array(record: Any) -> np.ndarray:
             raise ValueError("has an unknown order of elements")
     else:
         raise ValueError("is not an array of a known form")
-    if (
-        not isinstance(shape, tuple)
-        or len(shape) > 8
-        or any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape)
-    ):
+    if not _is_integers(shape) or len(shape) > 8 or any(not 0 <= n < 1 << 48 for n in shape):
         raise ValueError("has a shape that cannot be")
-    if axes is not None and (
-        not isinstance(axes, tuple)
-        or any(type(n) is not int for n in axes)
-        or sorted(axes) != list(range(len(shape)))
-    ):
+    if axes is not None and (not _is_integers(axes) or sorted(axes) != list(range(len(shape)))):
         raise ValueError("has an order of axes that cannot be")
     kind, item = _dtype(dtype)
     content = _bytes(data)
@@ -348,6 +345,10 @@ def as_array(record: Any) -> np.ndarray:
         flat = np.frombuffer(content, kind)
     array = flat.reshape(shape, order="F" if order == "F" else "C")
     return array if axes is None else array.transpose(axes)
+
+
+def _is_integers(value: Any) -> bool:
+    return isinstance(value, tuple) and all(type(n) is int for n in value)
 
 
 def _dtype(record: Any) -> tuple[str, int]:

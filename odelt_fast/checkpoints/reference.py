@@ -1,5 +1,7 @@
-"""Reference checkpoints (JAX, pickled) -> DiT. The file is parsed, never unpickled: nothing that it
-names is imported or called."""
+"""Reference checkpoints (JAX, pickled) -> DiT.
+
+The file is parsed, never unpickled: nothing that it names is imported or called.
+"""
 
 from __future__ import annotations
 
@@ -37,19 +39,26 @@ def convert_reference_checkpoint(
     step_conditioned: bool = True,
     weights: str = "ema",
 ) -> DiT:
-    """The model of a checkpoint that the reference implementation wrote (a pickle), float32, on the
-    CPU, in eval mode.
+    """The model of a checkpoint that the reference implementation wrote (a pickle).
 
     Shapes in the file give channels, patch_size, hidden_size, depth, mlp_ratio, num_classes and
-    whether there is a length table; what the file does not say is an argument. image_size is that
-    of what the network sees (latents: 32 for 256 pixels). weights: "ema" (params_ema) or "raw"
-    (params). Arrays may be NumPy's or JAX's in float16, bfloat16, float32 or float64. Only the
-    chosen weights are read; the optimizer's state stays on disk. Memory is bounded by a small
-    multiple of the file's size plus 64 MiB.
+    whether there is a length table; what the file does not say is an argument. Arrays may be
+    NumPy's or JAX's in float16, bfloat16, float32 or float64. Only the chosen weights are read; the
+    optimizer's state stays on disk. Memory is bounded by a small multiple of the file's size plus
+    64 MiB.
 
-    Raises CheckpointError, in one line, for a file that is damaged, hostile or of another network,
-    for values that are not finite and for arguments that do not fit the file; ValueError for
-    `weights` that are neither.
+    Args:
+        image_size: of what the network sees (latents: 32 for 256 pixels).
+        step_conditioned: False for models trained with ignore_dt.
+        weights: "ema" (params_ema) or "raw" (params).
+
+    Returns:
+        The model in float32, on the CPU, in eval mode.
+
+    Raises:
+        CheckpointError: in one line: a file that is damaged, hostile or of another network, values
+            that are not finite, arguments that do not fit the file.
+        ValueError: `weights` that are neither.
     """
     if weights not in _TREES:
         raise ValueError(f"weights must be 'ema' or 'raw', not {one_line(repr(weights))}")
@@ -72,8 +81,10 @@ def convert_reference_checkpoint(
 
 
 def _parameters(root: Any, weights: str, limit: int) -> dict[str, np.ndarray]:
-    """Flax path -> array of the chosen tree, views where possible; in all at most `limit` bytes of
-    float32, shared parts each time."""
+    """Flax path -> array of the chosen tree, views where possible.
+
+    limit: bytes of float32 that they may have together, shared parts counted each time.
+    """
     values = as_mapping(root)
     if values is not None and "train_state" in values:
         values = as_mapping(values["train_state"])
@@ -81,12 +92,10 @@ def _parameters(root: Any, weights: str, limit: int) -> dict[str, np.ndarray]:
         raise ValueError("holds no dict of parameters")
     tree = _TREES[weights]
     if values.get(tree) is None:
-        there = ", ".join(sorted(map(repr, values))[:8]) or "nothing"
-        other = next((name for name, key in _TREES.items() if values.get(key) is not None), None)
-        raise ValueError(
-            f"no {tree!r} in the file, only {one_line(there)}"
-            + (f"; pass weights={other!r}" if other else "")
-        )
+        there = one_line(", ".join(sorted(map(repr, values))[:8]) or "nothing")
+        others = [name for name, key in _TREES.items() if values.get(key) is not None]
+        hint = f"; pass weights={others[0]!r}" if others else ""
+        raise ValueError(f"no {tree!r} in the file, only {there}{hint}")
     parameters: dict[str, np.ndarray] = {}
     pending: list[tuple[tuple[str, ...], Any]] = [((), values[tree])]
     seen = 0
@@ -120,8 +129,13 @@ def config_from_parameters(
     image_size: int,
     step_conditioned: bool,
 ) -> DiTConfig:
-    """The configuration that the reference's parameters, by flax path, imply, completed by what
-    they do not say. Raises CheckpointError."""
+    """The configuration that the reference's parameters, by flax path, imply.
+
+    Completed by the other arguments, which they do not tell.
+
+    Raises:
+        CheckpointError: they are of no such network.
+    """
     kernel = _shape(parameters, "PatchEmbed_0/Conv_0/kernel", 4)
     mlp = _shape(parameters, "DiTBlock_0/MlpBlock_0/Dense_0/kernel", 2)
     classes = _shape(parameters, "LabelEmbedder_0/Embed_0/embedding", 2)[0] - 1
@@ -130,9 +144,8 @@ def config_from_parameters(
             f"PatchEmbed_0/Conv_0/kernel has shape {kernel}: patches must be square"
         )
     hidden = kernel[3]
-    depth = len(
-        {match[0] for match in map(re.compile(r"DiTBlock_\d{1,4}/").match, parameters) if match}
-    )
+    block = re.compile(r"DiTBlock_\d{1,4}/")
+    depth = len({match[0] for match in map(block.match, parameters) if match})
     ratio = mlp[1] / max(hidden, 1)
     if int(hidden * ratio) < mlp[1]:
         ratio = math.nextafter(ratio, math.inf)
@@ -179,8 +192,10 @@ def _linear(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
 
 
 def parameter_names(config: DiTConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter name -> the reference's flax paths that make it (several are stacked: Dense_2,
-    1, 3 are q, k, v)."""
+    """Our parameter name -> the reference's flax paths that make it.
+
+    Several are stacked: Dense_2, 1, 3 are q, k, v.
+    """
     names = {
         **_linear("patch_embed", "PatchEmbed_0/Conv_0"),
         **_linear("time_embed.linear_in", "TimestepEmbedder_0/Dense_0"),
@@ -208,18 +223,18 @@ def rename_parameters(parameters: Mapping[str, np.ndarray], config: DiTConfig) -
     """The reference's parameters, by flax path, as a float32 state dict of DiT(config), copied.
 
     Dense kernels (in, out) are transposed, the convolution's (p, p, in, out) becomes (out, in, p,
-    p), q, k, v are stacked; others stay. Raises CheckpointError that names the first key that is
-    missing, unknown, of the wrong shape or not finite.
+    p), q, k, v are stacked; others stay.
+
+    Raises:
+        CheckpointError: names the first key that is missing, unknown, of the wrong shape or not
+            finite.
     """
-    with (
-        WithoutStorage()
-    ):  # the smallest image: only the parameters are of interest, not the position table
+    with WithoutStorage():  # the smallest image: no large position table
         model = DiT(dataclasses.replace(config, image_size=config.patch_size))
     shapes = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
     names = parameter_names(config)
-    unknown = sorted(
-        parameters.keys() - {theirs for sources in names.values() for theirs in sources} - {_UNUSED}
-    )
+    known = {theirs for sources in names.values() for theirs in sources}
+    unknown = sorted(parameters.keys() - known - {_UNUSED})
     if unknown:
         raise CheckpointError(
             f"{one_line(unknown[0])} is no parameter of this network ({config.depth} blocks)"

@@ -39,24 +39,17 @@ def run(options: Command) -> None:
             f"{options.file} {'is not a file' if options.file.exists() else 'does not exist'}: give"
             " the reference's .pkl file"
         )
-    if options.out.exists() and not options.out.is_dir():
+    out, problem = options.out, None
+    if out.exists() and not out.is_dir():
+        problem = "is not a folder"
+    elif out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
+        problem = "holds other files"
+    if problem:
         raise ValueError(
-            f"--out {options.out} is not a folder: give a new or empty folder, or a model folder to"
-            " replace"
+            f"--out {out} {problem}: give a new or empty folder, or a model folder to replace"
         )
-    if (
-        options.out.exists()
-        and any(options.out.iterdir())
-        and not (options.out / "config.json").is_file()
-    ):
-        raise ValueError(
-            f"--out {options.out} holds other files: give a new or empty folder, or a model folder"
-            " to replace"
-        )
-    nearest = next(
-        folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir()
-    )
-    check_folder("--out", options.out, nearest)
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    check_folder("--out", out, nearest)
 
     from odelt_fast.checkpoints.folder import save_model
     from odelt_fast.checkpoints.reference import convert_reference_checkpoint
@@ -70,14 +63,9 @@ def run(options: Command) -> None:
         step_conditioned=options.step_conditioned,
         weights=options.weights,
     )
-    save_model(model, options.out, metadata={"weights": options.weights})
-    config = model.config
-    print(
-        f"{options.out}: {options.weights} weights, {sum(p.numel() for p in model.parameters()):,}"
-        " parameters"
-    )
-    print(" ".join(f"{name}={value}" for name, value in config.to_dict().items()))
-    print(
-        f"runs at depth {', '.join(map(str, config.depths))}: odelt-fast sample --model"
-        f" {options.out}"
-    )
+    save_model(model, out, metadata={"weights": options.weights})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    depths = ", ".join(map(str, model.config.depths))
+    print(f"{out}: {options.weights} weights, {count:,} parameters")
+    print(" ".join(f"{name}={value}" for name, value in model.config.to_dict().items()))
+    print(f"runs at depth {depths}: odelt-fast sample --model {out}")

@@ -34,21 +34,15 @@ def run(options: Command) -> None:
     for index, card in enumerate(found["cuda"]):
         print(f"cuda:{index}: {card['name']}, --dtype auto is {card['dtype']}")
         print(f"  backend fused: {card['fused']}")
-        for name, told in card["attention"].items():
-            print(f"  attention {name}: {told}")
+        for name, status in card["attention"].items():
+            print(f"  attention {name}: {status}")
     if not found["cuda"]:
         print("no CUDA GPU: auto is the model itself; backend fused and its attentions need one")
     for line in (*found["packages"], *found["native"]):
         print(line)
     for extra, missing in found["extras"].items():
-        print(
-            f"extra {extra}: "
-            + (
-                f"not installed ({', '.join(missing)}): pip install 'odelt-fast[{extra}]'"
-                if missing
-                else "installed"
-            )
-        )
+        hint = f"not installed ({', '.join(missing)}): pip install 'odelt-fast[{extra}]'"
+        print(f"extra {extra}: {hint if missing else 'installed'}")
     print(f"bundled models: {', '.join(found['bundled_models']) or 'none'}")
 
 
@@ -98,8 +92,10 @@ def facts() -> dict[str, Any]:
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """Extra of this package -> the packages of it that are not installed; empty if this package
-    itself is not (run from its sources)."""
+    """Extra of this package -> the packages of it that are not installed.
+
+    Empty if this package itself is not installed (run from its sources).
+    """
     import importlib.metadata
     import re
 

@@ -38,22 +38,21 @@ class FileStore:
 
 
 def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Image files, labels (N,) int64 and class names of a folder of class folders, or of one folder
-    of images (one class).
+    """A folder of class folders, or one folder of images (one class).
 
     Labels are the positions of the class folders in sorted order; images may lie in folders below
-    them; hidden files are no images. ValueError for a class folder without images, for images
-    beside class folders, and for a split that the folder does not have.
+    them; hidden files are no images.
+
+    Returns:
+        The image files, labels (N,) int64 and class names.
+
+    Raises:
+        ValueError: a class folder without images, images beside class folders, a split that the
+            folder does not have.
     """
     folder = _split_folder(folder, split)
-    entries = sorted(
-        (entry for entry in os.scandir(folder) if not entry.name.startswith(".")),
-        key=lambda entry: entry.name,
-    )
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    loose = [
-        entry.name for entry in entries if entry.is_file() and entry.name.lower().endswith(SUFFIXES)
-    ]
+    classes, files = _entries(folder)
+    loose = [name for name in files if name.lower().endswith(SUFFIXES)]
     if loose and classes:
         raise ValueError(
             f"{folder} has images outside its class folders, such as {loose[0]}: move them into one"
@@ -63,13 +62,13 @@ def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str,
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = _images_below(folder, name)
-        if not found:
+        images = _images_below(folder, name)
+        if not images:
             raise ValueError(
                 f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)})"
             )
-        paths += found
-        labels += [label] * len(found)
+        paths += images
+        labels += [label] * len(images)
     if not paths:
         raise ValueError(
             f"{folder} has no images: a folder for each class is needed, with {', '.join(SUFFIXES)}"
@@ -78,25 +77,27 @@ def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str,
     return FileStore(folder, paths), np.array(labels, np.int64), tuple(classes)
 
 
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the files in a folder, sorted, without hidden ones."""
+    seen = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in seen if entry.is_dir())
+    return folders, sorted(entry.name for entry in seen if entry.is_file())
+
+
 def _split_folder(folder: Path, split: str) -> Path:
-    """The sub-folder of a split, if the sub-folders of a folder are splits; else the folder itself,
-    which is the split `train`."""
-    names = sorted(
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
-    splits = {name: name.lower() for name in names}
-    if not names or not set(splits.values()) <= {"train", "test", "val", "valid", "validation"}:
+    """The sub-folder of a split, if the sub-folders are splits; else the folder: it is `train`."""
+    names, _ = _entries(folder)
+    validation = ("val", "valid", "validation")
+    if not names or not {name.lower() for name in names} <= {"train", "test", *validation}:
         if split != "train":
             raise ValueError(
                 f"{folder} has no sub-folder for the split {split!r}: it is all of the split"
                 " 'train'"
             )
         return folder
-    wanted = ("val", "valid", "validation") if split in ("val", "valid", "validation") else (split,)
-    for name, lower in splits.items():
-        if lower in wanted:
+    wanted = validation if split in validation else (split,)
+    for name in names:
+        if name.lower() in wanted:
             return folder / name
     raise ValueError(
         f"{folder} has no sub-folder for the split {split!r}; it has {', '.join(names)}"
@@ -110,10 +111,7 @@ def _images_below(folder: Path, name: str) -> list[str]:
         folders[:] = [sub for sub in folders if not sub.startswith(".")]
         for file in files:
             path = os.path.join(place, file)
-            if (
-                file.lower().endswith(SUFFIXES)
-                and not file.startswith(".")
-                and os.path.isfile(path)
-            ):
+            image = file.lower().endswith(SUFFIXES) and not file.startswith(".")
+            if image and os.path.isfile(path):
                 found.append(os.path.relpath(path, folder))
     return sorted(found)

@@ -19,12 +19,10 @@ from odelt_fast.images.tables import (
     check_image_type,
     find_columns,
     label_array,
-    numbered_classes,
 )
 
-_IN_MEMORY = (
-    1 << 30
-)  # bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped
+# Bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped.
+_IN_MEMORY = 1 << 30
 _SPLITS = {
     "train": "train|training",
     "test": "test|testing|eval|evaluation",
@@ -33,8 +31,10 @@ _SPLITS = {
 
 
 def split_of(path: str) -> str | None:
-    """The split that a file's path names as `datasets` understands it
-    (train-00000-of-00001.parquet, test/0.parquet); None if none."""
+    """The split that a file's path names, as `datasets` understands it; None if none.
+
+    train-00000-of-00001.parquet, test/0.parquet.
+    """
     for part in reversed(path.split("/")):
         for split, words in _SPLITS.items():
             if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", part):
@@ -43,22 +43,27 @@ def split_of(path: str) -> str | None:
 
 
 def parquet_files(folder: Path, split: str) -> list[Path]:
-    """Parquet files of a split below a folder, sorted; all of them, as the split `train`, where no
-    path names a split."""
+    """Parquet files of a split below a folder, sorted; all are `train` where no path names one."""
     files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
     splits = {path: split_of(path.relative_to(folder).as_posix()) for path in files}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
     chosen = [path for path in files if splits[path] == (split_of(split) or split)]
     if files and not chosen:
-        found = ", ".join(sorted({name for name in splits.values() if name}))
-        raise ValueError(f"{folder} has no Parquet file of the split {split!r}; it has {found}")
+        known = ", ".join(sorted({name for name in splits.values() if name}))
+        raise ValueError(f"{folder} has no Parquet file of the split {split!r}; it has {known}")
     return chosen
 
 
 def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Images, labels (N,) int64 and class names of Parquet files with the same columns; ValueError
-    in one line for what cannot be used."""
+    """Parquet files with the same columns.
+
+    Returns:
+        The images, labels (N,) int64 and class names.
+
+    Raises:
+        ValueError: in one line, for what cannot be used.
+    """
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -77,36 +82,27 @@ def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, .
             if found.label is None:
                 labels.append(np.zeros(pq.read_metadata(file).num_rows, np.int64))
             else:
-                labels.append(
-                    label_array(
-                        pq.ParquetFile(file).read(columns=[found.label])[found.label],
-                        found.class_names,
-                        str(file),
-                    )
-                )
+                column = pq.ParquetFile(file).read(columns=[found.label])[found.label]
+                labels.append(label_array(column, found.class_names, str(file)))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
     assert columns is not None
     together = np.concatenate(labels)
     if not len(together):
         raise ValueError(f"{files[0]} has no rows")
-    names = columns.class_names or (
-        numbered_classes(together) if columns.label else (files[0].stem,)
-    )
     store = ParquetStore(files, columns.image, [len(part) for part in labels])
     try:
         store.open()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{files[0]}: the images cannot be read: {one_line(error)}") from None
-    return store, together, names
+    return store, together, columns.names_for(together, files[0].stem)
 
 
 class ParquetStore:
-    """The image column of Parquet files as one run of bytes with offsets: in memory, or unpacked
-    into the cache folder and memory-mapped.
+    """The image column of Parquet files as one run of bytes with offsets.
 
-    Opened on first use in each process. A row without bytes names a file, which must lie below the
-    folder of its Parquet file.
+    In memory, or unpacked into the cache folder and memory-mapped; opened on first use in each
+    process. A row without bytes names a file, which must lie below the folder of its Parquet file.
     """
 
     def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
@@ -123,10 +119,8 @@ class ParquetStore:
         return int(self._ends[-1])
 
     def fingerprint(self) -> str:
-        facts = [
-            (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-            for file in self.files
-        ]
+        stats = [(str(file.resolve()), file.stat()) for file in self.files]
+        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
         return hashlib.sha256(json.dumps([self.column, facts]).encode()).hexdigest()
 
     def _place(self, row: int) -> tuple[int, int]:
@@ -135,12 +129,8 @@ class ParquetStore:
 
     def name(self, row: int) -> str:
         index, inside = self._place(row)
-        path = self._path(row)
-        return (
-            f"{path} (row {inside} of {self.files[index].name})"
-            if path
-            else f"row {inside} of {self.files[index].name}"
-        )
+        path, place = self._path(row), f"row {inside} of {self.files[index].name}"
+        return f"{path} ({place})" if path else place
 
     def encoded(self, row: int) -> bytes | str:
         if self._data is None:
@@ -163,22 +153,21 @@ class ParquetStore:
             import pyarrow as pa
             import pyarrow.parquet as pq
 
-            found: list[Any] = [None] * len(self.files)
-            for index, file in enumerate(self.files):
+            self._paths = []
+            for file in self.files:
                 type_ = pq.read_schema(file).field(self.column).type
-                if pa.types.is_struct(type_) and any(
-                    field.name == "path" and pa.types.is_string(field.type) for field in type_
-                ):
+                fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
+                paths = None
+                if pa.types.is_string(fields.get("path", pa.null())):
                     table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
-                    found[index] = table[self.column].combine_chunks().field("path")
-            self._paths = found
+                    paths = table[self.column].combine_chunks().field("path")
+                self._paths.append(paths)
         index, inside = self._place(row)
         paths = self._paths[index]
         return None if paths is None else paths[inside].as_py()
 
     def open(self) -> None:
-        """Unpacks or maps the images; ValueError if the cache folder is needed and cannot be
-        written."""
+        """Unpacks or maps the images; ValueError if the cache folder cannot be written."""
         if sum(file.stat().st_size for file in self.files) <= _IN_MEMORY:
             memory = io.BytesIO()
             self._offsets = self._unpack(memory)
@@ -200,25 +189,24 @@ class ParquetStore:
         self._data = np.memmap(content, np.uint8, mode="r")
 
     def _unpack(self, file: Any) -> np.ndarray:
-        """Writes all images one after another; returns where each begins, and the end (N + 1,)
-        int64."""
+        """Writes all images one after another; where each begins, and the end (N + 1,) int64."""
         import pyarrow.parquet as pq
         from tqdm import tqdm
 
         lengths = np.zeros(len(self) + 1, np.int64)
         row = 1
-        with tqdm(
+        progress = tqdm(
             total=len(self),
             desc="unpacking images",
             unit="image",
             delay=2,
             disable=None,
             leave=False,
-        ) as progress:
+        )
+        with progress:
             for source in self.files:
-                for batch in pq.ParquetFile(source).iter_batches(
-                    batch_size=256, columns=[self.column]
-                ):
+                table = pq.ParquetFile(source)
+                for batch in table.iter_batches(batch_size=256, columns=[self.column]):
                     for item in batch.column(0).to_pylist():
                         content = (item.get("bytes") if isinstance(item, dict) else item) or b""
                         file.write(content)

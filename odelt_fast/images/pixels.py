@@ -1,5 +1,4 @@
-"""From encoded images to pixels: decoding, crop and resize, and the check that finds what cannot be
-decoded before it is needed."""
+"""From encoded images to pixels, and the check that finds what cannot be decoded beforehand."""
 
 from __future__ import annotations
 
@@ -26,15 +25,15 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _EXIF_ORIENTATION = 0x0112
-_REMEMBERED_FROM = (
-    2000  # images: below, a check takes less than a second or two and is not worth a file
-)
+_REMEMBERED_FROM = 2000  # images: below, a check takes a second or two and is not worth a file
 _CHECK_VERSION = 1
 
 
 class Store(Protocol):
-    """Where encoded images lie. `encoded`: the bytes or the path of one; it may raise.
-    `fingerprint`: changes when the data change."""
+    """Where encoded images lie.
+
+    `encoded`: the bytes or the path of one; it may raise. `fingerprint`: changes when the data do.
+    """
 
     def __len__(self) -> int: ...
     def name(self, row: int) -> str: ...
@@ -44,25 +43,35 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Check:
-    """What a full decode of a store found. skipped: row -> reason. size: (width, height) of the
-    first good image. grey: all images are."""
+    """What a full decode of a store found.
+
+    Attributes:
+        skipped: row -> reason.
+        size: (width, height) of the first good image.
+        other: the first pair of rows of different sizes: row, row, width, height of the second.
+        grey: all images are.
+    """
 
     count: int
     skipped: dict[int, str]
     size: tuple[int, int]
-    other: (
-        tuple[int, int, int, int] | None
-    )  # the first pair of rows of different sizes, as row, row, width, height of the second
+    other: tuple[int, ...] | None
     grey: bool
 
 
 def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
-    """Pixels (channels, S, S) uint8 of an encoded image (bytes, or a path): its centred square,
-    resized to S = image_size (None: as it is).
+    """The centred square of an encoded image.
 
     The EXIF orientation is applied; transparent parts are laid over white; 16-bit grey keeps its
     upper 8 bits; of an animation, the first frame. Any exception means that the image cannot be
     decoded: Pillow's readers raise most kinds of them.
+
+    Args:
+        encoded: bytes, or a path.
+        image_size: S, to which it is resized (None: as it is).
+
+    Returns:
+        (channels, S, S) uint8.
     """
     with _open_image(encoded) as image:
         orientation = _orientation(image)
@@ -72,8 +81,10 @@ def decode_image(encoded: bytes | str, image_size: int | None, channels: int) ->
 
 
 def resize_square(image: Image, image_size: int | None) -> Image:
-    """The centred square of an image at image_size x image_size: box-halved while twice too large,
-    then bicubic (as ADM does)."""
+    """The centred square of an image at image_size x image_size.
+
+    Box-halved while twice too large, then bicubic (as ADM does).
+    """
     from PIL.Image import Resampling
 
     side = min(image.size)
@@ -90,9 +101,8 @@ def resize_square(image: Image, image_size: int | None) -> Image:
 def _open_image(encoded: bytes | str) -> Image:
     from PIL import Image
 
-    image = Image.open(
-        io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=_FORMATS
-    )
+    file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
+    image = Image.open(file, formats=_FORMATS)
     # Pillow itself only warns up to twice its limit.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
@@ -114,17 +124,8 @@ def _orientation(image: Image) -> int:
 def _turn(image: Image, orientation: int) -> Image:
     from PIL.Image import Transpose
 
-    turns = (
-        None,
-        Transpose.FLIP_LEFT_RIGHT,
-        Transpose.ROTATE_180,
-        Transpose.FLIP_TOP_BOTTOM,
-        Transpose.TRANSPOSE,
-    )
-    turn = (*turns, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)[
-        orientation - 1
-    ]
-    return image if turn is None else image.transpose(turn)
+    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+    return image if orientation == 1 else image.transpose(Transpose[turns.split()[orientation - 2]])
 
 
 def _convert(image: Image, mode: str) -> Image:
@@ -141,8 +142,10 @@ def _convert(image: Image, mode: str) -> Image:
 
 
 def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
-    """Width and height after orientation, and whether it is grey, of an image that decodes
-    completely; any exception means it does not."""
+    """Width and height after orientation, and whether it is grey, of an image that decodes.
+
+    Any exception means that it does not, completely.
+    """
     with _open_image(encoded) as image:
         turned = _orientation(image) >= 5
         if image.format == "PNG":
@@ -154,20 +157,21 @@ def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
 
 
 def check_images(store: Store, *, one_size: bool) -> Check:
-    """Decodes every image of a store once, on all cores, and reports which cannot be; ValueError if
-    `one_size` and two sizes are found, or if no image is left.
+    """Decodes every image of a store once, on all cores, and reports which cannot be.
 
     What was found is remembered in the cache folder while the data stay as they are. Of several
     processes one checks and the others wait.
+
+    Raises:
+        ValueError: `one_size` and two sizes are found; no image is left.
     """
     if len(store) < _REMEMBERED_FROM:
         check = _check_all(store, one_size)
     else:
         import PIL
 
-        key = hashlib.sha256(
-            f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}".encode()
-        ).hexdigest()[:32]
+        facts = f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}"
+        key = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = cache_folder() / f"check-{key}.json"
         with locked(path.with_suffix(".lock")):
             remembered = _read_check(path, len(store))
@@ -186,7 +190,7 @@ def check_images(store: Store, *, one_size: bool) -> Check:
     return check
 
 
-def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, int, int, int]) -> str:
+def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, ...]) -> str:
     first, second, width, height = other
     return (
         f"the images have different sizes: {store.name(first)} is {size[0]}x{size[1]},"
@@ -201,20 +205,19 @@ def _check_all(store: Store, one_size: bool) -> Check:
     first: tuple[int, int, int] | None = None
     other: tuple[int, int, int, int] | None = None
     grey = True
-    chunk = 64
+    rows = range(len(store))
+    chunks = [rows[start : start + 64] for start in rows[::64]]
     progress = tqdm(
         total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False
     )
     with ThreadPoolExecutor(num_threads()) as pool, progress:
-        for rows in pool.map(
-            lambda start: _check_rows(store, start, min(start + chunk, len(store))),
-            range(0, len(store), chunk),
-        ):
-            for row, found in rows:
-                if isinstance(found, str):
-                    skipped[row] = found
+        inspected = pool.map(lambda chunk: [_inspect(store, row) for row in chunk], chunks)
+        for chunk, results in zip(chunks, inspected):
+            for row, result in zip(chunk, results):
+                if isinstance(result, str):
+                    skipped[row] = result
                     continue
-                width, height, is_grey = found
+                width, height, is_grey = result
                 grey = grey and is_grey
                 if first is None:
                     first = (row, width, height)
@@ -223,20 +226,15 @@ def _check_all(store: Store, one_size: bool) -> Check:
                     if one_size:
                         pool.shutdown(cancel_futures=True)
                         raise ValueError(_mixed_sizes(store, first[1:], other))
-            progress.update(len(rows))
+            progress.update(len(chunk))
     return Check(len(store), skipped, first[1:] if first else (0, 0), other, grey)
 
 
-def _check_rows(
-    store: Store, start: int, stop: int
-) -> list[tuple[int, tuple[int, int, bool] | str]]:
-    results: list[tuple[int, tuple[int, int, bool] | str]] = []
-    for row in range(start, stop):
-        try:
-            results.append((row, inspect_image(store.encoded(row))))
-        except Exception as error:
-            results.append((row, decode_failure(error)))
-    return results
+def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
+    try:
+        return inspect_image(store.encoded(row))
+    except Exception as error:
+        return decode_failure(error)
 
 
 def decode_failure(error: Exception) -> str:
@@ -253,20 +251,14 @@ def _read_check(path: Path, count: int) -> Check | None:
         skipped = {int(row): str(reason) for row, reason in values["skipped"].items()}
         width, height = map(int, values["size"])
         other = None if values["other"] is None else tuple(map(int, values["other"]))
-        if (
-            values["count"] != count
-            or not all(0 <= row < count for row in skipped)
-            or (other is not None and len(other) != 4)
-        ):
+        if values["count"] != count or not all(0 <= row < count for row in skipped):
             return None
-        return Check(count, skipped, (width, height), other, bool(values["grey"]))  # type: ignore[arg-type]
+        return Check(count, skipped, (width, height), other, bool(values["grey"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def num_threads() -> int:
     """Cores that this process may use, at most 16."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return min(cores, 16)
+    own = hasattr(os, "sched_getaffinity")
+    return min(len(os.sched_getaffinity(0)) if own else os.cpu_count() or 1, 16)

@@ -1,5 +1,7 @@
-"""Tables of images as Hugging Face `datasets` keeps them: a column of {bytes, path} and a column of
-labels; and its data sets by id."""
+"""Tables of images as Hugging Face `datasets` keeps them, and its data sets by id.
+
+A table has a column of {bytes, path} and a column of labels.
+"""
 
 from __future__ import annotations
 
@@ -22,55 +24,52 @@ _MAX_CLASSES = 10_000_000
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of images and of labels (None: the table has only images), and the class
+    """Names of the columns of images and of labels (None: there are only images), and the class
     names if the table knows them."""
 
     image: str
     label: str | None
     class_names: tuple[str, ...] | None
 
+    def names_for(self, labels: np.ndarray, only: str) -> tuple[str, ...]:
+        """The class names, or numbers for them; `only`: of the one class of a table of images."""
+        return self.class_names or (numbered_classes(labels) if self.label else (only,))
+
 
 def find_columns(schema: Any, where: str) -> Columns:
-    """Chooses the columns of an Arrow schema: by the types in its `huggingface` metadata, else by
-    name; else ValueError with all names."""
+    """Chooses the columns of an Arrow schema.
+
+    By the types in its `huggingface` metadata, else by name; else ValueError with all names.
+    """
     features = _features(schema)
-    types = {name: feature.get("_type") for name, feature in features.items()}
-    present = f"{where} has the columns {', '.join(map(one_line, schema.names)) or '(none)'}"
-    image = _choose(
-        schema.names, [name for name in schema.names if types.get(name) == "Image"], IMAGE_COLUMNS
-    )
+
+    def choose(type_: str, usual: Sequence[str]) -> str | None:
+        """The one column of the type; else the first that has a usual name, of the type if any."""
+        typed = [name for name in schema.names if features.get(name, {}).get("_type") == type_]
+        if len(typed) == 1:
+            return typed[0]
+        return next((name for name in usual if name in (typed or schema.names)), None)
+
+    def missing(what: str, usual: Sequence[str]) -> ValueError:
+        present = ", ".join(map(one_line, schema.names)) or "(none)"
+        return ValueError(
+            f"{where} has the columns {present}; none (or more than one) can be the {what}: name"
+            f" that column {', '.join(usual)}"
+        )
+
+    image, label = choose("Image", IMAGE_COLUMNS), choose("ClassLabel", LABEL_COLUMNS)
     if image is None:
-        raise ValueError(
-            f"{present}; none (or more than one) can be the images: name that column"
-            f" {', '.join(IMAGE_COLUMNS)}"
-        )
-    label = _choose(
-        schema.names,
-        [name for name in schema.names if types.get(name) == "ClassLabel"],
-        LABEL_COLUMNS,
-    )
+        raise missing("images", IMAGE_COLUMNS)
     if label is None and len(schema.names) > 1:
-        raise ValueError(
-            f"{present}; none (or more than one) can be the labels: name that column"
-            f" {', '.join(LABEL_COLUMNS)}"
-        )
+        raise missing("labels", LABEL_COLUMNS)
     names = features.get(label or "", {}).get("names")
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = None
-    return Columns(image, label, None if names is None else tuple(names))
-
-
-def _choose(names: Sequence[str], typed: Sequence[str], usual: Sequence[str]) -> str | None:
-    """The one column of the right type; else the first that has a usual name, of those of the right
-    type if there are any."""
-    if len(typed) == 1:
-        return typed[0]
-    return next((name for name in usual if name in (typed or names)), None)
+    return Columns(image, label, tuple(names) if names else None)
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """The features in the `huggingface` metadata of an Arrow schema; none where it is missing or
-    damaged."""
+    """The features in the `huggingface` metadata of an Arrow schema; none if missing or damaged."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
@@ -79,8 +78,11 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def label_array(column: Any, class_names: Sequence[str] | None, where: str) -> np.ndarray:
-    """Labels (N,) int64 of an Arrow column; ValueError naming the first row whose label is missing,
-    negative or beyond the class names."""
+    """Labels (N,) int64 of an Arrow column.
+
+    Raises:
+        ValueError: names the first row whose label is missing, negative or beyond the class names.
+    """
     import pyarrow as pa
 
     if not pa.types.is_integer(column.type):
@@ -97,8 +99,10 @@ def label_array(column: Any, class_names: Sequence[str] | None, where: str) -> n
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str] | None, name: Any) -> None:
-    """ValueError for the first label that is no class: below 0, or not below the number of class
-    names. `name` maps rows to text."""
+    """ValueError for the first label that is no class: below 0, or beyond the class names.
+
+    name: row -> text.
+    """
     limit = _MAX_CLASSES if class_names is None else len(class_names)
     wrong = np.flatnonzero((labels < 0) | (labels >= limit))
     if len(wrong):
@@ -115,11 +119,8 @@ def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
 def check_image_type(type_: Any, where: str) -> None:
     import pyarrow as pa
 
-    if pa.types.is_struct(type_) and any(
-        field.name == "bytes" and _is_binary(field.type) for field in type_
-    ):
-        return
-    if not _is_binary(type_):
+    fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {"bytes": type_}
+    if not _is_binary(fields.get("bytes", pa.null())):
         raise ValueError(
             f"{where} holds {one_line(type_)}; encoded images are needed: {{bytes, path}}, or bytes"
         )
@@ -132,10 +133,13 @@ def _is_binary(type_: Any) -> bool:
 
 
 def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
-    """Images, labels and class names of a data set by its Hub id (`user/name`, `user/name:config`)
-    or of a folder that `save_to_disk` made.
+    """A data set by its Hub id (`user/name`, `user/name:config`), or a folder of `save_to_disk`.
 
-    ValueError in one line where `datasets` cannot find, download or read it.
+    Returns:
+        The images, labels (N,) int64 and class names.
+
+    Raises:
+        ValueError: in one line, where `datasets` cannot find, download or read it.
     """
     try:
         import datasets
@@ -150,31 +154,25 @@ def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, .
             identifier, _, config = name.partition(":")
             dataset = datasets.load_dataset(identifier, config or None, split=split)
     except Exception as error:  # its errors come from many packages
-        told = f"the data set {name!r} (split {split!r}) cannot be loaded: {one_line(error)}"
+        also = "" if os.path.exists(name) else "; and no file or folder has this name"
         raise ValueError(
-            told if os.path.exists(name) else f"{told}; and no file or folder has this name"
+            f"the data set {name!r} (split {split!r}) cannot be loaded: {one_line(error)}{also}"
         ) from None
     if isinstance(dataset, dict):
         if split not in dataset:
             raise ValueError(f"{name!r} has no split {split!r}; it has {', '.join(dataset)}")
         dataset = dataset[split]
-    columns = find_columns(dataset.features.arrow_schema, name)
-    check_image_type(
-        dataset.features.arrow_schema.field(columns.image).type, f"{name}: column {columns.image}"
-    )
+    schema = dataset.features.arrow_schema
+    columns = find_columns(schema, name)
+    check_image_type(schema.field(columns.image).type, f"{name}: column {columns.image}")
     if not len(dataset):
         raise ValueError(f"{name!r} has no rows in its split {split!r}")
     if columns.label is None:
         labels = np.zeros(len(dataset), np.int64)
     else:
-        labels = label_array(
-            dataset.select_columns([columns.label]).with_format("arrow")[:][columns.label],
-            columns.class_names,
-            name,
-        )
-    names = columns.class_names or (
-        numbered_classes(labels) if columns.label else (name.rpartition("/")[2],)
-    )
+        table = dataset.select_columns([columns.label]).with_format("arrow")[:]
+        labels = label_array(table[columns.label], columns.class_names, name)
+    names = columns.names_for(labels, name.rpartition("/")[2])
     return DatasetStore(dataset, columns.image, name), labels, names
 
 
@@ -186,11 +184,8 @@ class DatasetStore:
 
         if isinstance(dataset.features[column], datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self._dataset, self._column, self._title = (
-            dataset.select_columns([column]).with_format(None),
-            column,
-            title,
-        )
+        self._dataset = dataset.select_columns([column]).with_format(None)
+        self._column, self._title = column, title
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -204,12 +199,8 @@ class DatasetStore:
         return f"{path} (row {row} of {self._title})" if path else f"row {row} of {self._title}"
 
     def encoded(self, row: int) -> bytes | str:
-        item = self._dataset[row][self._column]
-        content = (
-            item
-            if isinstance(item, bytes)
-            else (item or {}).get("bytes") or (item or {}).get("path")
-        )
+        item = self._dataset[row][self._column] or {}
+        content = item if isinstance(item, bytes) else item.get("bytes") or item.get("path")
         if not content:
             raise ValueError("the row has no image")
         return content  # type: ignore[no-any-return]

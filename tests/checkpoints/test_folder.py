@@ -579,7 +579,7 @@ for _ in range(30):
     os.waitpid(child, 0)
     os.close(reader)
     model = load_model(folder)
-    assert (model.patch_embed.bias == model.config.num_heads).all(), "weights of one model, configuration of another"
+    assert (model.patch_embed.bias == model.config.num_heads).all(), "weights of another model"
     seen.add(model.config.num_heads)
 save_model(models[0], folder)
 print(len(seen), *sorted(os.listdir(folder)))

@@ -212,9 +212,11 @@ from odelt_fast import DiT, Sampler, load_model
 
 folder = sys.argv[1]
 model = DiT.from_pretrained(folder)
-print(model.push_to_hub("user/first", token="hf_none", commit_message="first", model_card_kwargs={"license": "mit"}))
+push = {"token": "hf_none", "commit_message": "first", "model_card_kwargs": {"license": "mit"}}
+print(model.push_to_hub("user/first", **push))
 print(model.save_pretrained(folder, push_to_hub=True, repo_id="user/second", token="hf_none"))
-images = [Sampler(m, steps=1)(2, seed=0) for m in (model, DiT.from_pretrained("user/first"), load_model("user/second", depth=3))]
+models = (model, DiT.from_pretrained("user/first"), load_model("user/second", depth=3))
+images = [Sampler(m, steps=1)(2, seed=0) for m in models]
 assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 again = DiT.from_pretrained("user/first", local_files_only=True, revision="main", depth=1)
 assert len(again.blocks) == 1
@@ -231,7 +233,8 @@ from odelt_fast import OdeltPipeline, load_model
 pipe = OdeltPipeline(load_model(sys.argv[1]))
 pipe.push_to_hub("user/pipe", token="hf_none")
 ours = OdeltPipeline.from_pretrained("user/pipe")
-theirs = DiffusionPipeline.from_pretrained("user/pipe", custom_pipeline="pipeline", trust_remote_code=True)
+code = {"custom_pipeline": "pipeline", "trust_remote_code": True}
+theirs = DiffusionPipeline.from_pretrained("user/pipe", **code)
 images = [p([0, 2], depth=2, seed=1, output_type="latent").images for p in (pipe, ours, theirs)]
 assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
 load_model("user/pipe", depth=1)
