@@ -6,10 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from odelt_fast.train.draws import Draws
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 
 
 @dataclass(frozen=True)
@@ -29,33 +27,18 @@ class LengthConsistency:
     teacher_depth: str = "full"
 
     @torch.no_grad()
-    def __call__(
-        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
-    ) -> Targets:
-        batch = len(images)
-        depth = [
-            self.depths[i]
-            for i in draws.integers("depth", slice(0, batch), len(self.depths)).tolist()
-        ]
-        taught = replace(networks, depths=depth) if self.teacher_depth == "student" else networks
-        targets = self.objective(taught, images, labels, draws, step)
-        if not self.rows:
-            return replace(targets, depth=depth)
-        last = slice(batch - self.rows, batch)
-        told_depth = [
-            self.depths[i] for i in draws.integers("teacher_depth", last, len(self.depths)).tolist()
-        ]
-        told = networks.ema(
-            targets.x_t[last],
-            targets.t[last],
-            targets.log2_steps[last],
-            targets.y[last],
-            depth=told_depth,
-        )
-        return replace(
-            targets,
-            depth=depth,
-            velocity=torch.cat(
-                [targets.velocity[: batch - self.rows], told.to(targets.velocity.dtype)]
-            ),
-        )
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        depth, first = self._drawn_depths(batch, "depth", 0), len(batch) - self.rows
+        student = replace(networks, depths=depth) if self.teacher_depth == "student" else networks
+        targets = self.objective(student, batch)
+        velocity = targets.velocity
+        if self.rows:
+            inputs = (targets.x_t, targets.t, targets.log2_steps, targets.y)
+            other = self._drawn_depths(batch, "teacher_depth", first)
+            taught = networks.ema(*(values[first:] for values in inputs), depth=other)
+            velocity = torch.cat([velocity[:first], taught.to(velocity.dtype)])
+        return replace(targets, depth=depth, velocity=velocity)
+
+    def _drawn_depths(self, batch: StepBatch, name: str, first: int) -> list[int]:
+        drawn = batch.draws.integers(name, slice(first, len(batch)), len(self.depths))
+        return [self.depths[i] for i in drawn.tolist()]

@@ -31,8 +31,8 @@ from odelt_fast.train.ema import PowerAverages, update_average, whole_model
 from odelt_fast.train.memory import device_memory, out_of_memory
 from odelt_fast.train.objectives.build import build_objective
 from odelt_fast.train.objectives.progressive import stage
-from odelt_fast.train.objectives.targets import Model, Networks, Targets
-from odelt_fast.train.objectives.teacher import load_start, open_pairs
+from odelt_fast.train.objectives.targets import Model, Networks, StepBatch, Targets
+from odelt_fast.train.objectives.teacher import check_same, load_start, open_pairs
 from odelt_fast.train.sharding import gather, is_sharded, local, refresh, scatter, shard
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class Trainer:
             if config.objective == "reflow"
             else open_source(config.data)
         )
-        _check_source(self.source, config)
+        what = f"the images of {config.data!r} have"
+        check_same(what, self.source, config.model, "image_size", "channels", "num_classes")
         self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         self.loader = Loader(
             self.source, config.seed, config.train_batch_size * self.parts, config.random_flip
@@ -173,15 +174,13 @@ class Trainer:
         part_index = self.accelerator.process_index * config.gradient_accumulation_steps + part
         rows = global_rows(sizes, part_index, self.parts)
         images, labels = (to_device(tensor, device) for tensor in self.loader.batch(step, rows))
-        kinds = (
-            [size * self.parts for size in sizes] if config.depth_sampling == "stratified" else None
-        )
+        stratified = config.depth_sampling == "stratified"
+        kinds = [size * self.parts for size in sizes] if stratified else None
+        batch = StepBatch(images, labels, StepDraws(config.seed, step, rows, kinds), step)
         torch.manual_seed(_mix(config.seed, step, part_index))  # dropout
         networks = Networks(live=self.model, ema=self.ema, teacher=self.teacher)
         with self.accelerator.autocast():
-            targets = self.objective(
-                networks, images, labels, StepDraws(config.seed, step, rows, kinds), step
-            )
+            targets = self.objective(networks, batch)
         last = part == config.gradient_accumulation_steps - 1
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.live):
             with self.accelerator.autocast():
@@ -305,16 +304,6 @@ class Trainer:
             "step": str(self.finished_steps),
             "recipe": self.config.recipe,
         }
-
-
-def _check_source(source: Any, config: TrainConfig) -> None:
-    for name in ("image_size", "channels", "num_classes"):
-        has, wants = getattr(source, name), getattr(config.model, name)
-        if has != wants:
-            raise ValueError(
-                f"the images of {config.data!r} have {name} {has}, the model {wants}: set"
-                f" --model.{name.replace('_', '-')} {has}"
-            )
 
 
 def _mix(seed: int, step: int, part: int) -> int:

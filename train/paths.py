@@ -31,34 +31,27 @@ class Path(ABC):
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         """mu_t(z), of the shape of x1."""
 
-    @abstractmethod
     def std(self, t: Tensor) -> Tensor:
-        """sigma_t (B,)."""
+        """sigma_t (B,); 0 unless a path says otherwise."""
+        return torch.zeros_like(t)
 
     @abstractmethod
     def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         """d mu_t(z) / dt, of the shape of x1."""
 
-    @abstractmethod
     def std_derivative(self, t: Tensor) -> Tensor:
         """d sigma_t / dt (B,)."""
+        return torch.zeros_like(t)
 
-    def sample(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
-        """x_t = mu_t + sigma_t noise."""
-        return self.mean(t, x0, x1) + as_rows(self.std(t), x1) * noise
+    def sample(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x_t = mu_t + sigma_t noise; noise None: x0, of paths whose z is x1 alone."""
+        return self.mean(t, x0, x1) + as_rows(self.std(t), x1) * (x0 if noise is None else noise)
 
-    def velocity(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor) -> Tensor:
-        """The field of equation 4 at `sample(t, x0, x1, noise)`: sigma' noise + mu', which needs no
-        division by sigma."""
-        return as_rows(self.std_derivative(t), x1) * noise + self.mean_derivative(t, x0, x1)
-
-    def field(self, t: Tensor, x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """Equation 4: u_t(x|z) = (x - mu) sigma'/sigma + mu'. Where sigma is 0 the path is the
-        point mu, and its velocity is mu'."""
-        std = self.std(t)
-        positive = std > 0
-        ratio = torch.where(positive, self.std_derivative(t) / torch.where(positive, std, 1), 0)
-        return (x - self.mean(t, x0, x1)) * as_rows(ratio, x1) + self.mean_derivative(t, x0, x1)
+    def velocity(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The field of equation 4, u_t(x|z) = (x - mu) sigma'/sigma + mu', at `sample`: sigma'
+        noise + mu', which needs no division by sigma."""
+        moved = as_rows(self.std_derivative(t), x1) * (x0 if noise is None else noise)
+        return moved + self.mean_derivative(t, x0, x1)
 
 
 @dataclass(frozen=True)
@@ -142,14 +135,8 @@ class Rectified(Path):
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         return as_rows(1 - t, x1) * x0 + as_rows(t, x1) * x1
 
-    def std(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
-
     def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         return x1 - x0
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
 
 @dataclass(frozen=True)
@@ -175,15 +162,9 @@ class Trigonometric(Path):
         angle = as_rows(0.5 * math.pi * t, x1)
         return angle.cos() * x0 + angle.sin() * x1
 
-    def std(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
-
     def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         angle = as_rows(0.5 * math.pi * t, x1)
         return 0.5 * math.pi * (angle.cos() * x1 - angle.sin() * x0)
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
 
 @dataclass(frozen=True)
@@ -218,26 +199,25 @@ class UnitVariance(Path):
 
 
 def training_path(name: str, sigma: float) -> Path:
-    """The path that a training run names; sigma is that of flow-matching and independent. Unit
-    noise is where all of them start."""
-    match name:
-        case "rectified":
-            return Rectified()
-        case "flow-matching":
-            return FlowMatchingPath(sigma)
-        case "independent":
-            return IndependentCFM(sigma)
-        case "trigonometric":
-            return Trigonometric()
-        case "variance-preserving":
-            return VariancePreserving()
-        case "variance-exploding":
-            return UnitVariance(VarianceExploding())
-    allowed = (
-        "rectified, flow-matching, independent, trigonometric, variance-preserving,"
-        " variance-exploding"
-    )
-    raise ValueError(f"no path {name!r}: use one of {allowed}")
+    """The path that a training run names. Unit noise is where all of them start.
+
+    Args:
+        sigma: of flow-matching and independent.
+
+    Raises:
+        ValueError: there is no such path.
+    """
+    paths: dict[str, Path] = {
+        "rectified": Rectified(),
+        "flow-matching": FlowMatchingPath(sigma),
+        "independent": IndependentCFM(sigma),
+        "trigonometric": Trigonometric(),
+        "variance-preserving": VariancePreserving(),
+        "variance-exploding": UnitVariance(VarianceExploding()),
+    }
+    if name not in paths:
+        raise ValueError(f"no path {name!r}: use one of {', '.join(paths)}")
+    return paths[name]
 
 
 def as_rows(values: Tensor, like: Tensor) -> Tensor:

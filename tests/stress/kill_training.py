@@ -25,7 +25,6 @@ import torch
 from safetensors.torch import load_file
 
 from odelt_fast import load_model
-from odelt_fast.config import DiTConfig
 from odelt_fast.train.checkpoints import checkpoints
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
@@ -33,19 +32,10 @@ from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import train
 from tests.helpers import forked
 from tests.helpers.forked import wait
+from tests.helpers.training import SMALL
 
 STEPS = 200
-MODEL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=4,
-    depth_min=2,
-    depth_group=2,
-    num_heads=2,
-    num_classes=10,
-    dropout=0.1,
-)
+MODEL = replace(SMALL, dropout=0.1)
 
 
 class Witness:

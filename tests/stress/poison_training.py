@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 
 from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.draws import Draws
 from odelt_fast.train.loop import Trainer
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from odelt_fast.train.recipes import RECIPES
 from tests.stress.kill_training import MODEL, Witness, start, wait
 
@@ -37,21 +36,12 @@ class Poison:
     value: float | None = None
     gradient: float | None = None
 
-    def __call__(
-        self,
-        networks: Networks,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-        step: int,
-    ) -> Targets:
-        targets = self.objective(networks, images, labels, draws, step)
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        targets = self.objective(networks, batch)
         if self.value is None:
             return targets
-        return replace(
-            targets,
-            velocity=targets.velocity.index_fill(0, torch.tensor(step % len(images)), self.value),
-        )
+        row = torch.tensor(batch.step % len(batch))
+        return replace(targets, velocity=targets.velocity.index_fill(0, row, self.value))
 
     def on_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient if self.gradient is None else gradient + self.gradient

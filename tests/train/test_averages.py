@@ -14,46 +14,22 @@ from safetensors import safe_open
 
 from odelt_fast import load_model
 from odelt_fast.cli import main
-from odelt_fast.config import DiTConfig
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.ema import PowerAverages, update_average
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.post_hoc import find_snapshots, reconstruct
 from odelt_fast.train.power_profile import exponent, inner_product, mixture
-from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import train
+from tests.helpers.training import SMALLER, small_run
 
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=2,
-    depth_min=1,
-    depth_group=1,
-    num_heads=2,
-    num_classes=10,
-    dropout=0.1,
-)
+MODEL = replace(SMALLER, dropout=0.1)
 STEPS, EVERY = 60, 3
 
 
 def small(folder: Path, **changes: object) -> TrainConfig:
-    values = {
-        "model": SMALL,
-        "output_dir": folder,
-        "steps": STEPS,
-        "train_batch_size": 16,
-        "warmup_steps": 2,
-        "sampling_steps": 0,
-    }
-    values |= {
-        "log_with": (),
-        "ema_snapshot_steps": EVERY,
-        "checkpointing_steps": 30,
-        "learning_rate": 3e-3,
-        "time_consistency_every": 8,
-    }
-    return replace(RECIPES["digits"], **(values | changes))
+    values = {"steps": STEPS, "ema_snapshot_steps": EVERY, "checkpointing_steps": 30}
+    values |= {"model": MODEL, "learning_rate": 3e-3, "time_consistency_every": 8}
+    return small_run(folder, **(values | changes))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +68,7 @@ def test_average_weighs_steps_by_its_profile_and_leaves_out_skipped_ones() -> No
     """theta_s has weight (s^(g+1) - (s-1)^(g+1))/t^(g+1), s counting the updates alone."""
     moved = [False, True, True, False, True, True, True, True, False, False, True]
     rng, width = np.random.default_rng(0), 0.1
-    averages = PowerAverages((width,), {"w": torch.zeros(3)}, SMALL)
+    averages = PowerAverages((width,), {"w": torch.zeros(3)}, MODEL)
     updates, seen = torch.zeros(()), []
     for moves in moved:
         weights = (

@@ -14,37 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws, global_rows, stratified
 from odelt_fast.train.loop import Trainer, row_losses
-from odelt_fast.train.objectives.targets import Networks
-from odelt_fast.train.recipes import RECIPES
+from odelt_fast.train.objectives.targets import Networks, StepBatch
+from tests.helpers.training import SMALL, small_run
 
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=3,
-    depth_min=1,
-    depth_group=1,
-    num_heads=2,
-    num_classes=10,
-)
+MODEL = replace(SMALL, depth=3, depth_min=1, depth_group=1)
 
 
 def config(folder: Path, **changes: object) -> TrainConfig:
-    values = {
-        "model": SMALL,
-        "output_dir": folder,
-        "train_batch_size": 24,
-        "depth_sampling": "stratified",
-        "log_with": (),
-    }
-    return replace(
-        RECIPES["digits"], **(values | {"time_consistency_every": 8, "warmup_steps": 0} | changes)
-    )
+    values = {"model": MODEL, "train_batch_size": 24, "depth_sampling": "stratified"}
+    values |= {"time_consistency_every": 8, "warmup_steps": 0}
+    return small_run(folder, **(values | changes))
 
 
 @pytest.mark.parametrize("kinds", [(6, 36, 6), (4, 25, 3), (16, 96, 16), (2, 11, 1), (3, 90, 18)])
@@ -112,7 +95,8 @@ def test_gradients_of_stratified_rows_are_those_of_the_masked_computation(tmp_pa
     for kind in (DiT, Masked):
         trainer.model.__class__ = trainer.ema.__class__ = kind
         draws = StepDraws(0, 0, rows, list(trainer.config.row_sizes().values()))
-        targets = trainer.objective(Networks(trainer.model, trainer.ema), images, labels, draws, 0)
+        batch = StepBatch(images, labels, draws, 0)
+        targets = trainer.objective(Networks(trainer.model, trainer.ema), batch)
         assert Counter(targets.depth) == {1: 8, 2: 8, 3: 8}
         velocity = trainer.model(
             targets.x_t, targets.t, targets.log2_steps, targets.y, depth=targets.depth
@@ -164,7 +148,7 @@ def test_network_that_calls_every_block_computes_the_same(tmp_path: Path) -> Non
     """Sharded weights: processes whose rows are shorter call the other blocks too, without effect,
     and have gradients of zero there."""
     torch.manual_seed(0)
-    model = DiT(SMALL)
+    model = DiT(MODEL)
     torch.nn.init.normal_(model.final_layer.out.weight)
     x, y = torch.randn(4, 1, 8, 8), torch.randint(11, (4,))
     expected = model(x, 0.5, 3, y, depth=[1, 2, 1, 2])

@@ -7,7 +7,6 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import ClassVar
@@ -16,22 +15,10 @@ import huggingface_hub.constants
 import pytest
 
 from odelt_fast import load_model
-from odelt_fast.config import DiTConfig
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.main import main
-from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import train
-
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=2,
-    depth_min=1,
-    depth_group=1,
-    num_heads=2,
-    num_classes=10,
-)
+from tests.helpers.training import SMALLER, small_run
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -107,16 +94,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     server.shutdown()
 
 
-def small(folder: Path, **changes: object) -> TrainConfig:
-    values = {
-        "model": SMALL,
-        "output_dir": folder,
-        "steps": 2,
-        "train_batch_size": 16,
-        "sampling_steps": 0,
-        "log_with": (),
-    }
-    return replace(RECIPES["digits"], **(values | {"push_to_hub": True} | changes))
+def small(folder: Path) -> TrainConfig:
+    return small_run(folder, model=SMALLER, steps=2, push_to_hub=True)
 
 
 def test_finished_run_is_uploaded(hub: type[Hub], tmp_path: Path) -> None:

@@ -26,38 +26,21 @@ from odelt_fast.train import loop
 from odelt_fast.train.checkpoints import checkpoints
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.data import Loader
-from odelt_fast.train.draws import STREAMS, Draws, StepDraws, generator, global_rows
+from odelt_fast.train.draws import STREAMS, StepDraws, generator, global_rows
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.main import main, parse
 from odelt_fast.train.objectives.build import build_objective
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import train
+from tests.helpers.training import SMALL, small_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=4,
-    depth_min=2,
-    depth_group=2,
-    num_heads=2,
-    num_classes=10,
-    dropout=0.1,
-)
+MODEL = replace(SMALL, dropout=0.1)
 
 
 def small(folder: Path, **changes: object) -> TrainConfig:
-    values = {
-        "model": SMALL,
-        "output_dir": folder,
-        "steps": 8,
-        "train_batch_size": 16,
-        "warmup_steps": 2,
-        "sampling_steps": 0,
-    }
-    return replace(RECIPES["digits"], **(values | changes))
+    return small_run(folder, **({"model": MODEL} | changes))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +62,7 @@ def test_run_leaves_a_loadable_model_and_its_newest_checkpoints(whole_run: Path)
     assert [path.name for path in checkpoints(whole_run)] == ["checkpoint-6", "checkpoint-8"]
     assert not list(whole_run.glob("*.partial"))
     model = load_model(whole_run)
-    assert model.config == SMALL
+    assert model.config == MODEL
     newest = weights(whole_run / "checkpoint-8" / "ema")
     assert all(torch.equal(tensor, newest[name]) for name, tensor in model.state_dict().items())
 
@@ -121,21 +104,13 @@ class Poisoned:
     objective: Objective
     steps: set[int]
 
-    def __call__(
-        self,
-        networks: Networks,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        draws: Draws,
-        step: int,
-    ) -> Targets:
-        targets = self.objective(networks, images, labels, draws, step)
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        targets, step = self.objective(networks, batch), batch.step
+        if step not in self.steps:
+            return targets
         bad = (math.nan, math.inf, -math.inf)[step % 3]
-        return (
-            replace(targets, velocity=targets.velocity.index_fill(0, torch.tensor(step % 16), bad))
-            if step in self.steps
-            else targets
-        )
+        velocity = targets.velocity.index_fill(0, torch.tensor(step % 16), bad)
+        return replace(targets, velocity=velocity)
 
 
 def test_step_that_does_not_log_never_waits_for_the_device(tmp_path: Path) -> None:

@@ -8,25 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train import loop
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.memory import allowed_batch_sizes, fitting_batch_size, out_of_memory
 from odelt_fast.train.recipes import RECIPES
+from tests.helpers.training import SMALLER, small_run
 
 GIB = 2**30
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=2,
-    depth_min=1,
-    depth_group=1,
-    num_heads=2,
-    num_classes=10,
-)
 
 
 @pytest.mark.parametrize(
@@ -64,14 +54,7 @@ def test_smaller_batches_keep_the_global_batch_and_its_kinds_of_rows() -> None:
 
 
 def config(folder: Path) -> TrainConfig:
-    return replace(
-        RECIPES["digits"],
-        model=SMALL,
-        output_dir=folder,
-        train_batch_size=48,
-        gradient_accumulation_steps=2,
-        log_with=(),
-    )
+    return small_run(folder, model=SMALLER, train_batch_size=48, gradient_accumulation_steps=2)
 
 
 def test_step_without_memory_names_the_batch_that_fits(

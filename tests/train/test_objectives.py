@@ -16,15 +16,13 @@ from odelt_fast.model import DiT
 from odelt_fast.train.draws import StepDraws, global_rows
 from odelt_fast.train.length_consistency import LengthConsistency
 from odelt_fast.train.loop import row_losses
-from odelt_fast.train.objectives.consistency import Consistency
-from odelt_fast.train.objectives.consistency_distillation import ConsistencyDistillation
-from odelt_fast.train.objectives.diffusion import Diffusion
-from odelt_fast.train.objectives.flow_matching import FlowMatching
+from odelt_fast.train.objectives.consistency import Consistency, ConsistencyDistillation
+from odelt_fast.train.objectives.flow_matching import Diffusion, FlowMatching
 from odelt_fast.train.objectives.live_reflow import LiveReflow
 from odelt_fast.train.objectives.progressive import Progressive, stage
 from odelt_fast.train.objectives.shortcut import Shortcut
 from odelt_fast.train.objectives.shortcut_models import ShortcutModels
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets, guided_velocity
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets, guided
 from odelt_fast.train.paths import IndependentCFM, Rectified, VariancePreserving
 
 CLASSES, BATCH, SHAPE = 5, 32, (2, 4, 4)
@@ -53,39 +51,45 @@ class Linear:
         return self.a * x + offset[:, None, None, None]
 
 
-def batch_of(rows: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+def batch_of(step: int = 3, seed: int = 0, rows: np.ndarray | None = None) -> StepBatch:
+    """Rows of one batch of 32 (None: all); the same images whatever the step and the seed."""
     generator = np.random.default_rng(3)
-    images, labels = (
-        generator.uniform(-1, 1, (BATCH, *SHAPE)),
-        generator.integers(0, CLASSES, BATCH),
-    )
-    chosen = np.arange(BATCH) if rows is None else rows
-    return torch.from_numpy(images[chosen].astype(np.float32)), torch.from_numpy(labels[chosen])
+    images = generator.uniform(-1, 1, (BATCH, *SHAPE)).astype(np.float32)
+    labels = generator.integers(0, CLASSES, BATCH)
+    rows = np.arange(BATCH) if rows is None else rows
+    draws = StepDraws(seed, step, rows)
+    return StepBatch(torch.from_numpy(images[rows]), torch.from_numpy(labels[rows]), draws, step)
 
 
 def run(objective: Objective, model: Linear, step: int = 3, **networks: object) -> Targets:
     every = Networks(live=model, ema=model, teacher=model, **networks)
-    return objective(every, *batch_of(), StepDraws(0, step, np.arange(BATCH)), step)
+    return objective(every, batch_of(step))
 
 
 def objectives(
     time_rows: int = 8, drop: float = 0.3, scale: float | None = None
 ) -> dict[str, Objective]:
     return {
-        "shortcut": Shortcut(CLASSES, time_rows, label_dropout=drop, guidance_scale=scale),
+        "shortcut": Shortcut(
+            CLASSES, time_rows=time_rows, label_dropout=drop, guidance_scale=scale
+        ),
         "shortcut-models": ShortcutModels(
-            CLASSES, time_rows, label_dropout=drop, guidance_scale=scale
+            CLASSES, time_rows=time_rows, label_dropout=drop, guidance_scale=scale
         ),
-        "flow": FlowMatching(Rectified(), CLASSES, label_dropout=drop),
+        "flow": FlowMatching(CLASSES, path=Rectified(), label_dropout=drop),
         "flow-independent": FlowMatching(
-            IndependentCFM(0.1), CLASSES, label_dropout=drop, times="continuous"
+            CLASSES, path=IndependentCFM(0.1), label_dropout=drop, times="continuous"
         ),
-        "live-reflow": LiveReflow(CLASSES, time_rows, label_dropout=drop, guidance_scale=scale),
-        "consistency": Consistency(CLASSES, 700, label_dropout=drop),
+        "live-reflow": LiveReflow(
+            CLASSES, reflow_rows=time_rows, label_dropout=drop, guidance_scale=scale
+        ),
+        "consistency": Consistency(CLASSES, total_steps=700, label_dropout=drop),
         "consistency-distillation": ConsistencyDistillation(
             CLASSES, label_dropout=drop, guidance_scale=scale
         ),
-        "progressive": Progressive(CLASSES, 700, label_dropout=drop, guidance_scale=scale),
+        "progressive": Progressive(
+            CLASSES, total_steps=700, label_dropout=drop, guidance_scale=scale
+        ),
         "diffusion": Diffusion(CLASSES, label_dropout=drop),
     }
 
@@ -98,8 +102,8 @@ def column(values: Tensor) -> Tensor:
 
 
 def test_flow_rows_lie_on_the_line_that_their_target_follows() -> None:
-    targets = run(FlowMatching(Rectified(), CLASSES), Linear())
-    images, _ = batch_of()
+    targets = run(FlowMatching(CLASSES, path=Rectified()), Linear())
+    images = batch_of().images
     torch.testing.assert_close(
         targets.x_t + column(1 - targets.t) * targets.velocity, images, rtol=1e-5, atol=1e-5
     )
@@ -108,7 +112,7 @@ def test_flow_rows_lie_on_the_line_that_their_target_follows() -> None:
 
 
 def test_continuous_times_are_not_on_the_grid_and_never_reach_the_end() -> None:
-    targets = run(FlowMatching(VariancePreserving(), CLASSES, times="continuous"), Linear())
+    targets = run(FlowMatching(CLASSES, path=VariancePreserving(), times="continuous"), Linear())
     assert (targets.t * 128 != (targets.t * 128).round()).all()
     assert targets.t.max() <= VariancePreserving.last_time
 
@@ -116,11 +120,11 @@ def test_continuous_times_are_not_on_the_grid_and_never_reach_the_end() -> None:
 def test_independent_noise_around_the_mean_is_not_the_noise_of_x0() -> None:
     """The reference adds sigma x0 again; in a linear path that is visible as x_t - mean being a
     multiple of x0."""
-    sigma, draws = 0.25, StepDraws(0, 3, np.arange(BATCH))
-    images, x0 = batch_of()[0], draws.normal("noise", slice(0, BATCH), SHAPE)
+    sigma, batch = 0.25, batch_of()
+    images, x0 = batch.images, batch.noise()
     for compat in (False, True):
         targets = run(
-            FlowMatching(IndependentCFM(sigma), CLASSES, times="continuous", compat=compat),
+            FlowMatching(CLASSES, path=IndependentCFM(sigma), times="continuous", compat=compat),
             Linear(),
         )
         extra = (targets.x_t - torch.lerp(x0, images, column(targets.t))) / sigma
@@ -134,7 +138,7 @@ def test_time_consistency_target_is_two_half_steps(kind: Callable[..., Objective
     """With v = a x + b t + c k: one step of the target from x_t, by 2d, ends where two steps d of
     the teacher do."""
     model = Linear(a=0.2, b=0.3, c=0.1)
-    targets = run(kind(CLASSES, 16, label_dropout=0.0), model)
+    targets = run(kind(CLASSES, time_rows=16, label_dropout=0.0), model)
     rows = slice(0, 16)
     x, t, k = targets.x_t[rows], targets.t[rows], targets.log2_steps[rows]
     d = 2.0 ** -(k + 1.0)
@@ -149,9 +153,11 @@ def test_time_consistency_target_is_two_half_steps(kind: Callable[..., Objective
 
 
 def test_clips_of_shortcut_models() -> None:
-    targets = run(ShortcutModels(CLASSES, 16), Linear(a=50.0))
+    targets = run(ShortcutModels(CLASSES, time_rows=16), Linear(a=50.0))
     assert targets.velocity[:16].abs().max() == 4
-    state = [call["x"] for call in run_calls(ShortcutModels(CLASSES, 16), Linear(a=50.0))][1]
+    state = [
+        call["x"] for call in run_calls(ShortcutModels(CLASSES, time_rows=16), Linear(a=50.0))
+    ][1]
     assert state.abs().max() == 4
 
 
@@ -164,7 +170,7 @@ def test_guided_shortcut_rows_follow_the_guidance_formula() -> None:
     """v = e y: the label's velocity is e y, the null one e*5; the second half of the time rows is
     guided at every k."""
     w, e = 2.5, 0.1
-    targets = run(Shortcut(CLASSES, 16, label_dropout=0.4, guidance_scale=w), Linear(e=e))
+    targets = run(Shortcut(CLASSES, time_rows=16, label_dropout=0.4, guidance_scale=w), Linear(e=e))
     y = targets.y[:16].float()
     expected = torch.cat([e * y[:8], e * CLASSES + w * (e * y[8:] - e * CLASSES)])
     torch.testing.assert_close(
@@ -177,54 +183,46 @@ def test_guided_second_step_is_taken_at_the_guided_point() -> None:
     """The reference evaluates the label's velocity of the second step on the unguided line
     instead."""
     w, model = 2.0, Linear(a=0.5, e=0.1)
-    x, t, k = (
-        torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1)),
-        torch.zeros(4),
-        torch.zeros(4, dtype=torch.int64),
-    )
+    x = torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(1))
+    t, k = torch.zeros(4), torch.zeros(4, dtype=torch.int64)
     y = torch.tensor([0, 1, 2, 5])
 
-    def guided(x: Tensor) -> Tensor:
+    def expected(x: Tensor) -> Tensor:
         null = torch.full_like(y, CLASSES)
         return model(x, t, k, null) + w * (model(x, t, k, y) - model(x, t, k, null))
 
-    torch.testing.assert_close(
-        guided_velocity(model, x, t, k, y, None, scale=w, null_label=CLASSES), guided(x)
-    )
-    targets = run(Shortcut(CLASSES, 8, label_dropout=0.0, guidance_scale=w), model)
+    torch.testing.assert_close(guided(model, w, CLASSES)(x, t, k, y), expected(x))
+    targets = run(Shortcut(CLASSES, time_rows=8, label_dropout=0.0, guidance_scale=w), model)
     rows = slice(4, 8)
     x, y, d = targets.x_t[rows], targets.y[rows], column(2.0 ** -(targets.log2_steps[rows] + 1.0))
-    first = guided(x)
+    first = expected(x)
     torch.testing.assert_close(
-        targets.velocity[rows], (first + guided(x + d * first)) / 2, rtol=1e-5, atol=1e-5
+        targets.velocity[rows], (first + expected(x + d * first)) / 2, rtol=1e-5, atol=1e-5
     )
 
 
 def test_guidance_of_chosen_rows_and_its_special_scales() -> None:
     model = Linear(e=1.0)
-    x, t, k, y = (
-        torch.zeros(4, *SHAPE),
-        torch.zeros(4),
-        torch.zeros(4, dtype=torch.int64),
-        torch.tensor([0, 1, 2, 3]),
-    )
+    x, t, k = torch.zeros(4, *SHAPE), torch.zeros(4), torch.zeros(4, dtype=torch.int64)
+    y = torch.tensor([0, 1, 2, 3])
 
-    def say(scale: float | None, rows: list[int] | None = None) -> list[float]:
+    def velocities(scale: float | None, rows: list[int] | None = None) -> list[float]:
         index = None if rows is None else torch.tensor(rows, dtype=torch.int64)
-        return guided_velocity(
-            model, x, t, k, y, [2, 4, 6, 8], scale=scale, null_label=CLASSES, rows=index
-        )[:, 0, 0, 0].tolist()
+        v = guided(model, scale, CLASSES, index)(x, t, k, y, depth=[2, 4, 6, 8])
+        return v[:, 0, 0, 0].tolist()
 
-    assert say(None) == say(1.0) == say(3.0, []) == [0, 1, 2, 3]
-    assert say(0.0) == [5, 5, 5, 5]
-    assert say(0.0, [1]) == [0, 5, 2, 3]
-    assert say(2.0, [3, 0]) == [-5, 1, 2, 1]
+    assert velocities(None) == velocities(1.0) == velocities(3.0, []) == [0, 1, 2, 3]
+    assert velocities(0.0) == [5, 5, 5, 5]
+    assert velocities(0.0, [1]) == [0, 5, 2, 3]
+    assert velocities(2.0, [3, 0]) == [-5, 1, 2, 1]
     assert model.calls[-1]["depth"] == [2, 4, 6, 8, 8, 2]
 
 
 def test_shortcut_models_guides_the_finest_step_size_only() -> None:
     w, e = 3.0, 0.1
-    targets = run(ShortcutModels(CLASSES, BATCH, label_dropout=0.0, guidance_scale=w), Linear(e=e))
+    targets = run(
+        ShortcutModels(CLASSES, time_rows=BATCH, label_dropout=0.0, guidance_scale=w), Linear(e=e)
+    )
     y, finest = targets.y.float(), targets.log2_steps == 6
     assert finest.any()
     assert not finest.all()
@@ -238,10 +236,8 @@ def test_live_reflow_integrates_the_live_network() -> None:
     """v = b t: eight Euler steps end at x0 + b * mean(0, 1/8, .. 7/8); the student is told index 0,
     its teacher 7."""
     live, ema = Linear(b=2.0), Linear()
-    objective = LiveReflow(CLASSES, 8, label_dropout=0.5)
-    targets = objective(
-        Networks(live=live, ema=ema), *batch_of(), StepDraws(0, 1, np.arange(BATCH)), 1
-    )
+    objective = LiveReflow(CLASSES, reflow_rows=8, label_dropout=0.5)
+    targets = objective(Networks(live=live, ema=ema), batch_of(1))
     torch.testing.assert_close(
         targets.velocity[:8], torch.full((8, *SHAPE), 2.0 * 7 / 16), rtol=1e-5, atol=1e-5
     )
@@ -253,7 +249,7 @@ def test_live_reflow_integrates_the_live_network() -> None:
 
 def test_live_reflow_without_labels_has_the_null_label_for_teacher_and_student() -> None:
     model = Linear(e=1.0)
-    targets = run(LiveReflow(CLASSES, 8, guidance_scale=0.0), model)
+    targets = run(LiveReflow(CLASSES, reflow_rows=8, guidance_scale=0.0), model)
     assert (targets.y[:8] == CLASSES).all()
     assert all((call["y"] == CLASSES).all() for call in model.calls)
 
@@ -274,13 +270,8 @@ def test_live_reflow_switches_dropout_off_and_on_again() -> None:
     )
     torch.nn.init.normal_(model.final_layer.out.weight)
     model.train()
-    objective = LiveReflow(CLASSES, 8)
-    found = [
-        objective(
-            Networks(live=model, ema=model), *batch_of(), StepDraws(0, 1, np.arange(BATCH)), 1
-        ).velocity
-        for _ in range(2)
-    ]
+    objective = LiveReflow(CLASSES, reflow_rows=8)
+    found = [objective(Networks(live=model, ema=model), batch_of(1)).velocity for _ in range(2)]
     assert torch.equal(*found)
     assert model.training
 
@@ -290,7 +281,9 @@ def test_progressive_stages_halve_the_steps_and_guide_the_first() -> None:
     for step in (0, 99, 100, 350, 699, 5000):
         model = Linear(e=0.1)
         targets = run(
-            Progressive(CLASSES, total, label_dropout=0.0, guidance_scale=2.0), model, step
+            Progressive(CLASSES, total_steps=total, label_dropout=0.0, guidance_scale=2.0),
+            model,
+            step,
         )
         k = int(targets.log2_steps[0])
         assert torch.equal(targets.t * 2**k, (targets.t * 2**k).floor())
@@ -310,16 +303,14 @@ def test_progressive_stages_halve_the_steps_and_guide_the_first() -> None:
 def test_consistency_targets_lead_to_the_predicted_data(name: str) -> None:
     """x_t + (1-t) target is the data that the EMA network predicts a step later; from an EMA that
     knows the data, the data."""
-    images, _ = batch_of()
+    images = batch_of().images
 
     def oracle(x: Tensor, t: Tensor, k: Tensor, y: Tensor, depth: None = None) -> Tensor:
         return (images - x) / column(1 - t).clamp_min(1e-6)
 
     networks = Networks(live=oracle, ema=oracle, teacher=oracle)
     for step in (0, 300, 699):
-        targets = objectives()[name](
-            networks, *batch_of(), StepDraws(0, step, np.arange(BATCH)), step
-        )
+        targets = objectives()[name](networks, batch_of(step))
         torch.testing.assert_close(
             targets.x_t + column(1 - targets.t) * targets.velocity, images, rtol=1e-3, atol=1e-3
         )
@@ -335,7 +326,7 @@ def test_consistency_targets_lead_to_the_predicted_data(name: str) -> None:
 
 def test_diffusion_target_is_the_noise_in_the_state() -> None:
     targets = run(Diffusion(CLASSES), Linear())
-    images, _ = batch_of()
+    images = batch_of().images
     path = VariancePreserving()
     expected = (
         column(path.mean(targets.t, None, torch.ones(BATCH))) * images
@@ -360,7 +351,7 @@ def test_null_label_is_trained_at_every_step_index(name: str) -> None:
 @every_objective
 def test_time_rows_and_flow_rows_have_images_of_their_own(name: str) -> None:
     """The reference repeats the first images; by default every image of the batch is used."""
-    _, labels = batch_of()
+    labels = batch_of().labels
     targets = run(objectives(drop=0.0)[name], Linear())
     assert torch.equal(targets.y, labels)
     assert len({row.numpy().tobytes() for row in targets.x_t}) == BATCH
@@ -377,14 +368,10 @@ def test_number_of_processes_changes_no_target(name: str, parts: int) -> None:
         sizes, scale = [4 // parts, 4 // parts, 24 // parts], 1.5
     model = Linear(a=0.2, b=0.1, c=0.05, e=0.1)
     networks = Networks(live=model, ema=model, teacher=model)
-    whole = objectives(8, scale=scale)[name](
-        networks, *batch_of(), StepDraws(1, 50, np.arange(BATCH)), 50
-    )
+    whole = objectives(8, scale=scale)[name](networks, batch_of(50, seed=1))
     for part in range(parts):
         rows = global_rows(sizes, part, parts)
-        found = objectives(8 // parts, scale=scale)[name](
-            networks, *batch_of(rows), StepDraws(1, 50, rows), 50
-        )
+        found = objectives(8 // parts, scale=scale)[name](networks, batch_of(50, 1, rows))
         for quantity in dataclasses.fields(Targets)[:5]:
             expected = getattr(whole, quantity.name)[torch.from_numpy(rows)]
             torch.testing.assert_close(
@@ -419,19 +406,17 @@ def test_targets_build_no_graph_and_length_consistency_wraps_them(name: str) -> 
     depths, rows = ema.config.depths, 8
     networks = Networks(live=live, ema=ema, teacher=teacher)
     objective = objectives(scale=1.5)[name]
-    draws = StepDraws(0, 3, np.arange(BATCH))
-    plain = objective(networks, *batch_of(), draws, 3)
-    targets = LengthConsistency(objective, depths, rows)(networks, *batch_of(), draws, 3)
+    batch = batch_of()
+    plain = objective(networks, batch)
+    targets = LengthConsistency(objective, depths, rows)(networks, batch)
     for quantity in (targets.x_t, targets.velocity, targets.t):
         assert not quantity.requires_grad
     assert torch.equal(targets.velocity[:-rows], plain.velocity[:-rows])
-    told = [
-        depths[i]
-        for i in draws.integers("teacher_depth", slice(BATCH - rows, BATCH), len(depths)).tolist()
-    ]
     last = slice(BATCH - rows, BATCH)
+    drawn = batch.draws.integers("teacher_depth", last, len(depths))
+    other = [depths[i] for i in drawn.tolist()]
     expected = ema(
-        targets.x_t[last], targets.t[last], targets.log2_steps[last], targets.y[last], depth=told
+        targets.x_t[last], targets.t[last], targets.log2_steps[last], targets.y[last], depth=other
     )
     torch.testing.assert_close(targets.velocity[last], expected.detach())
     assert targets.depth is not None
@@ -449,13 +434,14 @@ def test_targets_build_no_graph_and_length_consistency_wraps_them(name: str) -> 
 @pytest.mark.parametrize("teacher_depth", ["full", "student"])
 def test_teachers_run_at_full_depth_or_at_the_student_s(name: str, teacher_depth: str) -> None:
     depths, model = (2, 4, 6, 8), Linear(g=1.0)
-    drop, draws = 0.0, StepDraws(0, 3, np.arange(BATCH))
-    wrapped = LengthConsistency(objectives(drop=drop)[name], depths, 0, teacher_depth)
-    targets = wrapped(Networks(live=model, ema=model, teacher=model), *batch_of(), draws, 3)
+    wrapped = LengthConsistency(objectives(drop=0.0)[name], depths, 0, teacher_depth)
+    targets = wrapped(Networks(live=model, ema=model, teacher=model), batch_of())
     assert model.calls
     for call in model.calls:
         student = targets.depth[: len(call["x"])]
         assert call["depth"] == (student if teacher_depth == "student" else None)
     if name == "shortcut":
-        told = targets.velocity[:8, 0, 0, 0].tolist()
-        assert told == pytest.approx(targets.depth[:8] if teacher_depth == "student" else [8.0] * 8)
+        taught = targets.velocity[:8, 0, 0, 0].tolist()
+        assert taught == pytest.approx(
+            targets.depth[:8] if teacher_depth == "student" else [8.0] * 8
+        )

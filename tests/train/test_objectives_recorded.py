@@ -13,14 +13,13 @@ from torch import Tensor
 
 from odelt_fast.checkpoints.reference import rename_parameters
 from odelt_fast.model import DiT
-from odelt_fast.train.objectives.consistency import Consistency
-from odelt_fast.train.objectives.consistency_distillation import ConsistencyDistillation
+from odelt_fast.train.objectives.consistency import Consistency, ConsistencyDistillation
 from odelt_fast.train.objectives.flow_matching import FlowMatching
 from odelt_fast.train.objectives.live_reflow import LiveReflow
 from odelt_fast.train.objectives.progressive import Progressive
 from odelt_fast.train.objectives.shortcut import Shortcut
 from odelt_fast.train.objectives.shortcut_models import ShortcutModels
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from odelt_fast.train.paths import FlowMatchingPath, IndependentCFM, Rectified
 from tests.helpers.reference_cases import Case, load_case, relative_error, training_cases
 from tests.train.test_parity import RecordedDraws
@@ -81,7 +80,11 @@ def recorded_objective(case: Case, name: str) -> tuple[Objective, RecordedDraws,
         path = path or {"rfm": Rectified(), "naive": FlowMatchingPath(1e-5)}[kind]
         uniform = draw[1] / finest if kind == "naive" else draw[1]
         values = {"label_drop": (0, draw[0]), "time": (0, uniform), "noise": (0, draw[2])}
-        return FlowMatching(path, times=flags["t_sampling"], **common), RecordedDraws(values), batch
+        return (
+            FlowMatching(path=path, times=flags["t_sampling"], **common),
+            RecordedDraws(values),
+            batch,
+        )
     if kind in ("shortcut", "shortcut_cfg"):
         index, first_uniform, first_noise, dropped, uniform, noise = draw
         if scale is not None:  # each image is in two rows
@@ -177,7 +180,7 @@ def recorded_targets(path: Path, name: str) -> Targets:
     )
     objective, draws, rows = recorded_objective(case, name)
     images, labels = case.tensor("images")[:rows], case.tensor("labels").long()[:rows]
-    return objective(networks, images, labels, draws, flags["step"])
+    return objective(networks, StepBatch(images, labels, draws, flags["step"]))
 
 
 every_recorded_method = pytest.mark.parametrize(

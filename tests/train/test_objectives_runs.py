@@ -8,6 +8,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,42 +17,45 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
-from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.config import SAMPLING, TrainConfig
 from odelt_fast.train.draws import StepDraws
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.objectives.build import build_objective
-from odelt_fast.train.objectives.reflow import PairSource, Reflow, generate_pairs
-from odelt_fast.train.objectives.targets import Networks
+from odelt_fast.train.objectives.flow_matching import Reflow
+from odelt_fast.train.objectives.targets import Networks, StepBatch
 from odelt_fast.train.objectives.teacher import start_from
+from odelt_fast.train.pairs import PairSource, generate_pairs
 from tests.helpers.reference_cases import relative_error
+from tests.helpers.training import ALONE, SMALL, small_run
 
 
 @pytest.fixture(scope="module")
 def teacher() -> DiT:
     torch.manual_seed(0)
-    config = DiTConfig(
-        image_size=8,
-        channels=1,
-        hidden_size=16,
-        depth=4,
-        depth_min=2,
-        depth_group=2,
-        num_heads=2,
-        num_classes=10,
-        sampling="flow",
-    )
-    model = DiT(replace(config, step_conditioned=False))
+    model = DiT(replace(SMALL, sampling="flow", step_conditioned=False))
     torch.nn.init.normal_(model.final_layer.out.weight, std=0.1)
     return model.eval()
 
 
-def test_pairs_are_the_teacher_s_euler_solutions(teacher: DiT, tmp_path: Path) -> None:
-    folder = generate_pairs(
-        teacher, tmp_path / "pairs", 10, log2_steps=2, label_dropout=0.3, seed=4, batch_size=4
+def pairs(
+    teacher: DiT, folder: Path, count: int, state: Any = ALONE, **options: object
+) -> PairSource:
+    """Makes `count` pairs in `folder`. state: what accelerate says of the processes."""
+    config = TrainConfig(
+        model=SMALL,
+        objective="reflow",
+        pairs=folder,
+        num_pairs=count,
+        length_consistency_every=0,
+        **options,
     )
-    source = PairSource(folder)
+    return PairSource(generate_pairs(teacher, config, state))
+
+
+def test_pairs_are_the_teacher_s_euler_solutions(teacher: DiT, tmp_path: Path) -> None:
+    options = {"denoise_timesteps": 4, "label_dropout": 0.3, "seed": 4}
+    source = pairs(teacher, tmp_path / "pairs", 10, train_batch_size=4, **options)
     images, labels = source.read_many(np.arange(10))
     assert (len(source), source.channels, source.image_size, source.num_classes, images.shape) == (
         10,
@@ -66,15 +71,10 @@ def test_pairs_are_the_teacher_s_euler_solutions(teacher: DiT, tmp_path: Path) -
     assert relative_error(torch.from_numpy(images[:, 1:]), x) < 1e-5
     assert images[:, 0].std() == pytest.approx(1, abs=0.1)
     # pair i depends on the seed and i alone, not on the batches or the number of pairs
-    other = PairSource(
-        generate_pairs(
-            teacher, tmp_path / "other", 7, log2_steps=2, label_dropout=0.3, seed=4, batch_size=7
-        )
-    )
+    other = pairs(teacher, tmp_path / "other", 7, train_batch_size=7, **options)
     np.testing.assert_allclose(other.read_many(np.arange(7))[0], images[:7], rtol=1e-4, atol=1e-5)
-    targets = Reflow()(
-        Networks(teacher, teacher), torch.from_numpy(images), y, StepDraws(0, 0, np.arange(10)), 0
-    )
+    batch = StepBatch(torch.from_numpy(images), y, StepDraws(0, 0, np.arange(10)), 0)
+    targets = Reflow(10)(Networks(teacher, teacher), batch)
     torch.testing.assert_close(
         targets.x_t,
         torch.lerp(
@@ -94,9 +94,8 @@ def test_pairs_ask_a_teacher_for_the_step_index_that_it_knows(
     model = DiT(replace(teacher.config, sampling=sampling, step_conditioned=True))
     torch.nn.init.normal_(model.final_layer.out.weight)
     torch.nn.init.normal_(model.step_embed.linear_out.weight)
-    images, labels = PairSource(
-        generate_pairs(model, tmp_path / "pairs", 3, log2_steps=2)
-    ).read_many(np.arange(3))
+    source = pairs(model, tmp_path / "pairs", 3, denoise_timesteps=4)
+    images, labels = source.read_many(np.arange(3))
     x = torch.from_numpy(images[:, :1])
     with torch.no_grad():
         for i in range(4):
@@ -122,13 +121,12 @@ def test_unfinished_pairs_never_stand_under_the_name_of_the_folder(
     stub = DiT(teacher.config)
     stub.forward = dies  # the real network, interrupted in the second batch
     with pytest.raises(Interrupted):
-        generate_pairs(stub, tmp_path / "pairs", 8, log2_steps=2, batch_size=4)
+        pairs(stub, tmp_path / "pairs", 8, denoise_timesteps=4, train_batch_size=4)
     assert not (tmp_path / "pairs").exists()
-    folder = generate_pairs(teacher, tmp_path / "pairs", 8, log2_steps=2, batch_size=4)
-    assert len(PairSource(folder)) == 8
+    assert len(pairs(teacher, tmp_path / "pairs", 8, denoise_timesteps=4, train_batch_size=4)) == 8
     assert not (tmp_path / "pairs.partial").exists()
     with pytest.raises(ValueError, match="exists"):
-        generate_pairs(teacher, folder, 8)
+        pairs(teacher, tmp_path / "pairs", 8)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -137,35 +135,26 @@ def test_pairs_of_several_processes_are_those_of_one(
 ) -> None:
     """Threads stand for the processes: each makes every n-th batch, and the folder appears when all
     are finished."""
-    alone = PairSource(
-        generate_pairs(teacher, tmp_path / "alone", 11, log2_steps=1, seed=2, batch_size=2)
-    )
+    options = {"denoise_timesteps": 2, "seed": 2, "train_batch_size": 2}
+    alone = pairs(teacher, tmp_path / "alone", 11, **options)
     barrier = threading.Barrier(processes)
-    made: list[bool] = []
+    made: list[PairSource] = []
 
     def work(process: int) -> None:
-        folder, options = tmp_path / "together", {"log2_steps": 1, "seed": 2, "batch_size": 2}
-        generate_pairs(
-            teacher,
-            folder,
-            11,
-            **options,
-            process=process,
-            processes=processes,
-            wait_for_everyone=barrier.wait,
+        state = SimpleNamespace(
+            process_index=process, num_processes=processes, wait_for_everyone=barrier.wait
         )
-        made.append(folder.exists())
+        made.append(pairs(teacher, tmp_path / "together", 11, state, **options))
 
     threads = [threading.Thread(target=work, args=(process,)) for process in range(processes)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == [True] * processes
-    for a, b in zip(
-        alone.read_many(np.arange(11)), PairSource(tmp_path / "together").read_many(np.arange(11))
-    ):
-        assert np.array_equal(a, b)
+    assert len(made) == processes
+    for source in made:
+        for a, b in zip(alone.read_many(np.arange(11)), source.read_many(np.arange(11))):
+            assert np.array_equal(a, b)
 
 
 def damage_shape(folder: Path) -> None:
@@ -206,23 +195,12 @@ def damage_missing(folder: Path) -> None:
 def test_damaged_pairs_are_refused_in_one_line(
     teacher: DiT, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    folder = generate_pairs(teacher, tmp_path / "pairs", 4, log2_steps=1)
+    folder = tmp_path / "pairs"
+    pairs(teacher, folder, 4, denoise_timesteps=2)
     damage(folder)
     with pytest.raises(ValueError, match="pairs") as mistake:
         PairSource(folder)
     assert "\n" not in str(mistake.value)
-
-
-SMALL = DiTConfig(
-    image_size=8,
-    channels=1,
-    hidden_size=16,
-    depth=4,
-    depth_min=2,
-    depth_group=2,
-    num_heads=2,
-    num_classes=10,
-)
 
 
 @pytest.mark.parametrize("name", list(SAMPLING))
@@ -232,9 +210,19 @@ def test_every_objective_trains_and_says_how_it_is_sampled(
     start = save_model(teacher, tmp_path / "teacher")
     guided = name not in ("flow", "consistency", "diffusion")
     config = TrainConfig(
-        model=SMALL, objective=name, init_from=str(start), pairs=tmp_path / "pairs", num_pairs=24, denoise_timesteps=4, steps=4,
-        warmup_steps=0, train_batch_size=16, guidance_scale=1.5 if guided else None, teacher_depth="student", output_dir=tmp_path / "run",
-    )  # fmt: skip
+        model=SMALL,
+        objective=name,
+        init_from=str(start),
+        pairs=tmp_path / "pairs",
+        num_pairs=24,
+        denoise_timesteps=4,
+        steps=4,
+        warmup_steps=0,
+        train_batch_size=16,
+        guidance_scale=1.5 if guided else None,
+        teacher_depth="student",
+        output_dir=tmp_path / "run",
+    )
     trainer = Trainer(config)
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     for _ in range(4):
@@ -251,10 +239,14 @@ def test_progressive_teacher_is_replaced_at_the_end_of_a_stage_and_comes_back_on
     teacher: DiT, tmp_path: Path
 ) -> None:
     start = save_model(teacher, tmp_path / "teacher")
-    config = TrainConfig(
-        model=SMALL, objective="progressive", init_from=str(start), denoise_timesteps=4, steps=6, warmup_steps=0, train_batch_size=16,
-        output_dir=tmp_path / "run",
-    )  # fmt: skip
+    config = small_run(
+        tmp_path / "run",
+        objective="progressive",
+        init_from=str(start),
+        denoise_timesteps=4,
+        steps=6,
+        warmup_steps=0,
+    )
     first = Trainer(config)
     for _ in range(2):
         first.step()
@@ -289,9 +281,8 @@ def test_data_without_classes_train_the_null_label() -> None:
     )
     labels, images = torch.zeros(16, dtype=torch.int64), torch.zeros(16, 1, 8, 8)
     model = DiT(config.model_config())
-    targets = build_objective(config)(
-        Networks(model, model), images, labels, StepDraws(0, 0, np.arange(16)), 0
-    )
+    batch = StepBatch(images, labels, StepDraws(0, 0, np.arange(16)), 0)
+    targets = build_objective(config)(Networks(model, model), batch)
     assert (targets.y == 1).all()
 
 

@@ -16,7 +16,7 @@ from odelt_fast.train.ema import update_average
 from odelt_fast.train.length_consistency import LengthConsistency
 from odelt_fast.train.loop import build_optimizer, row_losses, zero_gradients
 from odelt_fast.train.objectives.shortcut import Shortcut
-from odelt_fast.train.objectives.targets import Networks, Objective, Targets
+from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from tests.helpers.reference_cases import Case, load_case, relative_error, training_cases
 
 
@@ -68,6 +68,11 @@ def shortcut_draws(case: Case, prefix: str) -> RecordedDraws:
     return RecordedDraws(values)
 
 
+def recorded_batch(case: Case, prefix: str, step: int) -> StepBatch:
+    images, labels = case.tensor("images"), case.tensor("labels").long()
+    return StepBatch(images, labels, shortcut_draws(case, prefix), step)
+
+
 def shortcut_objective(case: Case) -> Shortcut:
     flags = case.dictionary("shortcut/flags")
     return Shortcut(
@@ -91,14 +96,7 @@ def assert_targets(targets: Targets, case: Case, prefix: str) -> None:
 def test_recorded_shortcut_targets(path: Path) -> None:
     case = load_case(path)
     networks = Networks(live=case.model(), ema=case.model("params_ema"))
-    objective = shortcut_objective(case)
-    targets = objective(
-        networks,
-        case.tensor("images"),
-        case.tensor("labels").long(),
-        shortcut_draws(case, "shortcut"),
-        step=1,
-    )
+    targets = shortcut_objective(case)(networks, recorded_batch(case, "shortcut", 1))
     assert_targets(targets, case, "shortcut")
 
 
@@ -123,10 +121,7 @@ def updates(request: pytest.FixtureRequest) -> dict:
     steps = []
     for step in range(3):
         prefix = f"update/step{step}"
-        draws = shortcut_draws(case, prefix)
-        targets = objective(
-            Networks(live, ema), case.tensor("images"), case.tensor("labels").long(), draws, step
-        )
+        targets = objective(Networks(live, ema), recorded_batch(case, prefix, step))
         losses = row_losses(live, targets)
         losses.mean().backward()
         gradient = {name: p.grad.clone() for name, p in live.named_parameters()}

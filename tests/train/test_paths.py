@@ -54,6 +54,13 @@ def condition(batch: int = 6, shape: tuple[int, ...] = (2, 3, 3)) -> tuple[Tenso
     return tuple(torch.from_numpy(np.random.default_rng(5).standard_normal((3, batch, *shape))))
 
 
+def equation_4(path: Path, t: Tensor, x: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    """u_t(x|z) = (x - mu) sigma'/sigma + mu'; mu' where the path is the point mu."""
+    std = path.std(t)
+    ratio = torch.where(std > 0, path.std_derivative(t) / std.where(std > 0, 1), 0)
+    return (x - path.mean(t, x0, x1)) * as_rows(ratio, x1) + path.mean_derivative(t, x0, x1)
+
+
 def times(path: Path, count: int = 6) -> Tensor:
     return torch.linspace(0, path.last_time, count, dtype=torch.float64)
 
@@ -80,9 +87,8 @@ def test_equation_4_transports_a_sample_of_the_start_to_its_quantile_at_the_end(
     )  # the field is singular where sigma -> 0
 
     def field(t: float, x: np.ndarray) -> np.ndarray:
-        return path.field(
-            torch.tensor([t], dtype=torch.float64), torch.from_numpy(x)[None], x0, x1
-        )[0].numpy()
+        time = torch.tensor([t], dtype=torch.float64)
+        return equation_4(path, time, torch.from_numpy(x)[None], x0, x1)[0].numpy()
 
     start, end = (
         path.sample(torch.tensor([t], dtype=torch.float64), x0, x1, noise)[0].numpy()
@@ -100,21 +106,8 @@ def test_velocity_of_a_sample_is_equation_4_there(path: Path) -> None:
     x = path.sample(t, x0, x1, noise)
     inside = path.std(t) > 0
     expected = path.velocity(t, x0, x1, noise)
-    torch.testing.assert_close(
-        path.field(t, x, x0, x1)[inside], expected[inside], rtol=1e-8, atol=1e-8
-    )
-
-
-@every_path
-def test_field_is_the_mean_s_velocity_where_the_path_is_a_point(path: Path) -> None:
-    x0, x1, _ = condition()
-    t = torch.ones(6, dtype=torch.float64)
-    if path.std(t)[0] == 0:
-        assert torch.equal(
-            path.field(t, path.mean(t, x0, x1), x0, x1), path.mean_derivative(t, x0, x1)
-        )
-    else:
-        assert torch.isfinite(path.field(t, x1, x0, x1)).all()
+    found = equation_4(path, t, x, x0, x1)
+    torch.testing.assert_close(found[inside], expected[inside], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +147,7 @@ def test_everything_is_finite_on_the_closed_interval(
     x0, x1, noise = (tensor.to(dtype) for tensor in condition(6, shape))
     t = torch.tensor([0, 1e-7, 0.3, 0.9999, 1 - 2**-24, 1], dtype=dtype)
     x = path.sample(t, x0, x1, noise)
-    for found in (x, path.velocity(t, x0, x1, noise), path.field(t, x, x0, x1)):
+    for found in (x, path.velocity(t, x0, x1, noise)):
         assert found.shape == x1.shape
         assert found.dtype == dtype
         assert torch.isfinite(found).all()

@@ -16,16 +16,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     "script",
     [
-        "kill_training.py --kills 2 --seed 1",
-        "compare_processes.py --steps 4 --objectives live-reflow",
-        "poison_training.py --injected 10 --processes 2",
+        "kill_training --kills 2 --seed 1",
+        "compare_processes --steps 4 --objectives live-reflow",
+        "poison_training --injected 10 --processes 2",
     ],
 )
 def test_script(script: str) -> None:
     """They fork: each has a process of its own."""
     name, *options = script.split()
-    command = [sys.executable, REPOSITORY / "tests" / name, *options]
-    done = subprocess.run(
-        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", f"tests.stress.{name}", *options]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

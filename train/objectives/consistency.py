@@ -1,5 +1,5 @@
-"""Consistency training: what the network says at t leads to the same data as what its EMA says a
-step later on the same line."""
+"""Consistency training and distillation: what the network says at t leads to the same data as what
+its EMA says a step later on the same line."""
 
 from __future__ import annotations
 
@@ -8,48 +8,80 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws, to_device
-from odelt_fast.train.objectives.targets import Networks, Targets, dropped_labels, grid_times
-from odelt_fast.train.paths import FlowMatchingPath
+from odelt_fast.train.objectives.targets import (
+    SHORTCUT_MODELS_PATH,
+    Method,
+    Networks,
+    StepBatch,
+    Targets,
+    grid_times,
+)
+from odelt_fast.train.paths import as_rows
 
 
-@dataclass(frozen=True)
-class Consistency:
+@dataclass(frozen=True, kw_only=True)
+class Consistency(Method):
     """Consistency training (Song et al. 2023) in the velocity form of shortcut-models.
 
     The run has log2 T equal stages; in stage k the step is d = 2^-k, t = floor(2^k u)/2^k. x_t and
     x_{t+d} share data and noise; the EMA network predicts the data x1' = x_{t+d} + (1-t-d)
     v(x_{t+d}, t+d) and the target is (x1' - x_t)/(1-t). Sampled by predicting the data and adding
     noise again.
+
+    compat: no labels are dropped.
     """
 
-    num_classes: int
     total_steps: int
-    log2_steps: int = 7
-    label_dropout: float = 0.1
-    compat: bool = False  # the reference: no labels are dropped
 
     @torch.no_grad()
-    def __call__(
-        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
-    ) -> Targets:
-        batch, device = len(images), images.device
-        every = slice(0, batch)
-        k = min(step * self.log2_steps // self.total_steps, self.log2_steps)
-        y = (
-            labels
-            if self.compat
-            else dropped_labels(labels, draws, every, self.label_dropout, self.num_classes)
-        )
-        t = grid_times(to_device(draws.uniform("time", every), device), 2**k)
-        later = t + 0.5**k
-        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
-        path = FlowMatchingPath(1e-5)
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        k = min(batch.step * self.log2_steps // self.total_steps, self.log2_steps)
+        y = batch.labels if self.compat else self.dropped(batch)
+        t, noise = grid_times(batch.uniform(), 2**k), batch.noise()
         x_t, x_later = (
-            path.sample(t, noise, images, noise),
-            path.sample(later, noise, images, noise),
+            SHORTCUT_MODELS_PATH.sample(time, noise, batch.images) for time in (t, t + 0.5**k)
         )
-        index = torch.full((batch,), k, device=device)
-        velocity = networks.ema(x_later, later, index, y, depth=networks.depth(every))
-        data = x_later + (1 - later)[:, None, None, None] * velocity
-        return Targets(x_t, t, index, y, (data - x_t) / (1 - t)[:, None, None, None])
+        return _targets(networks, x_t, t, x_later, t + 0.5**k, batch.full(k), y)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyDistillation(Method):
+    """Consistency distillation (Song et al. 2023) in the velocity form of shortcut-models.
+
+    t = floor(T u)/T, d = 1/T. The teacher, guided if asked for, takes x_t to x_{t+d} by an Euler
+    step, clipped to +-clip; the rest is as in consistency training. Step index log2 T everywhere.
+
+    compat: no labels are dropped.
+    """
+
+    clip: float = 4.0
+
+    @torch.no_grad()
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        assert networks.teacher is not None
+        d = 0.5**self.log2_steps
+        y = batch.labels if self.compat else self.dropped(batch)
+        t, noise = grid_times(batch.uniform(), 2**self.log2_steps), batch.noise()
+        x_t, index = (
+            SHORTCUT_MODELS_PATH.sample(t, noise, batch.images),
+            batch.full(self.log2_steps),
+        )
+        teacher = self.guided(networks.teacher)
+        x_later = x_t + d * teacher(x_t, t, index, y, depth=networks.depth(batch.rows))
+        x_later = x_later.clamp(-self.clip, self.clip)
+        return _targets(networks, x_t, t, x_later, t + d, index, y)
+
+
+def _targets(
+    networks: Networks,
+    x_t: Tensor,
+    t: Tensor,
+    x_later: Tensor,
+    later: Tensor,
+    index: Tensor,
+    y: Tensor,
+) -> Targets:
+    """The velocity from x_t to the data that the EMA network predicts at x_later."""
+    velocity = networks.ema(x_later, later, index, y, depth=networks.depth(slice(0, len(t))))
+    data = x_later + as_rows(1 - later, x_t) * velocity
+    return Targets(x_t, t, index, y, (data - x_t) / as_rows(1 - t, x_t))

@@ -1,26 +1,27 @@
-"""Shortcut models: flow matching whose first rows learn two half steps in one (time
-consistency)."""
+"""Shortcut models: flow matching whose first rows learn two half steps in one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from odelt_fast.train.draws import Draws, to_device
+from odelt_fast.train.draws import to_device
 from odelt_fast.train.objectives.targets import (
+    Method,
     Model,
     Networks,
+    StepBatch,
     Targets,
-    dropped_labels,
     grid_times,
-    guided_velocity,
+    two_half_steps,
 )
+from odelt_fast.train.paths import as_rows
 
 
-@dataclass(frozen=True)
-class Shortcut:
+@dataclass(frozen=True, kw_only=True)
+class Shortcut(Method):
     """Time-wise shortcuts (Frans et al. 2025) as the ODE_t(ODE_l) reference trains them (its
     targets_shortcut.py).
 
@@ -29,17 +30,13 @@ class Shortcut:
     mean of the EMA network's velocities (step index k+1) at t and, after an Euler step d, at t + d;
     the student's step index is k. With a guidance scale, the second half of the time-consistency
     rows learns guided velocities at every k, the first half those of the labels.
+
+    compat: flow rows start again at the first image, time-consistency rows keep their labels;
+    guided rows repeat the unguided ones' images, times and noise, and their second step mixes the
+    label's velocity on the unguided line with the null one on their own.
     """
 
-    num_classes: int
     time_rows: int
-    log2_steps: int = 7  # log2 T of the finest step size
-    label_dropout: float = 0.1
-    guidance_scale: float | None = None
-    # The reference: flow rows start again at the first image, time-consistency rows keep their
-    # labels; guided rows repeat the unguided ones' images, times and noise, and their second step
-    # mixes the label's velocity on the unguided line with the null one on their own.
-    compat: bool = False
 
     def __post_init__(self) -> None:
         if self.guidance_scale is not None and self.time_rows % 2:
@@ -48,69 +45,42 @@ class Shortcut:
             )
 
     @torch.no_grad()
-    def __call__(
-        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
-    ) -> Targets:
-        n, batch, device = self.time_rows, len(images), images.device
-        every, time, flow = slice(0, batch), slice(0, n), slice(n, batch)
-        index = torch.full((batch,), self.log2_steps, device=device)
-        index[time] = to_device(draws.integers("step_index", time, self.log2_steps), device)
-        uniform = to_device(draws.uniform("time", every), device)
-        noise = to_device(draws.normal("noise", every, images.shape[1:]), device)
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        n, device = self.time_rows, batch.images.device
+        time = slice(0, n)
+        index, uniform, noise = batch.full(self.log2_steps), batch.uniform(), batch.noise()
+        index[time] = to_device(batch.draws.integers("step_index", time, self.log2_steps), device)
+        images, labels = batch.images, batch.labels
         if self.compat:
-            rows = torch.arange(batch, device=device)
+            rows = torch.arange(len(batch), device=device)
             if self.guidance_scale is not None:
                 rows[n // 2 : n] = rows[: n // 2]
             index, uniform, noise = index[rows], uniform[rows], noise[rows]
-            rows[flow] = torch.arange(batch - n, device=device)
-            images, labels = images[rows], labels[rows]
-        y = dropped_labels(
-            labels, draws, flow if self.compat else every, self.label_dropout, self.num_classes
-        )
+            rows[n:] = torch.arange(len(batch) - n, device=device)
+            batch = replace(batch, images=images[rows], labels=labels[rows])
+        y = self.dropped(batch, n if self.compat else 0)
 
-        sections = torch.exp2(index.float())  # T in flow rows, 2^k in time rows
-        t = grid_times(uniform, sections)
-        velocity = images - noise
-        x_t = torch.lerp(noise, images, t[:, None, None, None])
+        t = grid_times(uniform, torch.exp2(index.float()))  # of T in flow rows, 2^k in time rows
+        velocity = batch.images - noise
+        x_t = torch.lerp(noise, batch.images, as_rows(t, noise))
         if n:
-            d = 0.5 / sections[time]
             finer = (index[time] + 1, y[time], networks.depth(time))
-            first = self._teach(networks.ema, x_t[time], t[time], *finer)
-            second = self._teach(
-                networks.ema, x_t[time] + d[:, None, None, None] * first, t[time] + d, *finer
-            )
-            velocity = torch.cat([(first + second) / 2, velocity[flow]])
+            teacher = self._teacher(networks.ema)
+            taught = two_half_steps(teacher, x_t[time], t[time], *finer)
+            velocity = torch.cat([taught, velocity[n:]])
         return Targets(x_t, t, index, y, velocity)
 
-    def _teach(
-        self,
-        teacher: Model,
-        x: Tensor,
-        t: Tensor,
-        index: Tensor,
-        y: Tensor,
-        depth: list[int] | None,
-    ) -> Tensor:
-        """The teacher's velocities, guided in the second half of the rows."""
-        scale, half = self.guidance_scale, len(x) // 2
-        if not self.compat or scale is None:
-            guided = torch.arange(half, len(x))
-            return guided_velocity(
-                teacher,
-                x,
-                t,
-                index,
-                y,
-                depth,
-                scale=scale,
-                null_label=self.num_classes,
-                rows=guided,
-            )
-        v = teacher(
-            x,
-            t,
-            index,
-            torch.cat([y[:half], torch.full_like(y[half:], self.num_classes)]),
-            depth=depth,
-        )
-        return torch.cat([v[:half], v[half:] + scale * (v[:half] - v[half:])])
+    def _teacher(self, ema: Model) -> Model:
+        """The EMA network, guided in the second half of the rows."""
+        scale, half = self.guidance_scale, self.time_rows // 2
+        if scale is None or not self.compat:
+            return self.guided(ema, torch.arange(half, self.time_rows))
+
+        def mixed(
+            x: Tensor, t: Tensor, index: Tensor, y: Tensor, depth: list[int] | None
+        ) -> Tensor:
+            y = torch.cat([y[:half], torch.full_like(y[half:], self.num_classes)])
+            v = ema(x, t, index, y, depth=depth)
+            return torch.cat([v[:half], v[half:] + scale * (v[:half] - v[half:])])
+
+        return mixed

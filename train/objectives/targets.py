@@ -1,33 +1,33 @@
-"""What every objective takes and gives, and the few computations that several share."""
+"""What every objective takes and gives, and the computations that several share."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from odelt_fast.train.draws import Draws, to_device
+from odelt_fast.train.paths import FlowMatchingPath, as_rows
 
 Model = Callable[..., Tensor]  # (x, t, log2_steps, y, depth=None) -> velocity, as DiT
+SHORTCUT_MODELS_PATH = FlowMatchingPath(1e-5)  # of all methods of shortcut-models
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The networks of a step: live (being trained), its EMA, and a frozen teacher where the method
-    has one."""
+    """The networks of a step: live (being trained), its EMA, a frozen teacher where there is one.
+
+    depths: of the student, per row, where teachers run at the student's depth (Algorithm 1); None:
+    teachers run all blocks.
+    """
 
     live: Model
     ema: Model
     teacher: Model | None = None
-    depths: list[int] | None = (
-        # of the student, per row, where teachers run at the student's depth (Algorithm 1); None:
-        # full depth
-        None
-    )
+    depths: list[int] | None = None
 
     def depth(self, rows: slice) -> list[int] | None:
         """Depth at which a teacher runs for these rows of the batch; None is all blocks."""
@@ -35,30 +35,92 @@ class Networks:
 
 
 @dataclass(frozen=True)
+class StepBatch:
+    """The rows of a step: images (B, C, H, W) in [-1, 1], labels (B,) int64, and their draws."""
+
+    images: Tensor
+    labels: Tensor
+    draws: Draws
+    step: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def rows(self) -> slice:
+        """All rows."""
+        return slice(0, len(self))
+
+    def uniform(self) -> Tensor:
+        """Uniform numbers in [0, 1) for the times, (B,)."""
+        return to_device(self.draws.uniform("time", self.rows), self.images.device)
+
+    def noise(self, name: str = "noise") -> Tensor:
+        """Standard normal numbers of the images' shape."""
+        drawn = self.draws.normal(name, self.rows, self.images.shape[1:])
+        return to_device(drawn, self.images.device)
+
+    def full(self, value: int) -> Tensor:
+        """`value` in every row, (B,) int64."""
+        return torch.full((len(self),), value, device=self.images.device)
+
+    def starting_again(self, first: int) -> StepBatch:
+        """The batch whose rows from `first` on show the first images again, as the reference's."""
+        images, labels = (
+            torch.cat([values[:first], values[: len(self) - first]])
+            for values in (self.images, self.labels)
+        )
+        return replace(self, images=images, labels=labels)
+
+
+@dataclass(frozen=True)
 class Targets:
-    """A batch to regress on: v(x_t, t, log2_steps, y, depth) should be `velocity`. Rows stand in
-    the order of TrainConfig.row_sizes."""
+    """A batch to regress on: v(x_t, t, log2_steps, y, depth) should be `velocity`.
+
+    Rows stand in the order of TrainConfig.row_sizes.
+    """
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
     log2_steps: Tensor  # (B,) int64
     y: Tensor  # (B,) int64, the null label where dropped
-    velocity: (
-        Tensor  # (B, C, H, W), what the network is to say (the noise, for the diffusion baseline)
-    )
-    depth: list[int] | None = (
-        # per row, on the host, where the schedule of shrinking prefixes is made; None: all blocks
-        None
-    )
+    velocity: Tensor  # (B, C, H, W); for the diffusion baseline, the noise
+    # Per row, on the host, where the schedule of shrinking prefixes is made; None: all blocks.
+    depth: list[int] | None = None
 
 
-class Objective(Protocol):
-    """A training method: images (B, C, H, W) in [-1, 1], labels (B,) and draws in, targets out.
-    Never builds a graph."""
+Objective = Callable[[Networks, StepBatch], Targets]  # a training method; builds no graph
 
-    def __call__(
-        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
-    ) -> Targets: ...
+
+@dataclass(frozen=True)
+class Method:
+    """Options that methods share, and what follows from them.
+
+    Attributes:
+        num_classes: of the model; also its null label.
+        log2_steps: log2 T, of the finest step size.
+        label_dropout: probability that a row's label becomes the null label.
+        guidance_scale: w of the velocities that teach; None: labels only.
+        compat: repeat the shortcuts of the reference, which each method lists.
+    """
+
+    num_classes: int
+    log2_steps: int = 7
+    label_dropout: float = 0.1
+    guidance_scale: float | None = None
+    compat: bool = False
+
+    def dropped(self, batch: StepBatch, first: int = 0) -> Tensor:
+        """The labels (B,), with the null label where a row from `first` on draws it."""
+        rows = slice(first, len(batch))
+        drawn = batch.draws.bernoulli("label_drop", rows, self.label_dropout)
+        drop = to_device(drawn, batch.labels.device)
+        labels = torch.where(drop, self.num_classes, batch.labels[rows])
+        return torch.cat([batch.labels[:first], labels])
+
+    def guided(self, model: Model, rows: Tensor | None = None) -> Model:
+        """The model with this method's guidance; see `guided`."""
+        return guided(model, self.guidance_scale, self.num_classes, rows)
 
 
 @dataclass(frozen=True)
@@ -69,72 +131,85 @@ class WithoutLabels:
     objective: Objective
     null_label: int
 
-    def __call__(
-        self, networks: Networks, images: Tensor, labels: Tensor, draws: Draws, step: int
-    ) -> Targets:
-        return self.objective(
-            networks, images, torch.full_like(labels, self.null_label), draws, step
-        )
+    def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
+        return self.objective(networks, replace(batch, labels=batch.full(self.null_label)))
 
 
 def grid_times(uniform: Tensor, sections: int | Tensor) -> Tensor:
     """Uniform numbers in [0, 1) -> the times 0, 1/sections, .. 1 - 1/sections, equally likely.
-    sections: a power of 2, or (B,) of them."""
+
+    sections: a power of 2, or (B,) of them.
+    """
     return torch.floor(uniform * sections) / sections
 
 
-def dropped_labels(
-    labels: Tensor, draws: Draws, rows: slice, probability: float, null_label: int
-) -> Tensor:
-    """The labels (B,) with the null label in those of the rows `rows` for which the draw
-    "label_drop" says so."""
-    drop = to_device(draws.bernoulli("label_drop", rows, probability), labels.device)
-    return torch.cat(
-        [labels[: rows.start], torch.where(drop, null_label, labels[rows]), labels[rows.stop :]]
-    )
+def guided(model: Model, scale: float | None, null_label: int, rows: Tensor | None = None) -> Model:
+    """A model whose velocities are v_null + scale (v_label - v_null), from one call of `model`.
+
+    Args:
+        scale: None or 1: labels only; 0: null label only.
+        rows: indices, on the host, of the rows to guide (None: all); the others get v_label. A row
+            that has the null label gets v_null whatever the scale.
+    """
+    if scale is None or scale == 1 or (rows is not None and not len(rows)):
+        return model
+
+    def velocities(
+        x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: list[int] | None = None
+    ) -> Tensor:
+        chosen = torch.arange(len(x)) if rows is None else rows
+        picked = to_device(chosen, x.device)
+        null = torch.full_like(y[picked], null_label)
+        if scale == 0:
+            return model(x, t, log2_steps, y.index_copy(0, picked, null), depth=depth)
+        depths = None if depth is None else depth + [depth[row] for row in chosen.tolist()]
+        inputs = [torch.cat([value, value[picked]]) for value in (x, t, log2_steps)]
+        both = model(*inputs, torch.cat([y, null]), depth=depths)
+        with_label, without = both[: len(x)], both[len(x) :]
+        return with_label.index_copy(0, picked, torch.lerp(without, with_label[picked], scale))
+
+    return velocities
 
 
-def guided_velocity(
-    model: Model,
+def two_half_steps(
+    teacher: Model,
     x: Tensor,
     t: Tensor,
-    log2_steps: Tensor,
+    index: Tensor,
     y: Tensor,
     depth: list[int] | None,
-    *,
-    scale: float | None,
-    null_label: int,
-    rows: Tensor | None = None,
+    clip: float | None = None,
 ) -> Tensor:
-    """v_null + scale (v_label - v_null) at (x, t), in one call of the model. scale None or 1:
-    labels only; 0: null label only.
+    """The velocity of one step from t that ends where two Euler steps of the teacher do.
 
-    x (n, C, H, W); t, log2_steps, y (n,); depth: n numbers or None. rows: indices, on the host, of
-    the rows to guide (None: all); the others get v_label. A row that has the null label gets v_null
-    whatever the scale.
+    Each of the two is d = 2^-index long; the state between them is clipped to +-clip.
     """
-    chosen = torch.arange(len(x)) if rows is None else rows
-    if scale is None or scale == 1 or not len(chosen):
-        return model(x, t, log2_steps, y, depth=depth)
-    picked = to_device(chosen, x.device)
-    null = torch.full_like(y[picked], null_label)
-    if scale == 0:
-        return model(x, t, log2_steps, y.index_copy(0, picked, null), depth=depth)
-    depths = None if depth is None else depth + [depth[row] for row in chosen.tolist()]
-    inputs = [torch.cat([value, value[picked]]) for value in (x, t, log2_steps)]
-    both = model(*inputs, torch.cat([y, null]), depth=depths)
-    with_label, without = both[: len(x)], both[len(x) :]
-    return with_label.index_copy(0, picked, torch.lerp(without, with_label[picked], scale))
+    d = 1 / torch.exp2(index.float())
+    first = teacher(x, t, index, y, depth=depth)
+    middle = x + as_rows(d, x) * first
+    if clip is not None:
+        middle = middle.clamp(-clip, clip)
+    return (first + teacher(middle, t + d, index, y, depth=depth)) / 2
+
+
+def euler(
+    teacher: Model, x: Tensor, index: Tensor, y: Tensor, depth: list[int] | None, steps: int
+) -> Tensor:
+    """The teacher's data from noise x, by Euler's method in `steps` steps."""
+    for i in range(steps):
+        t = torch.full((len(x),), i / steps, device=x.device)
+        x = x + teacher(x, t, index, y, depth=depth) / steps
+    return x
 
 
 @contextlib.contextmanager
 def without_dropout(model: Model) -> Iterator[Model]:
     """The model as a teacher: a network in training mode is in evaluation mode inside."""
-    if not isinstance(model, nn.Module) or not model.training:
-        yield model
-        return
-    model.eval()
+    training = isinstance(model, nn.Module) and model.training
+    if training:
+        model.eval()
     try:
         yield model
     finally:
-        model.train()
+        if training:
+            model.train()

@@ -3,68 +3,64 @@ of Reflow's pairs."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from odelt_fast.checkpoints.folder import load_model
-from odelt_fast.images import ImageSource
+from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DISTILLATIONS, TrainConfig
+from odelt_fast.train.pairs import PairSource, generate_pairs
 
 if TYPE_CHECKING:
     from accelerate.state import AcceleratorState
 
 
+def check_same(what: str, has: Any, wanted: DiTConfig, *names: str) -> None:
+    """ValueError naming the first of these attributes that the run's model has otherwise."""
+    for name in names:
+        if getattr(has, name) != getattr(wanted, name):
+            option = "mlp_ratio" if name == "mlp_size" else name
+            raise ValueError(
+                f"{what} {name} {getattr(has, name)}, this run's model {getattr(wanted, name)}: set"
+                f" --model.{option.replace('_', '-')} {getattr(has, option)}"
+            )
+
+
 def start_from(model: DiT, source: DiT) -> str | None:
-    """Copies the weights of `source` into `model`; returns a remark if there is something to say
-    about it.
+    """Copies the weights of `source` into `model`.
 
     The shapes and num_heads must agree; how the network is run (depth_min, depth_group, sampling,
     step_conditioned, dropout) may differ. Weights of a conventional DiT have no length table: it
-    starts at zero. Raises ValueError otherwise.
+    starts at zero.
+
+    Returns:
+        A remark, if there is something to say about it.
+
+    Raises:
+        ValueError: the networks do not fit.
     """
-    for name in (
-        "channels",
-        "patch_size",
-        "hidden_size",
-        "depth",
-        "num_heads",
-        "mlp_size",
-        "num_classes",
-    ):
-        has, wants = getattr(source.config, name), getattr(model.config, name)
-        if has != wants:
-            option = "mlp-ratio" if name == "mlp_size" else name.replace("_", "-")
-            raise ValueError(
-                f"the model of init_from has {name} {has}, this run's {wants}: change"
-                f" --model.{option}"
-            )
-    if source.config.length_conditioned and not model.config.length_conditioned:
+    names = ("channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_size")
+    has, wanted = source.config, model.config
+    check_same("the model of init_from has", has, wanted, *names, "num_classes")
+    if has.length_conditioned and not wanted.length_conditioned:
         raise ValueError("the model of init_from has an inner ODE: set --model.length-conditioned")
-    model.load_state_dict(
-        source.state_dict(),
-        strict=source.config.length_conditioned or not model.config.length_conditioned,
+    conventional = wanted.length_conditioned and not has.length_conditioned
+    model.load_state_dict(source.state_dict(), strict=not conventional)
+    if not conventional:
+        return None
+    torch.nn.init.zeros_(model.length_embed.weight)
+    return (
+        "init_from is a conventional DiT: its blocks become the steps of the inner ODE, whose"
+        " length table starts at zero"
     )
-    if model.config.length_conditioned and not source.config.length_conditioned:
-        torch.nn.init.zeros_(model.length_embed.weight)
-        return (
-            "init_from is a conventional DiT: its blocks become the steps of the inner ODE, whose"
-            " length table starts at zero"
-        )
-    return None
 
 
 def check_teacher(source: DiT, config: TrainConfig) -> None:
     """ValueError if the model that `init_from` names cannot teach what `config` trains."""
     wanted, has = config.model_config(), source.config
-    for name in ("channels", "image_size", "num_classes"):
-        if getattr(has, name) != getattr(wanted, name):
-            problem = (
-                f"the teacher has {name} {getattr(has, name)}, this run's model"
-                f" {getattr(wanted, name)}"
-            )
-            raise ValueError(f"{problem}: change --model.{name.replace('_', '-')}")
+    check_same("the teacher has", has, wanted, "channels", "image_size", "num_classes")
     if has.sampling not in ("flow", "shortcut", "live_reflow"):
         raise ValueError(
             f"the teacher is sampled as {has.sampling!r}: objective {config.objective} needs one of"
@@ -89,26 +85,24 @@ def check_teacher(source: DiT, config: TrainConfig) -> None:
 
 
 def load_start(config: TrainConfig, model: DiT) -> tuple[DiT | None, str | None]:
-    """Loads `init_from` into the model. Returns the frozen teacher, for the objectives that have
-    one, and a remark to print, if any."""
+    """Loads `init_from` into the model.
+
+    Returns:
+        The frozen teacher, for the objectives that have one; a remark to print, if any.
+    """
     if config.init_from is None:
         return None, None
     source = load_model(config.init_from)
     if config.objective in DISTILLATIONS:
         check_teacher(source, config)
     remark = start_from(model, source)
-    return (
-        source.requires_grad_(False)
-        if config.objective in ("progressive", "consistency-distillation")
-        else None
-    ), remark
+    teaches = config.objective in ("progressive", "consistency-distillation")
+    return source.requires_grad_(False) if teaches else None, remark
 
 
-def open_pairs(config: TrainConfig, state: AcceleratorState) -> ImageSource:
+def open_pairs(config: TrainConfig, state: AcceleratorState) -> PairSource:
     """The pairs of a Reflow run. All processes make them, with the model of init_from, if the
     folder is not there."""
-    from odelt_fast.train.objectives.reflow import PairSource, generate_pairs
-
     assert config.pairs is not None
     if not config.pairs.exists():
         if config.init_from is None:
@@ -118,17 +112,5 @@ def open_pairs(config: TrainConfig, state: AcceleratorState) -> ImageSource:
             )
         teacher = load_model(config.init_from, device=state.device)
         check_teacher(teacher, config)
-        generate_pairs(
-            teacher,
-            config.pairs,
-            config.num_pairs,
-            log2_steps=config.log2_steps,
-            guidance_scale=config.guidance_scale,
-            label_dropout=config.label_dropout,
-            seed=config.seed,
-            batch_size=config.train_batch_size,
-            process=state.process_index,
-            processes=state.num_processes,
-            wait_for_everyone=state.wait_for_everyone,
-        )
+        generate_pairs(teacher, config, state)
     return PairSource(config.pairs)
