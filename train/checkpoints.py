@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from odelt_fast.files import flush
+from odelt_fast.files import flush, one_line
 
 # A folder being written, one that a newer one of the same number replaces, one that is being
 # deleted.
@@ -21,12 +21,17 @@ STATE_NAME = "state.json"  # written last: its absence marks a folder that is no
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoint-N folders of a run, oldest first."""
-    found = [
+    paths = [
         path
         for path in output_dir.glob("checkpoint-*")
         if re.fullmatch(r"checkpoint-\d+", path.name) and (path / STATE_NAME).is_file()
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(paths, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of checkpoint-N."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def recover(output_dir: Path) -> None:
@@ -48,19 +53,33 @@ def unfinished(folder: Path) -> Path:
     return folder.with_name(folder.name + _WRITING)
 
 
-def start_writing(folder: Path) -> None:
-    """Makes `unfinished(folder)`, empty."""
-    shutil.rmtree(unfinished(folder), ignore_errors=True)
-    unfinished(folder).mkdir(parents=True)
+@contextlib.contextmanager
+def written_whole(folder: Path, limit: int | None) -> Iterator[None]:
+    """Has the body write `unfinished(folder)`, then flushes it and gives it its name.
 
+    Args:
+        limit: the oldest checkpoints beyond this number are deleted then.
 
-def finish_writing(folder: Path, limit: int | None) -> None:
-    """Flushes `unfinished(folder)` and gives it its name; then deletes the oldest checkpoints
-    beyond `limit`."""
+    Raises:
+        ValueError: writing fails (a full disk), in one line; the checkpoints before are untouched.
+    """
     partial = unfinished(folder)
-    for path in sorted(partial.rglob("*"), reverse=True):  # contents before their folders
-        flush(path)
-    flush(partial)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield
+        for path in sorted(partial.rglob("*"), reverse=True):  # contents before their folders
+            flush(path)
+        flush(partial)
+        _put(partial, folder, limit)
+    except _disk_errors() as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = checkpoints(folder.parent)
+        rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise ValueError(f"{folder} cannot be written ({one_line(error)}): {rest}") from error
+
+
+def _put(partial: Path, folder: Path, limit: int | None) -> None:
     replaced = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         os.replace(folder, replaced)
@@ -70,26 +89,10 @@ def finish_writing(folder: Path, limit: int | None) -> None:
         shutil.rmtree(replaced)
     if limit is not None:
         for old in checkpoints(folder.parent)[:-limit]:
-            deleted = old.with_name(
-                old.name + _DELETED
-            )  # first out of the list: a half-deleted folder must not pass for a checkpoint
+            # First out of the list: a half-deleted folder must not pass for a checkpoint.
+            deleted = old.with_name(old.name + _DELETED)
             os.replace(old, deleted)
             shutil.rmtree(deleted)
-
-
-@contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[None]:
-    """Removes the unfinished folder if writing it fails (a full disk), and says so in one line; the
-    checkpoints before it are untouched."""
-    try:
-        yield
-    except _disk_errors() as error:
-        shutil.rmtree(unfinished(folder), ignore_errors=True)
-        kept = checkpoints(folder.parent)
-        rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise ValueError(
-            f"{folder} cannot be written ({str(error).splitlines()[0]}): {rest}"
-        ) from error
 
 
 def _disk_errors() -> tuple[type[BaseException], ...]:
@@ -97,13 +100,7 @@ def _disk_errors() -> tuple[type[BaseException], ...]:
     the disk's."""
     from safetensors import SafetensorError
 
-    sharded = sys.modules.get(
-        "torch.distributed.checkpoint.api"
-    )  # slow to import, and only of use if it is there
-    return (
-        OSError,
-        RuntimeError,
-        ValueError,
-        SafetensorError,
-        *([sharded.CheckpointException] if sharded else []),
-    )
+    errors = (OSError, RuntimeError, ValueError, SafetensorError)
+    # slow to import, and only of use if it is there
+    sharded = sys.modules.get("torch.distributed.checkpoint.api")
+    return (*errors, sharded.CheckpointException) if sharded else errors

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from odelt_fast.checks import number, whole
 from odelt_fast.config import PRESETS, DiTConfig
 
 ObjectiveName = Literal[
@@ -195,8 +196,7 @@ class TrainConfig:
             "num_pairs",
             "max_skipped_steps",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            whole(name, getattr(self, name))
         for name in (
             "time_consistency_every",
             "length_consistency_every",
@@ -204,69 +204,60 @@ class TrainConfig:
             "sampling_steps",
             "seed",
         ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}")
-        for name in ("time_consistency_every", "length_consistency_every"):
-            every = getattr(self, name)
-            if name == "time_consistency_every" and self.objective not in WITH_TIME_ROWS:
-                continue
-            if every and self.train_batch_size % every:
-                raise ValueError(
-                    f"train_batch_size {self.train_batch_size} is not divisible by {name} {every}"
-                )
-        if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
-            raise ValueError(
-                f"checkpoints_total_limit must be at least 1, not {self.checkpoints_total_limit}"
-            )
+            whole(name, getattr(self, name), 0)
+        if self.checkpoints_total_limit is not None:
+            whole("checkpoints_total_limit", self.checkpoints_total_limit)
         for name in ("learning_rate", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{name} must be a finite number of at least 0, not {getattr(self, name)}"
-                )
-        for name in ("label_dropout", "decay_fraction", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+            number(name, getattr(self, name), 0)
+        for name in ("label_dropout", "decay_fraction", "ema_decay", "path_sigma"):
+            number(name, getattr(self, name), 0, 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         for rate in self.later_learning_rates:
-            if not 0 <= rate < math.inf:
-                raise ValueError(
-                    f"later_learning_rates must be finite numbers of at least 0, not {rate}"
-                )
+            number("each of later_learning_rates", rate, 0)
+        for width in self.ema_widths:  # a uniform average has 0.289
+            number("each of ema_widths", width, 0.001, 0.28)
+        if len(set(self.ema_widths)) < len(self.ema_widths):
+            raise ValueError(f"ema_widths must differ, not {self.ema_widths}")
         phases = 1 + len(self.later_learning_rates)
         if self.steps % phases:
             raise ValueError(
                 f"steps {self.steps} are not divisible into {phases} phases (one for each learning"
                 " rate)"
             )
-        for width in self.ema_widths:
-            if not 0.001 <= width <= 0.28:
-                raise ValueError(
-                    "ema_widths must be from 0.001 to 0.28 (a uniform average has 0.289), not"
-                    f" {width}"
-                )
-        if len(set(self.ema_widths)) < len(self.ema_widths):
-            raise ValueError(f"ema_widths must differ, not {self.ema_widths}")
         if self.hub_model_id is not None and not self.push_to_hub:
             raise ValueError(
                 "hub_model_id names where --push-to-hub uploads to: set --push-to-hub too"
             )
-        if (
-            self.denoise_timesteps < 2
-            or self.denoise_timesteps & (self.denoise_timesteps - 1)
-            or self.denoise_timesteps > 128
-        ):
+        if self.denoise_timesteps not in (2, 4, 8, 16, 32, 64, 128):
             raise ValueError(
                 "denoise_timesteps must be a power of 2 from 2 to 128, not"
                 f" {self.denoise_timesteps}"
             )
         self._check_objective()
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        names = ["length_consistency_every"]
+        if self.objective in WITH_TIME_ROWS:
+            names.insert(0, "time_consistency_every")
+        for name in names:
+            every = getattr(self, name)
+            if every and self.train_batch_size % every:
+                raise ValueError(
+                    f"train_batch_size {self.train_batch_size} is not divisible by {name} {every}"
+                )
         sizes = self.row_sizes()
         if sizes["flow"] < 1:
             raise ValueError(
                 f"consistency rows fill the whole batch of {self.train_batch_size}: raise"
                 " time_/length_consistency_every"
+            )
+        if sizes["time"] != sizes.get("guided", sizes["time"]):
+            raise ValueError(
+                f"half of the {sizes['time'] + sizes['guided']} time-consistency rows are guided:"
+                " change train_batch_size or time_consistency_every"
             )
 
     def _check_objective(self) -> None:
@@ -277,8 +268,6 @@ class TrainConfig:
                 f"path {self.path} belongs to --objective flow: {name} has its own, leave --path at"
                 " rectified"
             )
-        if not 0 <= self.path_sigma <= 1:
-            raise ValueError(f"path_sigma must be in [0, 1], not {self.path_sigma}")
         if name not in ("flow", "reflow", "diffusion") and self.times != "discrete":
             raise ValueError(
                 f"times {self.times} are not for objective {name}, which makes steps of its own:"
@@ -303,8 +292,7 @@ class TrainConfig:
             )
         if scale is None:
             return
-        if not math.isfinite(scale) or scale < 0:
-            raise ValueError(f"guidance_scale must be a finite number of at least 0, not {scale}")
+        number("guidance_scale", scale, 0)
         if name in ("flow", "consistency", "diffusion"):
             raise ValueError(
                 f"objective {name} has no teacher to guide: leave guidance_scale out, and guide"
@@ -318,16 +306,6 @@ class TrainConfig:
             raise ValueError(
                 "guidance needs the null label, which label_dropout 0 never trains: set"
                 " --label-dropout 0.1"
-            )
-        if (
-            name == "shortcut"
-            and self.time_consistency_every
-            and (self.train_batch_size // self.time_consistency_every) % 2
-        ):
-            rows = self.train_batch_size // self.time_consistency_every
-            raise ValueError(
-                f"half of the {rows} time-consistency rows are guided: change train_batch_size or"
-                " time_consistency_every"
             )
 
     @property
@@ -360,19 +338,12 @@ class TrainConfig:
         batch = self.train_batch_size
         every = self.time_consistency_every if self.objective in WITH_TIME_ROWS else 0
         time = batch // every if every else 0
-        length = (
-            batch // self.length_consistency_every
-            if self.length_consistency_every and self.model.length_conditioned
-            else 0
-        )
+        every = self.length_consistency_every if self.model.length_conditioned else 0
+        length = batch // every if every else 0
+        rest = {"flow": batch - time - length, "length": length}
         if self.objective == "shortcut" and self.guidance_scale is not None:
-            return {
-                "time": time - time // 2,
-                "guided": time // 2,
-                "flow": batch - time - length,
-                "length": length,
-            }
-        return {"time": time, "flow": batch - time - length, "length": length}
+            return {"time": time - time // 2, "guided": time // 2} | rest
+        return {"time": time} | rest
 
     def learning_rate_at(self, step: int) -> float:
         """In each phase: linear warm-up from 0, constant, then a cosine to 0 over its last

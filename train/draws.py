@@ -13,7 +13,7 @@ from torch import Tensor
 from odelt_fast.sampling.noise import philox
 
 # One Philox key per purpose. The order is part of a run's reproducibility: append, never reorder.
-_BATCH = (
+STREAMS = (
     "order",
     "flip",
     "noise",
@@ -24,8 +24,10 @@ _BATCH = (
     "teacher_depth",
     "noise2",
     "posterior",
+    "pair_noise",
+    "pair_label",
+    "pair_drop",
 )
-STREAMS = (*_BATCH, "pair_noise", "pair_label", "pair_drop")
 
 
 def generator(seed: int, stream: str, *counter: int) -> np.random.Generator:
@@ -61,29 +63,23 @@ class StepDraws:
     def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor:
         chosen = self.global_rows[rows]
         out = np.empty((len(chosen), *shape), np.float32)
-        for i, row in enumerate(chosen):
+        for row, values in zip(chosen, out):
             generator(self.seed, name, self.step, int(row)).standard_normal(
-                out=out[i], dtype=np.float32
+                out=values, dtype=np.float32
             )
         return torch.from_numpy(out)
 
     def uniform(self, name: str, rows: slice) -> Tensor:
-        return torch.from_numpy(
-            self._scalars(name, rows).astype(np.float32).clip(max=np.float32(1 - 2**-24))
-        )  # float32 rounds to 1
+        values = self._scalars(name, rows).astype(np.float32)  # which may round to 1
+        return torch.from_numpy(values.clip(max=np.float32(1 - 2**-24)))
 
     def integers(self, name: str, rows: slice, high: int) -> Tensor:
         if self.kinds is not None and name in ("depth", "teacher_depth"):
-            return torch.from_numpy(
-                stratified(
-                    self.kinds,
-                    self.global_rows[rows],
-                    high,
-                    self.step,
-                    second=name == "teacher_depth",
-                )
-            )
-        return torch.from_numpy((self._scalars(name, rows) * high).astype(np.int64))
+            chosen, second = self.global_rows[rows], name == "teacher_depth"
+            values = stratified(self.kinds, chosen, high, self.step, second=second)
+        else:
+            values = (self._scalars(name, rows) * high).astype(np.int64)
+        return torch.from_numpy(values)
 
     def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor:
         return torch.from_numpy(self._scalars(name, rows) < probability)

@@ -4,7 +4,7 @@ can be chosen afterwards."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.train.power_profile import exponent
+from odelt_fast.train.power_functions import exponent
 from odelt_fast.train.sharding import gather, local, scatter
 
 SNAPSHOTS = "ema-snapshots"
@@ -36,13 +36,21 @@ def whole_model(config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
     return model
 
 
+def snapshot_metadata(width: float, step: int, updates: int) -> dict[str, str]:
+    """What the weights of a snapshot say of themselves; updates: steps that changed them."""
+    values = {"width": f"{width:g}", "step": str(step), "updates": str(updates)}
+    return {"weights": "power-ema"} | values
+
+
 class PowerAverages:
     """Power-function averages of the weights (Karras et al. 2023, section 3): at update t every
     width has theta_s with weight (s^(g+1) - (s-1)^(g+1)) / t^(g+1), s = 1..t, which beta = (1 -
     1/t)^(g+1) gives step by step.
 
-    widths: sigma_rel, the standard deviation of the profile as a share of t. weights: name ->
-    tensor, those of the run's start, sharded or not.
+    Args:
+        widths: sigma_rel, the standard deviation of these weights over time as a share of t.
+        weights: name -> tensor, those of the run's start, sharded or not.
+        config: of the model that holds them.
     """
 
     def __init__(
@@ -65,10 +73,8 @@ class PowerAverages:
     def save(self, folder: Path, main: bool) -> None:
         """Writes each average, exactly, to `folder`/power-WIDTH. Every process must call it; the
         main one writes."""
-        for width, average in self.averages.items():
-            whole = gather(average, main)
-            if main:
-                save_model(whole_model(self.config, whole), folder / f"power-{width:g}")
+        for width, model in self._models(main):
+            save_model(model, folder / f"power-{width:g}")
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote. ValueError if a width was not tracked then."""
@@ -95,17 +101,12 @@ class PowerAverages:
         In float32: rounding to float16 (1e-4) would be the largest error of an average made of 20
         snapshots (3e-6).
         """
+        for width, model in self._models(main):
+            metadata = snapshot_metadata(width, step, updates)
+            save_model(model, run / SNAPSHOTS / f"{width:g}" / f"step-{step}", metadata=metadata)
+
+    def _models(self, main: bool) -> Iterator[tuple[float, DiT]]:
         for width, average in self.averages.items():
             whole = gather(average, main)
             if main:
-                metadata = {
-                    "weights": "power-ema",
-                    "width": f"{width:g}",
-                    "step": str(step),
-                    "updates": str(updates),
-                }
-                save_model(
-                    whole_model(self.config, whole),
-                    run / SNAPSHOTS / f"{width:g}" / f"step-{step}",
-                    metadata=metadata,
-                )
+                yield width, whole_model(self.config, whole)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,8 @@ from odelt_fast.model import DiT
 from odelt_fast.train.checkpoints import (
     STATE_NAME,
     checkpoints,
-    finish_writing,
     recover,
-    start_writing,
+    step_of,
     unfinished,
     written_whole,
 )
@@ -51,7 +51,7 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
     )
 
 
-def zero_gradients(parameters: list[Tensor]) -> None:
+def zero_gradients(parameters: Iterable[Tensor]) -> None:
     """Gradients start at zero, not None: as in the reference, a parameter that no row used is still
     decayed."""
     for parameter in parameters:
@@ -124,7 +124,7 @@ class Trainer:
         # are gathered.
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
         self.ema_weights: dict[str, Tensor] = dict(self.ema.named_parameters())
-        zero_gradients(list(self.weights.values()))
+        zero_gradients(self.weights.values())
         self.power = PowerAverages(config.ema_widths, self.weights, self.model.config)
         self.objective = build_objective(config)
         self.finished_steps = 0
@@ -195,13 +195,11 @@ class Trainer:
             local(p.grad for p in self.weights.values() if p.grad is not None)
         )
         bad = (~torch.isfinite(torch.stack(norms)).all()).float()
-        if (
-            self.accelerator.num_processes > 1
-        ):  # shards of one gradient may lie in several processes
+        if self.accelerator.num_processes > 1:
+            # shards of one gradient may lie in several processes
             bad = self.accelerator.reduce(bad).clamp(max=1)
-        if (
-            self.accelerator.scaler is None
-        ):  # in fp16 the loss scaler finds the same, and hands it to the optimizer
+        if self.accelerator.scaler is None:
+            # in fp16 the loss scaler finds the same, and hands it to the optimizer
             self.optimizer.optimizer.found_inf = bad
         self.skipped_steps += bad
         self.skipped_in_a_row = (self.skipped_in_a_row + bad) * bad
@@ -218,9 +216,7 @@ class Trainer:
         self.skipped_steps -= row
         self.skipped_in_a_row.zero_()
         kept = checkpoints(self.config.output_dir)
-        if self.finished_steps and (
-            not kept or int(kept[-1].name.removeprefix("checkpoint-")) < self.finished_steps
-        ):
+        if self.finished_steps and (not kept or step_of(kept[-1]) < self.finished_steps):
             kept = [self.save()]
         problem = (
             f"the loss was not finite in the last {row} steps, to step {reached}: lower the"
@@ -242,26 +238,25 @@ class Trainer:
         return whole_model(self.model.config, whole).to(self.accelerator.device) if whole else None
 
     def save(self) -> Path:
-        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit. Raises
-        ValueError when the disk refuses."""
-        folder = self.config.output_dir / f"checkpoint-{self.finished_steps}"
-        main, ema = self.accelerator.is_main_process, self.ema_model()
-        with written_whole(folder) if main else contextlib.nullcontext():
-            if main:
-                start_writing(folder)
+        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit.
+
+        Raises:
+            ValueError: the disk refuses.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        folder, ema = config.output_dir / f"checkpoint-{self.finished_steps}", self.ema_model()
+        partial, limit = unfinished(folder), config.checkpoints_total_limit
+        with written_whole(folder, limit) if main else contextlib.nullcontext():
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(unfinished(folder)), safe_serialization=True)
-            self.power.save(unfinished(folder), main)
+            self.accelerator.save_state(str(partial), safe_serialization=True)
+            self.power.save(partial, main)
             self.accelerator.wait_for_everyone()
             if ema is not None:
-                save_model(ema, unfinished(folder) / "ema", metadata=self.metadata())
-                state = {
-                    "finished_steps": self.finished_steps,
-                    "skipped_steps": int(self.skipped_steps),
-                }
-                (unfinished(folder) / STATE_NAME).write_text(json.dumps(state))
-                finish_writing(folder, self.config.checkpoints_total_limit)
-            self.accelerator.wait_for_everyone()
+                save_model(ema, partial / "ema", metadata=self.metadata())
+                skipped = int(self.skipped_steps)
+                state = {"finished_steps": self.finished_steps, "skipped_steps": skipped}
+                (partial / STATE_NAME).write_text(json.dumps(state))
+        self.accelerator.wait_for_everyone()
         return folder
 
     def resume(self, name: str) -> bool:
@@ -271,10 +266,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 recover(self.config.output_dir)
             self.accelerator.wait_for_everyone()
-            found = checkpoints(self.config.output_dir)
-            if not found:
+            kept = checkpoints(self.config.output_dir)
+            if not kept:
                 return False
-            folder = found[-1]
+            folder = kept[-1]
         else:
             folder = Path(name)
             if not (folder / STATE_NAME).is_file():
@@ -284,11 +279,10 @@ class Trainer:
         from safetensors.torch import load_file
 
         for weight in self.weights.values():
-            weight.grad = (
-                None  # of an optimizer with gradients, torch does not load the shards of its state
-            )
+            # Of an optimizer with gradients, torch does not load the shards of its state.
+            weight.grad = None
         self.accelerator.load_state(str(folder))
-        zero_gradients(list(self.weights.values()))
+        zero_gradients(self.weights.values())
         scatter(load_file(folder / "ema" / "model.safetensors"), self.ema_weights)
         refresh(self.ema)
         self.power.load(folder)

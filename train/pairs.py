@@ -67,8 +67,8 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
             starts = range(state.process_index * size, count, state.num_processes * size)
             for start in tqdm(starts, desc="pairs", unit="batch", disable=None if main else True):
                 rows = np.arange(start, min(start + size, count))
-                # Written, not mapped: a full disk is then an error and no signal. Flushed at once: a
-                # buffer writes back what lies between two of its writes, others' pairs.
+                # Written, not mapped: a full disk is then an error and no signal. Flushed at once:
+                # a buffer writes back what lies between two of its writes, others' pairs.
                 for name, values in _pairs(teacher, config, rows).items():
                     files[name].seek(headers[name] + start * values[0].nbytes)
                     files[name].write(values.tobytes())

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from odelt_fast.checks import number
 from odelt_fast.solvers.probability_flow import LAST_TIME, vp_schedule
 
 
@@ -113,7 +114,7 @@ class FlowMatchingPath(Path):
     sigma: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_sigma(self.sigma)
+        number("sigma", self.sigma, 0, 1)
 
     def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
         return as_rows(t, x1) * x1
@@ -147,7 +148,7 @@ class IndependentCFM(Rectified):
     extra_noise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_sigma(self.sigma)
+        number("sigma", self.sigma, 0, 1)
 
     def std(self, t: Tensor) -> Tensor:
         return torch.full_like(t, self.sigma)
@@ -223,8 +224,3 @@ def training_path(name: str, sigma: float) -> Path:
 def as_rows(values: Tensor, like: Tensor) -> Tensor:
     """(B,) as (B, 1, ..., 1), to be multiplied with `like` (B, ...)."""
     return values.reshape(-1, *[1] * (like.dim() - 1))
-
-
-def _check_sigma(sigma: float) -> None:
-    if not 0 <= sigma <= 1:
-        raise ValueError(f"sigma must be in [0, 1], not {sigma}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from odelt_fast.config import PRESETS
-from odelt_fast.train.config import DEFAULT, TrainConfig
+from odelt_fast.config import PRESETS, DiTConfig
+from odelt_fast.train.config import DEFAULT, RecipeName, TrainConfig
 
 # What the small sets share: short runs at a high learning rate, whose teacher must start to move
 # early.
@@ -41,26 +42,35 @@ _TABLE_7 = replace(
     checkpointing_steps=5000,
 )
 
+
+def _recipe(base: TrainConfig, name: RecipeName, model: DiTConfig, **changes: Any) -> TrainConfig:
+    folder = Path("runs") / name
+    return replace(base, recipe=name, model=model, output_dir=folder, **changes)
+
+
+_IMAGENET: dict[str, Any] = {
+    "train_batch_size": 256,
+    "guidance_scale": 1.5,
+    "data": "latents/imagenet256",
+}
 RECIPES: dict[str, TrainConfig] = {
     "digits": replace(_SMALL, steps=18_000, train_batch_size=96),
-    "mnist": replace(
+    "mnist": _recipe(
         _SMALL,
-        recipe="mnist",
-        model=PRESETS["mnist"],
+        "mnist",
+        PRESETS["mnist"],
         data="ylecun/mnist",
-        output_dir=Path("runs/mnist"),
         random_flip=False,
         steps=22_000,
         train_batch_size=64,
     ),
     # Sized for 10 to 15 minutes of one H200. 240 rows: the three depths and both kinds of
     # consistency rows divide them evenly.
-    "cifar10": replace(
+    "cifar10": _recipe(
         _SMALL,
-        recipe="cifar10",
-        model=PRESETS["cifar10"],
+        "cifar10",
+        PRESETS["cifar10"],
         data="uoft-cs/cifar10",
-        output_dir=Path("runs/cifar10"),
         steps=20_000,
         train_batch_size=240,
         warmup_steps=500,
@@ -68,32 +78,15 @@ RECIPES: dict[str, TrainConfig] = {
         mixed_precision="bf16",
         sampling_steps=5000,
     ),
-    "celebahq256-b": replace(
+    "celebahq256-b": _recipe(
         _TABLE_7,
-        recipe="celebahq256-b",
-        model=replace(PRESETS["DiT-B/2"], num_classes=1),
+        "celebahq256-b",
+        replace(PRESETS["DiT-B/2"], num_classes=1),
         data="latents/celebahq256",
-        output_dir=Path("runs/celebahq256-b"),
         train_batch_size=128,
     ),
     # The table starts both from the shortcut-models checkpoint: convert it and name it with
     # --init-from.
-    "imagenet256-b": replace(
-        _TABLE_7,
-        recipe="imagenet256-b",
-        model=PRESETS["DiT-B/2"],
-        data="latents/imagenet256",
-        output_dir=Path("runs/imagenet256-b"),
-        train_batch_size=256,
-        guidance_scale=1.5,
-    ),
-    "imagenet256-xl": replace(
-        _TABLE_7,
-        recipe="imagenet256-xl",
-        model=PRESETS["DiT-XL/2"],
-        data="latents/imagenet256",
-        output_dir=Path("runs/imagenet256-xl"),
-        train_batch_size=256,
-        guidance_scale=1.5,
-    ),
+    "imagenet256-b": _recipe(_TABLE_7, "imagenet256-b", PRESETS["DiT-B/2"], **_IMAGENET),
+    "imagenet256-xl": _recipe(_TABLE_7, "imagenet256-xl", PRESETS["DiT-XL/2"], **_IMAGENET),
 }

@@ -45,15 +45,11 @@ def run(options: Command) -> None:
     check_folder("--out", options.out, nearest)
 
     from odelt_fast.checkpoints.folder import save_model
+    from odelt_fast.train.ema import snapshot_metadata
     from odelt_fast.train.post_hoc import reconstruct
 
     model, made, error = reconstruct(options.run, options.width, options.step)
-    metadata = {
-        "weights": "power-ema",
-        "width": f"{made.width:g}",
-        "step": str(made.step),
-        "updates": str(made.updates),
-    }
+    metadata = snapshot_metadata(made.width, made.step, made.updates)
     save_model(model, options.out, metadata=metadata)
     print(
         f"{options.out}: width {made.width:g} at step {made.step}; the profile of its weights is"

@@ -1,5 +1,5 @@
-"""Power-function averages: their profile, their state in checkpoints, and the average of any width
-made from snapshots."""
+"""Power-function averages: their weights over time, their state in checkpoints, and the average of
+any width made from snapshots."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.ema import PowerAverages, update_average
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.post_hoc import find_snapshots, reconstruct
-from odelt_fast.train.power_profile import exponent, inner_product, mixture
+from odelt_fast.train.power_functions import PowerFunction, exponent, inner_product, mixture
 from odelt_fast.train.run import train
 from tests.helpers.training import SMALLER, small_run
 
@@ -52,19 +52,21 @@ def apart(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.25])
-def test_width_is_the_standard_deviation_of_the_profile(width: float) -> None:
+def test_width_is_the_standard_deviation_of_the_power_function(width: float) -> None:
     g = exponent(width)
     tau = (np.arange(1_000_000) + 0.5) / 1_000_000
     p = (g + 1) * tau**g
     mean = (p * tau).mean()
     assert np.sqrt((p * (tau - mean) ** 2).mean()) == pytest.approx(width, rel=1e-5)
-    # of two profiles, over the time that both have
+    # of two, over the time that both have
     shorter = np.where(tau < 0.6, 8.0 / 0.6 * (tau / 0.6) ** 7, 0)
-    wide = ((7 + 1) ** 0.5 / (7 + 2) / (7 + 3) ** 0.5, 0.6)
-    assert inner_product((width, 1.0), wide) == pytest.approx((p * shorter).mean(), rel=1e-4)
+    wide = PowerFunction((7 + 1) ** 0.5 / (7 + 2) / (7 + 3) ** 0.5, 0.6)
+    assert inner_product(PowerFunction(width, 1.0), wide) == pytest.approx(
+        (p * shorter).mean(), rel=1e-4
+    )
 
 
-def test_average_weighs_steps_by_its_profile_and_leaves_out_skipped_ones() -> None:
+def test_average_weighs_steps_by_its_power_function_and_leaves_out_skipped_ones() -> None:
     """theta_s has weight (s^(g+1) - (s-1)^(g+1))/t^(g+1), s counting the updates alone."""
     moved = [False, True, True, False, True, True, True, True, False, False, True]
     rng, width = np.random.default_rng(0), 0.1
@@ -97,16 +99,17 @@ def test_update_of_the_ema_is_its_definition() -> None:
     assert all(torch.equal(a, b) for a, b in zip(average, before))
 
 
-def test_mixture_of_stored_profiles() -> None:
-    """A stored profile is itself; one between is the nearer the more snapshots there are;
+def test_mixture_of_stored_power_functions() -> None:
+    """A stored one is itself; one between is the nearer the more snapshots there are;
     coefficients sum to 1."""
     errors = []
     for count in (5, 20, 80):
-        stored = [(width, 100.0 * (i + 1)) for i in range(count) for width in (0.05, 0.1)]
+        ends = [100.0 * (i + 1) for i in range(count)]
+        stored = [PowerFunction(width, end) for end in ends for width in (0.05, 0.1)]
         x, error = mixture(stored, stored[-3])
         assert np.abs(x - np.eye(len(stored))[-3]).max() < 1e-6
         assert error < 1e-6
-        x, error = mixture(stored, (0.07, 100.0 * count))
+        x, error = mixture(stored, PowerFunction(0.07, 100.0 * count))
         assert x.sum() == pytest.approx(1, abs=1e-12)
         errors.append(error)
     assert errors[0] < 0.04
@@ -116,7 +119,7 @@ def test_mixture_of_stored_profiles() -> None:
 
 def test_third_width_is_made_from_the_snapshots_of_two(run: Path, tmp_path: Path) -> None:
     """20 snapshots of two widths give the average that was tracked at a third one to 2.5e-6 of its
-    weights (profile: 2.5e-3)."""
+    weights (power function: 2.5e-3)."""
     two = tmp_path / "run"
     shutil.copytree(run / "ema-snapshots", two / "ema-snapshots")
     shutil.rmtree(two / "ema-snapshots" / "0.07")
