@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
@@ -58,6 +58,21 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
         many = "one of " if len(allowed) > 1 else ""
         raise ValueError(f"{name} must be {many}{listed}, not {shown(value)}")
     return value
+
+
+def unknown_option(command: str, argument: str, names: Iterable[str]) -> ValueError:
+    """The error for an argument that names no option of a command.
+
+    Args:
+        names: of the command's options, as their fields are called; the nearest are proposed.
+    """
+    import difflib
+
+    option = argument.split("=")[0]
+    known = [f"--{name.replace('_', '-')}" for name in names]
+    near = difflib.get_close_matches(option.replace("_", "-"), known)
+    hint = f", perhaps {' or '.join(near)}" if near else ""
+    return ValueError(f"{command} has no {option!r}{hint}: see {command} --help")
 
 
 def number(name: str, value: Any, least: float = -1e300, most: float = 1e300) -> float:

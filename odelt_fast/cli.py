@@ -21,6 +21,7 @@ from typing import Annotated, Any, Union
 import tyro
 
 from odelt_fast import __version__
+from odelt_fast.checks import unknown_option
 from odelt_fast.files import one_line
 
 COMMANDS = (
@@ -103,16 +104,8 @@ def run(arguments: list[str]) -> int:
         module.Command, args=arguments[1:], prog=prog, config=plain, return_unknown_args=True
     )
     if unknown:
-        import difflib
-
-        name = unknown[0].split("=")[0]
-        fields = dataclasses.fields(module.Command)
-        known = [f"--{field.name.replace('_', '-')}" for field in fields]
-        near = difflib.get_close_matches(name, known)
-        raise ValueError(
-            f"{prog} has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see {prog}"
-            " --help"
-        )
+        names = [field.name for field in dataclasses.fields(module.Command)]
+        raise unknown_option(prog, unknown[0], names)
     module.run(options)
     return 0
 

@@ -32,19 +32,19 @@ PathName = Literal[
     "variance-preserving",
     "variance-exploding",
 ]
-# How a network that an objective trained is to be sampled (DiTConfig.sampling), and whether it is
-# told its step size.
+# How a network that an objective trained is to be sampled (DiTConfig.sampling).
 SAMPLING = {
-    "shortcut": ("shortcut", True),
-    "shortcut-models": ("shortcut", True),
-    "flow": ("flow", False),
-    "live-reflow": ("live_reflow", True),
-    "reflow": ("flow", False),
-    "consistency": ("consistency", False),
-    "consistency-distillation": ("consistency", False),
-    "progressive": ("flow", False),
-    "diffusion": ("diffusion", False),
+    "shortcut": "shortcut",
+    "shortcut-models": "shortcut",
+    "flow": "flow",
+    "live-reflow": "live_reflow",
+    "reflow": "flow",
+    "consistency": "consistency",
+    "consistency-distillation": "consistency",
+    "progressive": "flow",
+    "diffusion": "diffusion",
 }
+# Time-consistency or Reflow rows; their networks, and no others, are given the step size.
 WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow")
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
 RecipeName = Literal[
@@ -316,20 +316,18 @@ class TrainConfig:
     def model_config(self) -> DiTConfig:
         """The network to train: `model`, with the sampling that the objective needs and step sizes
         only where it has them."""
-        sampling, step_conditioned = SAMPLING[self.objective]
+        sampling, steps = SAMPLING[self.objective], self.objective in WITH_TIME_ROWS
         if self.model.sampling not in (DiTConfig.sampling, sampling):
             raise ValueError(
                 f"objective {self.objective} is sampled as {sampling!r}: leave --model.sampling out"
             )
-        if step_conditioned and not self.model.step_conditioned:
+        if steps and not self.model.step_conditioned:
             raise ValueError(
-                f"objective {self.objective} tells the network its step size: set"
+                f"objective {self.objective} gives the network its step size: set"
                 " --model.step-conditioned"
             )
         dropout = self.model.dropout if self.dropout is None else self.dropout
-        return replace(
-            self.model, sampling=sampling, step_conditioned=step_conditioned, dropout=dropout
-        )
+        return replace(self.model, sampling=sampling, step_conditioned=steps, dropout=dropout)
 
     def row_sizes(self) -> dict[str, int]:
         """Rows of each kind in the batch of one process, in their order: time consistency (or

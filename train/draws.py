@@ -4,7 +4,7 @@ processes and a resume change nothing."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -35,30 +35,23 @@ def generator(seed: int, stream: str, *counter: int) -> np.random.Generator:
     return philox(seed, STREAMS.index(stream), *counter)
 
 
-class Draws(Protocol):
-    """What an objective asks for. `rows` is a slice of the local batch; the same name and row
-    always give the same number."""
-
-    def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor: ...
-
-    def uniform(self, name: str, rows: slice) -> Tensor: ...
-
-    def integers(self, name: str, rows: slice, high: int) -> Tensor: ...
-
-    def bernoulli(self, name: str, rows: slice, probability: float) -> Tensor: ...
-
-
+@dataclass(frozen=True)
 class StepDraws:
-    """Draws of one step for the local rows `global_rows`; float32 or int64 tensors on the CPU.
+    """Draws of one step for local rows, float32 or int64 tensors on the CPU.
 
-    kinds: rows of each kind in the global batch, in their order; then "depth" and "teacher_depth"
-    are not drawn but stratified.
+    `rows` of its methods is a slice of the local batch; the same name and row always give the same
+    number.
+
+    Attributes:
+        global_rows: the local rows' places in the global batch.
+        kinds: rows of each kind in the global batch, in their order; then "depth" and
+            "teacher_depth" are not drawn but stratified.
     """
 
-    def __init__(
-        self, seed: int, step: int, global_rows: np.ndarray, kinds: Sequence[int] | None = None
-    ) -> None:
-        self.seed, self.step, self.global_rows, self.kinds = seed, step, global_rows, kinds
+    seed: int
+    step: int
+    global_rows: np.ndarray
+    kinds: Sequence[int] | None = None
 
     def normal(self, name: str, rows: slice, shape: Sequence[int]) -> Tensor:
         chosen = self.global_rows[rows]

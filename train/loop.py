@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import save_model
-from odelt_fast.images import open_source
+from odelt_fast.images import ImageSource, open_source
 from odelt_fast.model import DiT
 from odelt_fast.train.checkpoints import (
     STATE_NAME,
@@ -88,17 +88,15 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.sharded, device = is_sharded(self.accelerator), self.accelerator.device
-        self.source = (
-            open_pairs(config, self.accelerator.state)
-            if config.objective == "reflow"
-            else open_source(config.data)
-        )
+        if config.objective == "reflow":
+            source: ImageSource = open_pairs(config, self.accelerator.state)
+        else:
+            source = open_source(config.data)
         what = f"the images of {config.data!r} have"
-        check_same(what, self.source, config.model, "image_size", "channels", "num_classes")
+        check_same(what, source, config.model, "image_size", "channels", "num_classes")
         self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps
-        self.loader = Loader(
-            self.source, config.seed, config.train_batch_size * self.parts, config.random_flip
-        )
+        batch = config.train_batch_size * self.parts
+        self.loader = Loader(source, config.seed, batch, config.random_flip)
         torch.manual_seed(config.seed)
         model = DiT(config.model_config())
         self.teacher, remark = load_start(config, model)
@@ -106,8 +104,8 @@ class Trainer:
             self.accelerator.print(remark)
         if self.teacher is not None:
             self.teacher.to(device)
-        if self.teacher is not None and config.objective == "progressive":
-            self.accelerator.register_for_checkpointing(self.teacher)
+            if config.objective == "progressive":
+                self.accelerator.register_for_checkpointing(self.teacher)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
         if config.compile:
             # Independent depths make blocks of any number of rows; stratified ones of a few.

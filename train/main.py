@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from collections.abc import Sequence
 
 import tyro
 
+from odelt_fast.checks import unknown_option
 from odelt_fast.config import DiTConfig
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.recipes import RECIPES
@@ -23,9 +23,8 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         name, _, value = argument.partition("=")
         if name == "--recipe":
             recipe = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
-    default = RECIPES.get(
-        recipe, RECIPES["digits"]
-    )  # an unknown name is refused below, with the allowed ones
+    # An unknown name is refused below, with the allowed ones.
+    default = RECIPES.get(recipe, RECIPES["digits"])
     config, unknown = tyro.cli(
         TrainConfig,
         args=list(arguments),
@@ -35,15 +34,9 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         return_unknown_args=True,
     )
     if unknown:
-        name = unknown[0].split("=")[0]
         options = [field.name for field in dataclasses.fields(TrainConfig)]
         options += [f"model.{field.name}" for field in dataclasses.fields(DiTConfig)]
-        near = difflib.get_close_matches(
-            name.replace("_", "-"), [f"--{option.replace('_', '-')}" for option in options]
-        )
-        raise ValueError(
-            f"train has no {name!r}{', perhaps ' + ' or '.join(near) if near else ''}: see --help"
-        )
+        raise unknown_option(prog or "train", unknown[0], options)
     return config
 
 

@@ -22,21 +22,13 @@ _SMALL = replace(
     sampling_steps=1000,
 )
 # Table 7 of the paper: 100K steps at 1e-4 and 100K at 1e-5, each with 5000 of warm-up and the last
-# 10 % a cosine; AdamW (0.9, 0.999) with weight decay 0.1; EMA 0.999. train_batch_size is the
-# table's batch on one process: divide it by the number of processes.
+# 10 % a cosine; AdamW (0.9, 0.999) with weight decay 0.1; EMA 0.999. What is not named here is a
+# default. train_batch_size is the table's batch on one process: divide it by the number of
+# processes.
 _TABLE_7 = replace(
     DEFAULT,
     steps=200_000,
-    learning_rate=1e-4,
     later_learning_rates=(1e-5,),
-    warmup_steps=5000,
-    decay_fraction=0.1,
-    weight_decay=0.1,
-    adam_beta1=0.9,
-    adam_beta2=0.999,
-    ema_decay=0.999,
-    time_consistency_every=8,
-    length_consistency_every=8,
     mixed_precision="bf16",
     sampling_steps=10_000,
     checkpointing_steps=5000,

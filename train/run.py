@@ -4,6 +4,7 @@ model that it leaves."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,7 @@ def train(config: TrainConfig) -> Path:
         if config.ema_widths:
             trainer.power.forget_snapshots(config.output_dir, trainer.finished_steps)
     accelerator.init_trackers("odelt-fast", config=_flat(config))
-    kinds = [
-        kind for kind, size in config.row_sizes().items() for _ in range(size)
-    ] * config.gradient_accumulation_steps
+    kinds = [kind for kind, size in config.row_sizes().items() for _ in range(size)]
     bar = tqdm(
         total=config.steps,
         initial=trainer.finished_steps,
@@ -47,21 +46,19 @@ def train(config: TrainConfig) -> Path:
         losses = trainer.step()
         bar.update()
         done = trainer.finished_steps
-        if done % config.logging_steps == 0 or done == config.steps:
-            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds) | {
-                "skipped_steps": trainer.check_skipped()
-            }
+        last = done == config.steps
+        if last or done % config.logging_steps == 0:
+            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds)
             bar.set_postfix(loss=f"{values['loss']:.4f}")
-            accelerator.log(
-                values | {"learning_rate": config.learning_rate_at(done - 1)}, step=done
-            )
+            values["skipped_steps"] = trainer.check_skipped()
+            values["learning_rate"] = config.learning_rate_at(done - 1)
+            accelerator.log(values, step=done)
         if config.sampling_steps and done % config.sampling_steps == 0:
             _log_grid(trainer)
-        if config.ema_widths and (done % config.ema_snapshot_steps == 0 or done == config.steps):
-            trainer.power.write_snapshots(
-                config.output_dir, done, done - int(trainer.skipped_steps), main
-            )
-        if done % config.checkpointing_steps == 0 or done == config.steps:
+        if config.ema_widths and (last or done % config.ema_snapshot_steps == 0):
+            updates = done - int(trainer.skipped_steps)
+            trainer.power.write_snapshots(config.output_dir, done, updates, main)
+        if last or done % config.checkpointing_steps == 0:
             trainer.save()
     bar.close()
     ema = trainer.ema_model()
@@ -74,12 +71,12 @@ def train(config: TrainConfig) -> Path:
 
 
 def _loss_by_kind(losses: Sequence[float], kinds: Sequence[str]) -> dict[str, float]:
-    values = {"loss": sum(losses) / len(losses)}
-    every = list(kinds) * (len(losses) // len(kinds))
-    for kind in dict.fromkeys(kinds):
-        chosen = [loss for loss, of in zip(losses, every) if of == kind]
-        values[f"loss_{kind}"] = sum(chosen) / len(chosen)
-    return values
+    """Mean loss of all rows, and of those of each kind; kinds: of the rows of one part, which the
+    parts of the global batch repeat."""
+    of_kind: dict[str, list[float]] = {}
+    for loss, kind in zip(losses, itertools.cycle(kinds)):
+        of_kind.setdefault(f"loss_{kind}", []).append(loss)
+    return {name: sum(rows) / len(rows) for name, rows in ({"loss": losses} | of_kind).items()}
 
 
 def _log_grid(trainer: Trainer) -> None:
@@ -103,9 +100,8 @@ def _log_grid(trainer: Trainer) -> None:
 
 def _flat(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
-    model = values.pop("model")
-    plain = values | {f"model.{name}": value for name, value in model.items()}
+    values |= {f"model.{name}": value for name, value in values.pop("model").items()}
+    plain = int | float | str
     return {
-        name: value if isinstance(value, int | float | str | bool) else str(value)
-        for name, value in plain.items()
+        name: value if isinstance(value, plain) else str(value) for name, value in values.items()
     }

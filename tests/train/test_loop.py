@@ -488,7 +488,7 @@ def test_recipe_is_the_default_that_options_override() -> None:
         (["--model.depth-min", "16"], "depth_min 16 is above depth 12"),
         (["--model.depth", "10"], "depth 10 is not depth_min + k*depth_group"),
         (["--denoise-timesteps", "100"], "denoise_timesteps must be a power of 2"),
-        (["--ema-decay", "1.5"], "ema_decay must be in [0, 1]"),
+        (["--ema-decay", "1.5"], "ema_decay must be a number from 0 to 1"),
         (["--model.num-classes", "3"], "--model.num-classes 10"),
         (["--resume-from-checkpoint", "nowhere"], "nowhere"),
         (["--no-such-option"], "no-such-option"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.model import DiT
-from odelt_fast.train.config import SAMPLING, TrainConfig
+from odelt_fast.train.config import SAMPLING, WITH_TIME_ROWS, TrainConfig
 from odelt_fast.train.draws import StepDraws
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.objectives.build import build_objective
@@ -232,7 +232,7 @@ def test_every_objective_trains_and_says_how_it_is_sampled(
     )
     save_model(trainer.ema, tmp_path / "trained")
     trained = load_model(tmp_path / "trained").config
-    assert (trained.sampling, trained.step_conditioned) == SAMPLING[name]
+    assert (trained.sampling, trained.step_conditioned) == (SAMPLING[name], name in WITH_TIME_ROWS)
 
 
 def test_progressive_teacher_is_replaced_at_the_end_of_a_stage_and_comes_back_on_resume(

@@ -38,10 +38,10 @@ class Consistency(Method):
         k = min(batch.step * self.log2_steps // self.total_steps, self.log2_steps)
         y = batch.labels if self.compat else self.dropped(batch)
         t, noise = grid_times(batch.uniform(), 2**k), batch.noise()
-        x_t, x_later = (
-            SHORTCUT_MODELS_PATH.sample(time, noise, batch.images) for time in (t, t + 0.5**k)
-        )
-        return _targets(networks, x_t, t, x_later, t + 0.5**k, batch.full(k), y)
+        later = t + 0.5**k
+        x_t = SHORTCUT_MODELS_PATH.sample(t, noise, batch.images)
+        x_later = SHORTCUT_MODELS_PATH.sample(later, noise, batch.images)
+        return _targets(networks, x_t, t, x_later, later, batch.full(k), y)
 
 
 @dataclass(frozen=True, kw_only=True)

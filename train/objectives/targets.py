@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from odelt_fast.train.draws import Draws, to_device
+from odelt_fast.train.draws import StepDraws, to_device
 from odelt_fast.train.paths import FlowMatchingPath, as_rows
 
 Model = Callable[..., Tensor]  # (x, t, log2_steps, y, depth=None) -> velocity, as DiT
@@ -40,7 +40,7 @@ class StepBatch:
 
     images: Tensor
     labels: Tensor
-    draws: Draws
+    draws: StepDraws
     step: int
 
     def __len__(self) -> int:
