@@ -117,7 +117,7 @@ def use(trainer: Trainer, kind: type[DiT]) -> None:
 def gradient_difference(trainer: Trainer) -> float:
     """Relative difference of the gradients of one loss, computed both ways."""
     from odelt_fast.train.draws import StepDraws, global_rows
-    from odelt_fast.train.objectives.targets import Networks
+    from odelt_fast.train.objectives.targets import Networks, StepBatch
 
     with torch.no_grad():  # a final layer of zeros would hide every gradient behind it
         for parameter in trainer.model.final_layer.parameters():
@@ -129,7 +129,8 @@ def gradient_difference(trainer: Trainer) -> float:
     for kind in (DiT, MaskedDiT):
         use(trainer, kind)
         networks = Networks(live=trainer.model, ema=trainer.ema, teacher=None)
-        targets = trainer.objective(networks, images, labels, StepDraws(0, 0, rows), 0)
+        batch = StepBatch(images, labels, StepDraws(0, 0, rows), 0)
+        targets = trainer.objective(networks, batch)
         loss = row_losses(trainer.model, targets).mean()
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         found.append(torch.cat([gradient.double().flatten() for gradient in gradients]))
