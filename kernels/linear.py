@@ -79,28 +79,20 @@ def launch_linear(
             f"linear: workspace must be contiguous int32 of at least {needed} zeroed elements"
         )
     x_scale = None if epilogue.x_scale is None else epilogue.x_scale.reshape(-1)
+    parts = epilogue.bias, epilogue.residual, epilogue.gate, x_scale, epilogue.weight_scale
     # A part that is off is some tensor with valid memory: its loads are not compiled.
-    bias, residual, gate, x_scale, weight_scale = (
-        out if part is None else _rows(part)
-        for part in (
-            epilogue.bias,
-            epilogue.residual,
-            epilogue.gate,
-            x_scale,
-            epilogue.weight_scale,
-        )
-    )
+    pointers = [out if part is None else _rows(part) for part in parts]
+    _, residual, gate, _, _ = pointers
     strides = residual.stride(0), gate.stride(0) if len(gate) > 1 else 0, rows // len(gate)
     constants = _constants(
         tile,
         gelu=epilogue.activation == "gelu",
         bias=epilogue.bias is not None,
         gated=epilogue.gate is not None,
-        scaled=epilogue.x_scale is not None,
+        scaled=x_scale is not None,
     )
     constants |= launch_options(x.device, tile.num_warps, tile.num_stages)
     tiles = tile.count(rows, columns)
-    pointers = bias, residual, gate, x_scale, weight_scale
     with torch.cuda.device_of(x):
         if tile.descriptors:
             descriptor_kernel[(min(tiles, architecture(x.device)[1]),)](
@@ -275,11 +267,5 @@ def compile_cases() -> Iterator[CompileCase]:
             options["arches"] = (90, 100)
         kernel = descriptor_kernel if tile.descriptors else pointer_kernel
         # Numbers of samples and tokens may be odd.
-        yield kernel_case(
-            f"linear/{name}/{kind}/{epilogue}",
-            kernel,
-            types,
-            constants,
-            ("rows", "tokens"),
-            **options,
-        )
+        name = f"linear/{name}/{kind}/{epilogue}"
+        yield kernel_case(name, kernel, types, constants, ("rows", "tokens"), **options)

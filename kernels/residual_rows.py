@@ -103,9 +103,9 @@ def launch_residual(
         if tensor is not None:
             check_tokens(name, tensor, like=x)
     gates, modulation = columns.gates, columns.modulation
-    first = columns.gate_column, columns.shift_column, columns.scale_column
-    check_modulation("gates", gates, x, *first[:1])
-    check_modulation("modulation", modulation, x, *first[1:])
+    gate, *norm = columns.gate_column, columns.shift_column, columns.scale_column
+    check_modulation("gates", gates, x, gate)
+    check_modulation("modulation", modulation, x, *norm)
     if steps is not None and (
         steps.dim() != 1 or steps.shape[0] not in (1, len(x)) or steps.dtype != torch.float32
     ):
@@ -125,8 +125,8 @@ def launch_residual(
             residual_kernel[(batch * triton.cdiv(tokens, launch.rows),)](
                 x, y, xr, vr, gates, modulation, steps, out_x, out_vr, out, scales, tokens,
                 *token_strides(x), *token_strides(y), *token_strides(xr), *token_strides(vr),
-                row_stride(gates), row_stride(modulation), row_stride(steps), *first,
-                LAYER_NORM_EPS, D=size, BLOCK=launch.block, ROWS=launch.rows,
+                row_stride(gates), row_stride(modulation), row_stride(steps),
+                gate, *norm, LAYER_NORM_EPS, D=size, BLOCK=launch.block, ROWS=launch.rows,
                 GROUP_END=end is not None, **launch_options(x.device, launch.warps),
             )  # fmt: skip
     return [made for made in (out_x, out_vr, out, scales) if made is not None]
