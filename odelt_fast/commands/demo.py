@@ -55,51 +55,37 @@ def run(options: Command) -> None:
 
     from odelt_fast.demo.app import LOOPBACK, serve
     from odelt_fast.demo.page import build_page, import_gradio
-    from odelt_fast.serving.listening import listen
+    from odelt_fast.serving.listening import listen, url_of
 
     import_gradio()
     with listen(options.host, options.port) as listener:
         from odelt_fast.checkpoints.folder import read_config
-        from odelt_fast.demo.studio import Studio, measured_settings
+        from odelt_fast.demo.studio import Studio, measured_operations
         from odelt_fast.evaluation.measuring import model_hash
         from odelt_fast.planning.evidence import find_quality
 
-        table = find_quality(
-            options.model, read_config(options.model), model_hash(options.model), options.quality
-        )
+        name, quality, metric = options.model, None, None
+        config = read_config(name)
+        table = find_quality(name, config, model_hash(name), options.quality)
         if table is None and options.metric is not None:
             raise ValueError(
-                f"--metric {options.metric}: {options.model} has no table of quality, give"
-                " --quality"
+                f"--metric {options.metric}: {name} has no table of quality, give --quality"
             )
-        metric = None if table is None else table.metric(options.metric)
-        model = load(options.model, options.device, options.dtype, None)
+        if table is not None:
+            metric = table.metric(options.metric)
+            quality = measured_operations(config, table, metric)
+        model = load(name, options.device, options.dtype, None)
         decoder = load_decoder(options.decoder, model)
-        if decoder is None and model.config.channels not in (1, 3):
+        if decoder is None and config.channels not in (1, 3):
             raise ValueError(
-                f"{options.model} makes latents of {model.config.channels} channels: give the"
-                " --decoder of them"
+                f"{name} makes latents of {config.channels} channels: give the --decoder of them"
             )
         studio = Studio(
             model, decoder=decoder, num_images=options.num_images, max_seconds=options.max_seconds
         )
-        known = (
-            None
-            if table is None or metric is None
-            else measured_settings(model.config, table, metric)
-        )
-        studio.measure(known or (), _FIRST_SECONDS)
-        quality = (
-            None if known is None else {setting.cost_key: value for setting, value in known.items()}
-        )
-        blocks = build_page(
-            studio, options.model, quality=quality, metric=metric, waiting=options.waiting
-        )
-        host, port = listener.getsockname()[:2]
-        reach = "" if host in LOOPBACK else ", to be reached by other machines too"
-        print(
-            f"http://{f'[{host}]' if ':' in host else host}:{port} shows {options.model}{reach};"
-            " Ctrl-C ends it",
-            flush=True,
-        )
+        studio.measure(quality or (), _FIRST_SECONDS)
+        blocks = build_page(studio, name, quality=quality, metric=metric, waiting=options.waiting)
+        local = listener.getsockname()[0] in LOOPBACK
+        reach = "" if local else ", to be reached by other machines too"
+        print(f"{url_of(listener)} shows {name}{reach}; Ctrl-C ends it", flush=True)
         serve(blocks, listener)

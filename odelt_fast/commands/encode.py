@@ -60,7 +60,6 @@ def run(options: Command) -> None:
         encoder_name=encoder.name,
         scale=encoder.scale,
         shard_length=options.shard_length,
-        device=device,
     )
     print(
         f"{options.out}: {len(source)} images of {source.num_classes} classes: odelt-fast train"

@@ -1,104 +1,47 @@
-"""The web server of `odelt-fast demo`: Gradio's application behind a door that lets through only
-what the page needs.
+"""The web server of `odelt-fast demo`: Gradio's application, without what the page does not need.
 
-Gradio serves much more than a page: uploads, files, a proxy, editing by a language model. Here a
-request outside `_PAGE` and `_EVENTS` is not found, bodies have a greatest size, and on the loopback
-interface the Host must be one of its names (another site that resolves to it is not served).
+Gradio serves much more than a page: uploads, files, a fetcher of any URL, tools of its developers,
+and no option leaves them out. So of its API only `_API` is passed on, elsewhere nothing is posted,
+bodies have a greatest size, and on the loopback interface the Host must be one of its names
+(another site that resolves to it is not served).
 """
 
 from __future__ import annotations
 
-import re
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from odelt_fast.demo.page import CSS, import_gradio
 
 if TYPE_CHECKING:
     import gradio
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 LARGEST_BODY = 16 * 1024  # bytes; a request of the page has less than 2000
 CONNECTIONS = 256
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_PAGE = re.compile(
-    r"/(|config|theme\.css|manifest\.json|robots\.txt|favicon\.ico|(static|assets|svelte)/[\w./@+-]+)"
-)
-_READ = re.compile(
-    r"/gradio_api/(info|startup-events|app_id|queue/data|heartbeat/\w{1,64}|call/(draw|grid)/\w{1,64})"
-)
-_EVENTS = re.compile(r"/gradio_api/(queue/join|call/(draw|grid)|cancel|reset)/?")
-
-Message = MutableMapping[str, Any]
-Application = Callable[
-    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
-    Awaitable[None],
-]
+# First parts of the paths below /gradio_api/ that the page asks for.
+_API = {"app_id", "call", "cancel", "heartbeat", "info", "queue", "reset", "startup-events"}
 
 
-class Door:
-    """Passes on what the page needs; answers the rest itself: 400 (Host), 404, 413 (size)."""
+class PageOnly:
+    """ASGI middleware that answers 404 for the API beside `_API`, and for methods that change what
+    is not there."""
 
-    def __init__(self, inner: Application, hosts: tuple[str, ...] | None) -> None:
-        self.inner, self.hosts = inner, hosts
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
-        if scope["type"] == "lifespan":
-            return await self.inner(scope, receive, send)
-        if scope["type"] != "http":
-            return None  # no websockets
-        headers = dict(scope["headers"])
-        host = re.sub(r":\d+$", "", headers.get(b"host", b"").decode("latin-1")).strip("[]")
-        if self.hosts is not None and host not in self.hosts:
-            return await _answer(send, 400, f"this page is served to {', '.join(self.hosts)} only")
-        path, method = scope["path"], scope["method"]
-        if method in ("GET", "HEAD"):
-            allowed = _PAGE.fullmatch(path) or _READ.fullmatch(path)
-            return (
-                await self.inner(scope, receive, send)
-                if allowed and ".." not in path
-                else await _answer(send, 404, "not found")
-            )
-        if method != "POST" or not _EVENTS.fullmatch(path):
-            return await _answer(send, 404, "not found")
-        body = await _body(receive)
-        if body is None:
-            return await _answer(send, 413, f"a request has at most {LARGEST_BODY} bytes")
-        rest = iter([{"type": "http.request", "body": body, "more_body": False}])
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.responses import PlainTextResponse
 
-        async def replay() -> Message:
-            return next(rest, None) or await receive()
-
-        return await self.inner(scope, replay, send)
-
-
-async def _body(receive: Callable[[], Awaitable[Message]]) -> bytes | None:
-    """The whole body, None if it is too large: read before anything is made of it, so that no
-    length header has to be believed."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > LARGEST_BODY:
-            return None
-        if not message.get("more_body", False):
-            return body
-
-
-async def _answer(send: Callable[[Message], Awaitable[None]], status: int, words: str) -> None:
-    content = words.encode()
-    headers = [
-        (b"content-type", b"text/plain; charset=utf-8"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+        app = self.app
+        if scope["type"] == "http":
+            _, first, *rest = scope["path"].split("/")
+            api = first == "gradio_api"
+            methods = ("GET", "HEAD", "POST") if api else ("GET", "HEAD")
+            if scope["method"] not in methods or (api and not _API & set(rest[:1])):
+                app = PlainTextResponse("not found", 404)
+        await app(scope, receive, send)
 
 
 def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
@@ -107,11 +50,24 @@ def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
     gr = import_gradio()
     import uvicorn
     from fastapi import FastAPI
+    from starlette.middleware import Middleware
+    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    local = listener.getsockname()[0] in LOOPBACK
+    hosts = [*LOOPBACK, "[::1]"] if local else ["*"]
     application = gr.mount_gradio_app(
-        FastAPI(openapi_url=None),
+        FastAPI(
+            openapi_url=None,
+            middleware=[
+                Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
+                Middleware(PageOnly),
+                Middleware(RequestBodyLimitMiddleware, max_body_size=LARGEST_BODY),
+            ],
+        ),
         blocks,
         path="/",
+        app_kwargs={"openapi_url": None},
         theme=gr.themes.Default(),  # its fonts are files of Gradio's
         css=CSS,
         footer_links=[],
@@ -123,12 +79,12 @@ def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
         show_error=False,  # of mistakes only their message is shown
         max_file_size=1,
     )
-    address = listener.getsockname()[0]
-    door = Door(application, LOOPBACK if address in LOOPBACK else None)
     # Gradio prints what goes wrong in a drawing itself; uvicorn's errors are of visitors: unknown
     # sessions, connections cut off at the end.
     config = uvicorn.Config(
-        door,
+        application,
+        http="h11",
+        ws="none",
         log_level="critical",
         access_log=False,
         server_header=False,

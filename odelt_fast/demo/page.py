@@ -2,53 +2,60 @@
 cost, the paper's 3 x 3 grid.
 
 Pictures are part of the page's HTML: the server keeps no files. Every number that reaches the HTML
-was checked (`demo_settings`).
+was checked (settings.py).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import importlib
 import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from odelt_fast.checks import show_seconds
 from odelt_fast.demo.settings import (
     GUIDANCE_STEP,
     LARGEST_GUIDANCE,
     LONGEST_TEXT,
     STEPS,
     TOLERANCES,
+    Dials,
     Setting,
     check_setting,
     solvers,
+    time_label,
 )
-from odelt_fast.demo.studio import GRID_STEPS, Drawing, Known, Studio
+from odelt_fast.demo.studio import GRID_STEPS, Drawing, MeasuredQuality, Studio
 from odelt_fast.evaluation.charts import explored
+from odelt_fast.files import one_line
 from odelt_fast.sampling.pictures import image_grid
 
 if TYPE_CHECKING:
     import gradio
 
 _COLUMNS = 5  # images in a row of a picture, as in the paper's Figure 1
-_CELL = 720  # pixels, the widest picture of the grid: all nine are sent again with each one
+_WIDEST = 720  # pixels of a picture of the grid: all nine are sent again with each one
 _FIRST_EXPONENT = 2  # T = 4
 CSS = """
 .gradio-container { max-width: 1240px !important; }
 .odelt figure { margin: 0; }
-.odelt img { display: block; width: 100%; height: auto; image-rendering: pixelated; border-radius: 4px; background: white; }
-.odelt .plot { image-rendering: auto; }
-.odelt figcaption { padding-top: 6px; font-variant-numeric: tabular-nums; line-height: 1.5; }
+.odelt img { display: block; width: 100%; height: auto; border-radius: 4px; background: white; }
+.odelt img.samples { image-rendering: pixelated; }
+.odelt figcaption { padding-top: 6px; line-height: 1.5; }
+.odelt figcaption, .odelt td { font-variant-numeric: tabular-nums; }
 .odelt .wide { overflow-x: auto; }
-.odelt table { border: none; border-collapse: separate; border-spacing: 12px 8px; width: 100%; min-width: 640px; table-layout: fixed; }
+.odelt table { border: none; border-collapse: separate; border-spacing: 12px 8px; }
+.odelt table { width: 100%; min-width: 640px; table-layout: fixed; }
 .odelt tr { border: none; }
 .odelt th { text-align: center; font-weight: 600; border: none; padding: 0; }
 .odelt th.l { width: 64px; }
-.odelt td { text-align: center; border: none; padding: 0; vertical-align: top; font-variant-numeric: tabular-nums; }
+.odelt td { text-align: center; border: none; padding: 0; vertical-align: top; }
 .odelt .empty { width: 100%; border-radius: 4px; background: rgba(128, 128, 128, 0.12); }
 .odelt-help { padding: 0 10px; }
-.odelt-power .head > :not(label), .odelt-power .min_value, .odelt-power .max_value { display: none; }
+.odelt-power .head > :not(label), .odelt-power .min_value, .odelt-power .max_value { display: none }
 """
 
 
@@ -56,18 +63,23 @@ def build_page(
     studio: Studio,
     name: str,
     *,
-    quality: Known | None = None,
+    quality: MeasuredQuality | None = None,
     metric: str | None = None,
     waiting: int = 16,
 ) -> gradio.Blocks:
-    """The page of a model called `name`. quality: of `metric`, by `Setting.cost_key`. waiting:
-    requests that may wait; more are refused.
+    """The page of a model.
 
-    ValueError if Gradio is not there.
+    Args:
+        name: of the model.
+        quality: what was measured of `metric`.
+        waiting: requests that may wait; more are refused.
+
+    Raises:
+        ValueError: Gradio is not there.
     """
     gr = import_gradio()
     config = studio.config
-    page = Pages(studio, quality, metric, lambda message: gr.Error(message, print_exception=False))
+    page = Page(studio, quality, metric, lambda text: gr.Error(text, print_exception=False))
     with gr.Blocks(analytics_enabled=False, title=f"odelt-fast: {name}") as blocks:
         gr.Markdown(f"# odelt-fast: {html.escape(name)}\n\n{page.description()}")
         with gr.Row():
@@ -145,36 +157,26 @@ def build_page(
         dials = [*moved, *typed]
         # Values come as they were sent: `check_setting` is the one that judges them, whoever sent
         # them.
-        one_at_a_time = {"concurrency_id": "studio", "concurrency_limit": 1, "preprocess": False}
-        drawn = {
-            "inputs": dials,
-            "outputs": [picture, plot],
+        one_at_a_time = {
+            "concurrency_id": "studio",
+            "concurrency_limit": 1,
+            "preprocess": False,
             "show_progress": "minimal",
-            **one_at_a_time,
         }
-        told = "k => ({__type__: 'update', label: `Time steps T = ${2 ** k}`})"
-        exponent.change(None, exponent, exponent, js=told, api_visibility="private")
-        gr.on(
-            [
-                blocks.load,
-                *(dial.change for dial in moved),
-                *(event for dial in typed for event in (dial.submit, dial.blur)),
-            ],
-            page.draw,
-            trigger_mode="always_last",
-            api_name="draw",
-            **drawn,
-        )
-        again = another.click(
-            None, None, seed, js="() => Math.floor(Math.random() * 1e6)", api_visibility="private"
-        )
+        drawn = {"inputs": dials, "outputs": [picture, plot], **one_at_a_time}
+        label_steps = "k => ({__type__: 'update', label: `Time steps T = ${2 ** k}`})"
+        exponent.change(None, exponent, exponent, js=label_steps, api_visibility="private")
+        changes = [blocks.load, *(dial.change for dial in moved)]
+        changes += [event for dial in typed for event in (dial.submit, dial.blur)]
+        gr.on(changes, page.draw, trigger_mode="always_last", api_name="draw", **drawn)
+        draw_seed = "() => Math.floor(Math.random() * 1e6)"
+        again = another.click(None, None, seed, js=draw_seed, api_visibility="private")
         again.then(page.draw, api_visibility="private", **drawn)
         draw_grid.click(
             page.draw_grid,
             dials,
             [grid, plot],
             trigger_mode="once",
-            show_progress="minimal",
             api_name="grid",
             **one_at_a_time,
         )
@@ -182,13 +184,13 @@ def build_page(
     return blocks
 
 
-class Pages:
+class Page:
     """What the page's events answer: HTML of pictures, or `refuse(message)`, raised."""
 
     def __init__(
         self,
         studio: Studio,
-        quality: Known | None,
+        quality: MeasuredQuality | None,
         metric: str | None,
         refuse: Callable[[str], Exception],
     ) -> None:
@@ -204,119 +206,108 @@ class Pages:
 
     def help(self) -> str:
         """What the dials without an obvious meaning do."""
-        known = solvers(self.studio.config)
-        lines = [
-            "T counts the steps of euler, midpoint, heun2 and rk4; dopri5 and tsit5 choose theirs"
-            " by the tolerance."
-        ] * (len(known) > 1)
-        classes = self.studio.config.num_classes
-        if classes > 1:
+        config, lines = self.studio.config, []
+        if len(solvers(config)) > 1:
             lines.append(
-                f"Labels: one or more of 0 to {classes - 1}, repeated in turn; {classes} is the"
-                " null label."
+                "T counts the steps of euler, midpoint, heun2 and rk4; dopri5 and tsit5 choose"
+                " theirs by the tolerance."
             )
-        return " ".join(
-            [*lines, "Times are of the whole batch, on this machine, without a decoder."]
-        )
+        if config.num_classes > 1:
+            lines.append(
+                f"Labels: one or more of 0 to {config.num_classes - 1}, repeated in turn;"
+                f" {config.num_classes} is the null label."
+            )
+        lines.append("Times are of the whole batch, on this machine, without a decoder.")
+        return " ".join(lines)
 
     def draw(self, *values: Any) -> tuple[str, str]:
         """The picture and the plot, for the values of the dials."""
-        setting = self._check(values)
-        drawing = self._asked(lambda: self.studio.draw(setting))
+        with self._refusing():
+            setting = self._check(values)
+            drawing = self.studio.draw(setting)
         return self.picture_html(setting, drawing), self.plot_html(setting)
 
     def draw_grid(self, *values: Any) -> Iterator[tuple[str, str]]:
         """The grid, as its pictures come, and the plot."""
-        setting, cells = self._check(values), dict[tuple[int, int], Drawing]()
-        drawings = self.studio.grid(setting)
-        while (found := self._asked(lambda: next(drawings, None))) is not None:
-            row, column, cells[row, column] = found
-            yield self.grid_html(cells), self.plot_html(setting)
+        cells = dict[tuple[int, int], Drawing]()
+        with self._refusing():
+            setting = self._check(values)
+            for row, column, drawing in self.studio.grid(setting):
+                cells[row, column] = drawing
+                yield self.grid_html(cells), self.plot_html(setting)
 
     def _check(self, values: tuple[Any, ...]) -> Setting:
-        return self._asked(
-            lambda: check_setting(self.studio.config, self.studio.num_images, *values)
-        )
+        return check_setting(self.studio.config, self.studio.num_images, Dials(*values))
 
-    def _asked(self, work: Callable[[], Any]) -> Any:
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
         try:
-            return work()
+            yield
         except ValueError as mistake:
-            raise self.refuse(html.escape(" ".join(str(mistake).split())[:300])) from None
+            raise self.refuse(html.escape(one_line(mistake))) from None
 
     def picture_html(self, setting: Setting, drawing: Drawing) -> str:
-        evaluations = (
-            f"{drawing.evaluations:.4g} evaluation{'' if drawing.evaluations == 1 else 's'}"
-        )
+        operation, count = setting.operation, self.studio.num_images
+        at, evaluations = time_label(operation), drawing.evaluations
+        blocks = self.studio.config.live_blocks(operation.depth)
         known = f"{self.metric}: {self._quality(setting)}<br>" if self.metric else ""
         return (
-            f"<figure>{_picture(drawing, f'{self.studio.num_images} images at l = {setting.depth}, {setting.at}')}<figcaption><b>l"
-            f" = {setting.depth}, {setting.at.replace('=', ' = ')}</b>, {setting.solver}:"
-            f" <b>{show_seconds(drawing.seconds)}</b> for {self.studio.num_images}"
-            f" images<br>{evaluations} of {drawing.live_blocks}"
-            f" block{'' if drawing.live_blocks == 1 else 's'} each<br>{known}</figcaption></figure>"
+            f"<figure>{_picture(drawing, f'{count} images at l = {operation.depth}, {at}')}"
+            f"<figcaption><b>l = {operation.depth}, {at.replace('=', ' = ')}</b>,"
+            f" {operation.solver}: <b>{show_seconds(drawing.seconds)}</b> for {count} images<br>"
+            f"{evaluations:.4g} evaluation{'' if evaluations == 1 else 's'} of {blocks}"
+            f" block{'' if blocks == 1 else 's'} each<br>{known}</figcaption></figure>"
         )
 
     def _quality(self, setting: Setting) -> str:
-        if self.quality is None or setting.cost_key not in self.quality:
+        if self.quality is None or setting.operation not in self.quality:
             return "not measured at this setting"
-        mean, deviation = self.quality[setting.cost_key]
+        mean, deviation = self.quality[setting.operation]
         return f"{mean:.4g}" + ("" if deviation is None else f" ± {deviation:.2g}")
 
     def grid_html(self, cells: dict[tuple[int, int], Drawing]) -> str:
         """The grid with the cells that are there, and room for the others."""
-        rows = []
+        count, rows = self.studio.num_images, []
+        aspect = f"{min(count, _COLUMNS)} / {-(-count // _COLUMNS)}"
+        empty = f'<td><div class="empty" style="aspect-ratio: {aspect}"></div>&nbsp;</td>'
         for row, depth in enumerate(self.studio.grid_depths):
-            line = [f'<th class="l" scope="row">l = {depth}</th>']
+            line = f'<th class="l" scope="row">l = {depth}</th>'
             for column, steps in enumerate(GRID_STEPS):
-                drawing = cells.get((row, column))
-                if drawing is None:
-                    line.append(
-                        '<td><div class="empty" style="aspect-ratio:'
-                        f' {self._aspect()}"></div>&nbsp;</td>'
-                    )
+                if (drawing := cells.get((row, column))) is None:
+                    line += empty
                 else:
-                    line.append(
-                        f"<td>{_picture(drawing, f'l = {depth}, T = {steps}', _CELL)}{show_seconds(drawing.seconds)}</td>"
-                    )
-            rows.append(f"<tr>{''.join(line)}</tr>")
+                    picture = _picture(drawing, f"l = {depth}, T = {steps}", _WIDEST)
+                    line += f"<td>{picture}{show_seconds(drawing.seconds)}</td>"
+            rows.append(f"<tr>{line}</tr>")
         head = "".join(f'<th scope="col">T = {steps}</th>' for steps in GRID_STEPS)
         return (
-            '<div class="wide"><table><thead><tr><th'
-            f' class="l"></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+            f'<div class="wide"><table><thead><tr><th class="l"></th>{head}</tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
-
-    def _aspect(self) -> str:
-        count = self.studio.num_images
-        return f"{min(count, _COLUMNS)} / {-(-count // _COLUMNS)}"
 
     def plot_html(self, setting: Setting) -> str:
         """Quality, or evaluations, against the latency of all that was drawn so far."""
         points = self.studio.points(self.quality)
-        words = (
-            f"Quality ({html.escape(self.metric)}) was measured before, with odelt-fast evaluate;"
-            " latency is measured here, by drawing."
-            if self.metric
-            else (
+        if self.metric:
+            text = (
+                f"Quality ({html.escape(self.metric)}) was measured before, with odelt-fast"
+                " evaluate; latency is measured here, by drawing."
+            )
+        else:
+            text = (
                 "Quality was not measured: start the page with --quality, a folder of odelt-fast"
                 " evaluate, to see it here."
             )
-        )
-        ring = (
-            " The ring is the setting above."
-            if (current := self.studio.point(setting, self.quality))
-            else ""
-        )
         if not points:
-            return (
-                f"<figure><figcaption>{words} Nothing drawn so far has a measured"
-                " quality.</figcaption></figure>"
-            )
+            text += " Nothing drawn so far has a measured quality."
+            return f"<figure><figcaption>{text}</figcaption></figure>"
+        if current := points.get(setting.operation):
+            text += " The ring is the setting above."
+        figure = explored([*points.values()], current, self.metric, self.studio.num_images)
         data = io.BytesIO()
-        explored(points, current, self.metric, self.studio.num_images).savefig(
-            data, format="png", dpi=160
-        )
-        return f"<figure>{_image(data, 'latency of the settings drawn so far', 'plot')}<figcaption>{words}{ring}</figcaption></figure>"
+        figure.savefig(data, format="png", dpi=160)
+        image = _image(data, "latency of the settings drawn so far", "plot")
+        return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _picture(drawing: Drawing, words: str, widest: int | None = None) -> str:
@@ -328,14 +319,8 @@ def _picture(drawing: Drawing, words: str, widest: int | None = None) -> str:
 
 
 def _image(png: io.BytesIO, words: str, kind: str) -> str:
-    return (
-        f'<img class="{kind}" alt="{words}"'
-        f' src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
-    )
-
-
-def show_seconds(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    data = base64.b64encode(png.getvalue()).decode()
+    return f'<img class="{kind}" alt="{words}" src="data:image/png;base64,{data}">'
 
 
 def import_gradio() -> Any:

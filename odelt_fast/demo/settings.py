@@ -6,50 +6,44 @@ from __future__ import annotations
 import math
 import reprlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from odelt_fast.config import DiTConfig
+from odelt_fast.operation import Operation, effective_guidance
 
 STEPS = tuple(2**k for k in range(8))
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
-GUIDANCE_STEP, LARGEST_GUIDANCE = (
-    0.25,
-    8.0,
-)  # a grid, so that the settings whose latency is kept are few
+# A grid, so that the operations whose latency is kept are few.
+GUIDANCE_STEP, LARGEST_GUIDANCE = 0.25, 8.0
 LARGEST_SEED = 2**53 - 1  # whole numbers above it do not survive a browser
 LONGEST_TEXT = 400  # characters of labels
 _FIXED, _ADAPTIVE = ("euler", "midpoint", "heun2", "rk4"), ("dopri5", "tsit5")
 
 
+class Dials(NamedTuple):
+    """Values of the page's dials as they were sent. T is 2 to the `exponent`."""
+
+    depth: Any
+    exponent: Any
+    solver: Any = "euler"
+    tolerance: Any = 1e-2
+    guidance: Any = 1.0
+    seed: Any = 0
+    labels: Any = ""
+
+
 @dataclass(frozen=True)
 class Setting:
-    """One way to draw: depth l, steps T of a solver (or its tolerance, if it chooses its steps),
-    guidance scale, seed, labels.
+    """What a picture is drawn with. labels (): counted through."""
 
-    guidance_scale None: labels only. labels (): counted through.
-    """
+    operation: Operation
+    seed: int = 0
+    labels: tuple[int, ...] = ()
 
-    depth: int
-    steps: int
-    solver: str
-    tolerance: float
-    guidance_scale: float | None
-    seed: int
-    labels: tuple[int, ...]
 
-    @property
-    def adaptive(self) -> bool:
-        return self.solver in _ADAPTIVE
-
-    @property
-    def at(self) -> str:
-        """T or the tolerance, as figures name it."""
-        return f"tol={self.tolerance:g}" if self.adaptive else f"T={self.steps}"
-
-    @property
-    def cost_key(self) -> tuple[str, int, str, float | None]:
-        """What latency and quality depend on."""
-        return self.solver, self.depth, self.at, self.guidance_scale
+def time_label(operation: Operation) -> str:
+    """T or the tolerance, as figures name it."""
+    return f"tol={operation.rtol:g}" if operation.adaptive else f"T={operation.steps}"
 
 
 def solvers(config: DiTConfig) -> tuple[str, ...]:
@@ -58,52 +52,45 @@ def solvers(config: DiTConfig) -> tuple[str, ...]:
     return ("euler",) if config.sampling == "consistency" else _FIXED + _ADAPTIVE
 
 
-def check_setting(
-    config: DiTConfig,
-    num_images: int,
-    depth: Any,
-    exponent: Any,
-    solver: Any = "euler",
-    tolerance: Any = 1e-2,
-    guidance: Any = 1.0,
-    seed: Any = 0,
-    labels: Any = "",
-) -> Setting:
-    """The setting that values from outside mean, T = 2^exponent; ValueError that names the first
-    one that is not allowed."""
-    if (wanted := _number(depth)) not in config.depths:
-        raise ValueError(
-            f"depth l must be one of {', '.join(map(str, config.depths))}, not {_shown(depth)}"
-        )
-    power = _number(exponent)
+def offered(
+    depth: int, steps: int | None, solver: str, tolerance: float | None, guidance: float | None
+) -> Operation:
+    """The operation of dials: steps count where the solver's are equal, else the tolerance."""
+    limits = {"rtol": tolerance, "atol": tolerance} if solver in _ADAPTIVE else {"steps": steps}
+    return Operation(depth=depth, solver=solver, guidance_scale=guidance, **limits)  # type: ignore[arg-type]
+
+
+def check_setting(config: DiTConfig, num_images: int, dials: Dials) -> Setting:
+    """The setting that the dials mean.
+
+    Raises:
+        ValueError: names the first value that is not allowed.
+    """
+    depth, power = _number(dials.depth), _number(dials.exponent)
+    if depth not in config.depths:
+        allowed = ", ".join(map(str, config.depths))
+        raise _wrong("depth l", f"one of {allowed}", dials.depth)
     if power not in range(len(STEPS)):
-        raise ValueError(
-            f"T must be a power of two from 1 to {STEPS[-1]}, so its exponent 0 to"
-            f" {len(STEPS) - 1}, not {_shown(exponent)}"
-        )
-    if not isinstance(solver, str) or solver not in solvers(config):
-        raise ValueError(
-            f"solver must be one of {', '.join(solvers(config))}, not {_shown(solver)}"
-        )
-    if (allowed := _number(tolerance)) not in TOLERANCES:
-        raise ValueError(
-            f"tolerance must be one of {', '.join(f'{value:g}' for value in TOLERANCES)}, not"
-            f" {_shown(tolerance)}"
-        )
-    scale = _number(guidance)
+        allowed = f"a power of two from 1 to {STEPS[-1]}, so its exponent 0 to {len(STEPS) - 1}"
+        raise _wrong("T", allowed, dials.exponent)
+    if not isinstance(dials.solver, str) or dials.solver not in solvers(config):
+        raise _wrong("solver", f"one of {', '.join(solvers(config))}", dials.solver)
+    if (tolerance := _number(dials.tolerance)) not in TOLERANCES:
+        allowed = ", ".join(f"{value:g}" for value in TOLERANCES)
+        raise _wrong("tolerance", f"one of {allowed}", dials.tolerance)
+    scale, seed = _number(dials.guidance), _number(dials.seed)
     if not 0 <= scale <= LARGEST_GUIDANCE or scale % GUIDANCE_STEP:
-        raise ValueError(
-            f"guidance must be from 0 to {LARGEST_GUIDANCE:g} in steps of {GUIDANCE_STEP:g}, not"
-            f" {_shown(guidance)}"
-        )
-    start = _number(seed)
-    if not 0 <= start <= LARGEST_SEED or start % 1:
-        raise ValueError(
-            f"seed must be a whole number from 0 to {LARGEST_SEED}, not {_shown(seed)}"
-        )
-    guided = None if scale == 1 or config.num_classes == 1 else scale
-    chosen = _labels(labels, config.num_classes, num_images)
-    return Setting(int(wanted), STEPS[int(power)], solver, allowed, guided, int(start), chosen)
+        allowed = f"from 0 to {LARGEST_GUIDANCE:g} in steps of {GUIDANCE_STEP:g}"
+        raise _wrong("guidance", allowed, dials.guidance)
+    if not 0 <= seed <= LARGEST_SEED or seed % 1:
+        raise _wrong("seed", f"a whole number from 0 to {LARGEST_SEED}", dials.seed)
+    guidance = None if config.num_classes == 1 else effective_guidance(scale)
+    operation = offered(int(depth), STEPS[int(power)], dials.solver, tolerance, guidance)
+    return Setting(operation, int(seed), _labels(dials.labels, config.num_classes, num_images))
+
+
+def _wrong(name: str, allowed: str, value: Any) -> ValueError:
+    return ValueError(f"{name} must be {allowed}, not {_shown(value)}")
 
 
 def _shown(value: Any) -> str:
@@ -123,9 +110,7 @@ def _labels(text: Any, classes: int, num_images: int) -> tuple[int, ...]:
     if text is None or text == "":
         return ()
     if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-        raise ValueError(
-            f"labels must be at most {LONGEST_TEXT} characters of whole numbers, not {_shown(text)}"
-        )
+        raise _wrong("labels", f"at most {LONGEST_TEXT} characters of whole numbers", text)
     words = text.replace(",", " ").split()
     for word in words:
         if not (word.isascii() and word.isdigit()) or len(word) > 9 or int(word) > classes:

@@ -65,9 +65,9 @@ class AdaptiveTrajectory:
             output = engine.velocity(state, *tables, depth, guidance)
             return probability_flow_velocity(output, state, t) if predicts_noise else output
 
-        times = {"t0": self.t0, "t1": self.t1}
+        span = self.t0, self.t1
         return DeviceAdaptive(
-            field, x, self.log2_steps, self.tableau, **times, limits=self.limits, ops=engine.ops
+            field, x, self.log2_steps, self.tableau, self.limits, span, engine.ops
         )
 
     def evaluations(self, attempts: int) -> int:

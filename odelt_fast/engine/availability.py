@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from odelt_fast.engine.operators import ATTENTIONS
 from odelt_fast.files import one_line
 from odelt_fast.model import Block, DiT, FinalLayer, ScalarEmbedding
+
+logger = logging.getLogger(__name__)
 
 # Attentions of other packages, never yet run on a card by this project's tests: (package, module).
 UNTESTED = {"flash": ("flash-attn", "flash_attn"), "xformers": ("xformers", "xformers.ops")}
@@ -52,6 +55,7 @@ def kernels_unavailable() -> str | None:
     try:
         importlib.import_module("odelt_fast.kernels.linear")
     except _BROKEN as error:
+        logger.info("the Triton kernels cannot be loaded", exc_info=True)
         return (
             "it needs Triton 3.6 or newer (pip install 'odelt-fast[cuda]'), which cannot be"
             f" loaded: {one_line(error)}"
@@ -94,6 +98,7 @@ def attention_unavailable(
         try:
             importlib.import_module(UNTESTED[name][1])
         except _BROKEN_PACKAGE as error:
+            logger.info("attention %s cannot be loaded", name, exc_info=True)
             return f"{UNTESTED[name][0]} cannot be loaded: {one_line(error)}"
     if dtype not in (torch.bfloat16, torch.float16) and name != "xformers":
         return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
@@ -115,6 +120,7 @@ def try_attention(
     try:
         function(qkv, heads)
     except errors as error:
+        logger.info("attention %s cannot run", name, exc_info=True)
         return f"a trial failed: {one_line(error)}"
     return None
 

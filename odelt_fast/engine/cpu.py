@@ -16,6 +16,7 @@ product itself.
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from odelt_fast.engine.native.build import load
 from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
 from odelt_fast.engine.weights import LAYERS, ParameterVersions
 from odelt_fast.model import DiT, position_table
+
+logger = logging.getLogger(__name__)
 
 # Tokens of a thread that go through a block together: the weights are read once for them.
 ROWS_AT_ONCE = 512
@@ -68,7 +71,8 @@ class CpuNetwork:
         if reason:
             raise ValueError(f"the native operators cannot run this model: {reason}")
         self.model, config = model, model.config
-        sizes = config.hidden_size, config.mlp_size, config.hidden_size // config.num_heads
+        self.dim = config.hidden_size // config.num_heads
+        sizes = config.hidden_size, config.mlp_size, self.dim
         self.products = cpu_ops.has_products(model.dtype) and not any(size % 2 for size in sizes)
         # Of the blocks: weights, where the products are native; biases in float32.
         self._packed: list[dict[str, Tensor]] = []
@@ -109,7 +113,8 @@ class CpuNetwork:
         patches = x.to(work.x.dtype).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, layer.weight[0].numel())
         # A product is twice as fast as the convolution.
-        torch.addmm(layer.bias, patches, layer.weight.flatten(1).t(), out=work.x.flatten(0, 1))  # type: ignore[arg-type]
+        weight = layer.weight.flatten(1).t()
+        torch.addmm(layer.bias, patches, weight, out=work.x.flatten(0, 1))  # type: ignore[arg-type]
         # The positions are added in float32, as in the model: positions + 1*(patches + 1*rest), in
         # the pass that makes the norm.
         inner = InnerState(work.positions.expand_as(work.x), None)
@@ -148,21 +153,18 @@ class CpuNetwork:
                 self._attend(qkv, out=attended)
                 self._linear(index, "attention_out", attended, None, out=y)
                 columns = Modulation(modulation, 2 * size, modulation, 3 * size, 4 * size)
-                cpu_ops.gated_residual(
-                    px, y, biases["attention_out"], columns, out_x=middle, out=ph
-                )
+                states = px, y, biases["attention_out"]
+                cpu_ops.gated_residual(*states, columns, out_x=middle, out=ph)
                 self._mlp(index, ph, work.hidden, out=y)
-                columns, bias = (
-                    Modulation(modulation, 5 * size, following, 0, size),
-                    biases["mlp_out"],
-                )
+                columns = Modulation(modulation, 5 * size, following, 0, size)
+                states = middle, y, biases["mlp_out"]
                 if not ends_group:
                     out_x = middle if last else px
-                    cpu_ops.gated_residual(middle, y, bias, columns, out_x=out_x, out=ending)
+                    cpu_ops.gated_residual(*states, columns, out_x=out_x, out=ending)
                 else:
                     xr, vr = None if last else px, work.vr[part]
                     inner = InnerState(xr, vr if index >= config.depth_group else None, step)
-                    cpu_ops.group_end(middle, y, bias, inner, columns, (xr, vr, ending))
+                    cpu_ops.group_end(*states, inner, columns, (xr, vr, ending))
 
     def _linear(
         self, index: int, name: str, x: Tensor, bias: Tensor | None, *, out: Tensor
@@ -192,10 +194,8 @@ class CpuNetwork:
         tiles."""
         bias = self._biases[index]["mlp_in"]
         if hidden is None:
-            packed = self._packed[index]
-            return cpu_ops.mlp(
-                x.flatten(0, 1), packed["mlp_in"], bias, packed["mlp_out"], out=out.flatten(0, 1)
-            )
+            first, second = (self._packed[index][name] for name in ("mlp_in", "mlp_out"))
+            return cpu_ops.mlp(x.flatten(0, 1), first, bias, second, out=out.flatten(0, 1))
         hidden = hidden[: len(x)]
         self._linear(index, "mlp_in", x, None, out=hidden)
         cpu_ops.bias_gelu_(hidden, bias)
@@ -203,18 +203,17 @@ class CpuNetwork:
 
     def _attend(self, qkv: Tensor, *, out: Tensor) -> None:
         """Attention of packed qkv (B, N, 3*D) into out (B, N, D), or both in tiles."""
-        heads = self.model.config.num_heads
-        dim = self.model.config.hidden_size // heads
-        if qkv.dim() == 5 or self._attends(qkv.shape[1], dim):
+        heads, dim = self.model.config.num_heads, self.dim
+        if qkv.dim() == 5 or self._attends(qkv.shape[1]):
             return cpu_ops.attention(qkv, heads, 1.0 / dim, out=out)
         q, k, v = qkv.unflatten(2, (3, heads, dim)).permute(2, 0, 3, 1, 4)
-        out.unflatten(2, (heads, dim)).copy_(
-            F.scaled_dot_product_attention(q, k, v, scale=1.0 / dim).transpose(1, 2)
-        )
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0 / dim)
+        out.unflatten(2, (heads, dim)).copy_(attended.transpose(1, 2))
 
-    def _attends(self, tokens: int, dim: int) -> bool:
-        """Whether attention of that many tokens and values of a head is native."""
-        return self.products and tokens <= cpu_ops.MAX_TOKENS and dim <= cpu_ops.MAX_HEAD_DIM
+    def _attends(self, tokens: int) -> bool:
+        """Whether attention of that many tokens is native."""
+        fits = tokens <= cpu_ops.MAX_TOKENS and self.dim <= cpu_ops.MAX_HEAD_DIM
+        return self.products and fits
 
     def _pack(self, blocks: list[Any]) -> None:
         """Prepares what is not prepared yet of these blocks, and everything anew that has
@@ -234,11 +233,7 @@ class CpuNetwork:
     def _memory(self, x: Tensor) -> Workspace:
         """The workspace for x (B, C, H, W): the last one where it fits."""
         config, dtype = self.model.config, self.model.dtype
-        patch, size, dim = (
-            config.patch_size,
-            config.hidden_size,
-            config.hidden_size // config.num_heads,
-        )
+        patch, size, dim = config.patch_size, config.hidden_size, self.dim
         grid = x.shape[2] // patch, x.shape[3] // patch
         batch, tokens = len(x), grid[0] * grid[1]
         parts = max(1, -(-batch * tokens // (ROWS_AT_ONCE * torch.get_num_threads())))
@@ -249,7 +244,7 @@ class CpuNetwork:
         self._workspace = None  # before its successor takes memory
         tiles = self.products and cpu_ops.has_tiles(dtype)
         tiles = tiles and tokens % cpu_ops.TILE == size % cpu_ops.TILE == 0
-        heads = tiles and dim % cpu_ops.TILE == 0 and self._attends(tokens, dim)
+        heads = tiles and dim % cpu_ops.TILE == 0 and self._attends(tokens)
 
         def memory(rows: int, width: int, tiled: bool = False) -> Tensor:
             shape = cpu_ops.tiled(rows, tokens, width) if tiled else (rows, tokens, width)
@@ -292,4 +287,7 @@ def native_unavailable(model: DiT, build_it: bool = True) -> str | None:
 def choose(model: DiT) -> DiT | CpuNetwork:
     """What `auto` runs on a CPU: the native operators where they have been built (`odelt-fast
     build-ops`), else the model."""
-    return model if native_unavailable(model, build_it=False) else CpuNetwork(model)
+    reason = native_unavailable(model, build_it=False)
+    if reason is not None:
+        logger.info("the native operators are not used: %s", reason)
+    return model if reason else CpuNetwork(model)

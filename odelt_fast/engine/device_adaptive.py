@@ -5,6 +5,7 @@ where they are, so that one attempted step can be captured as a CUDA graph, and 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,10 +21,7 @@ from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import RUNNING, Field, Solution, check_times
 from odelt_fast.solvers.tableau import Tableau
 
-# Attempted steps that are launched before the flag of the last ones is looked at, where there is no
-# while node: one hides the time that the flag takes to arrive, and more would run after the end,
-# each for as long as all evaluations of a step.
-AHEAD = 1
+logger = logging.getLogger(__name__)
 
 
 class DeviceAdaptive:
@@ -31,21 +29,27 @@ class DeviceAdaptive:
     while `flag` is not 0, then `solution`.
 
     start() and attempt() only launch work on the device: no value is read on the host, and every
-    result is written in place. Arguments and numbers are those of `integrate_adaptive`; field(t
-    (B,) float64, x, log2_steps) must only launch, too. Further attempts after the end change
-    nothing. x0 (B, ...): the state at t0; it is not copied, so that the caller can fill it anew and
-    start again.
+    result is written in place. The numbers are those of `integrate_adaptive`. Further attempts
+    after the end change nothing.
 
     >>> solve = DeviceAdaptive(field, x, 7, DOPRI5)
     >>> solve.start()
     >>> while solve.flag.item(): solve.attempt()
     >>> solve.solution().x
 
-    ops: `operators.load_operators`, which make an attempt's arithmetic 2 launches a stage and 3 at its
-    end, equal within rounding; None (and for batches of more than ops.MOST_SAMPLES): PyTorch's own
-    operators, about 200 launches, equal to the last bit. x (B, ...) and counters (4, B) int64,
-    status, accepted, rejected, evaluations: the solution; flag (1,) int32: whether a sample is
-    still running. The field has been evaluated 2 + attempts*`evaluations_per_attempt` times.
+    Args:
+        field: field(t (B,) float64, x, log2_steps), which must only launch, too.
+        x0: (B, ...), the state at the begin of `span`; it is not copied, so that the caller can
+            fill it anew and start again.
+        ops: those of `load_operators`, which make an attempt's arithmetic 2 launches a stage and 3
+            at its end, equal within rounding; None (and for batches of more than ops.MOST_SAMPLES):
+            PyTorch's own operators, about 200 launches, equal to the last bit.
+
+    Attributes:
+        x, counters: the solution (B, ...), and (4, B) int64: status, accepted and rejected steps,
+            evaluations.
+        flag: (1,) int32, whether a sample is still running.
+        evaluations_per_attempt: the field has been evaluated 2 + attempts * this times.
     """
 
     def __init__(
@@ -54,14 +58,12 @@ class DeviceAdaptive:
         x0: Tensor,
         log2_steps: int,
         tableau: Tableau,
-        *,
-        t0: float = 0.0,
-        t1: float = 1.0,
         limits: Limits = Limits(),  # noqa: B008 (it is frozen)
+        span: tuple[float, float] = (0.0, 1.0),
         ops: SimpleNamespace | None = None,
     ) -> None:
-        check_times(t0, t1, ())
-        self.steps = AdaptiveSteps(field, log2_steps, tableau, t0, t1, limits)
+        check_times(*span, ())
+        self.steps = AdaptiveSteps(field, log2_steps, tableau, *span, limits)
         if not x0.is_floating_point() or not x0.numel():
             raise ValueError(
                 f"x must be floating point and not empty, not {tuple(x0.shape)} in {x0.dtype}"
@@ -120,11 +122,8 @@ class DeviceAdaptive:
         rows, nodes = tableau.a[1:], tableau.c
         if not tableau.fsal:  # the velocity at the next state is one stage more
             rows, nodes = (*rows, tableau.b), (*nodes, 1.0)
-        self.rows, self.nodes, self.error = (
-            [on_device(row) for row in rows],
-            on_device(nodes),
-            on_device(steps.error),
-        )
+        self.rows = [on_device(row) for row in rows]
+        self.nodes, self.error = on_device(nodes), on_device(steps.error)
         self.error3 = None if tableau.error3 is None else on_device(tableau.error3)
         self.rules = on_device(tuple(steps.rules))
         self.step = self.control.new_zeros(batch)
@@ -135,20 +134,26 @@ class DeviceAdaptive:
         for i, row in enumerate(self.rows, 1):
             x_new = ops.combine_stages(self.x, stages[:i], row, self.step)
             stages[i].copy_(self.steps.velocity(self.times[i], x_new))
-        ops.adaptive_step_update(
-            self.x, x_new, stages, self.control, self.counters, self.step, self.times, self.flag, self.nodes, self.error, self.error3,
-            self.rules, self.steps.shared, self.tableau.fsal,
-        )  # fmt: skip
+        states = self.control, self.counters, self.step, self.times, self.flag
+        constants = self.nodes, self.error, self.error3, self.rules
+        choices = self.steps.shared, self.tableau.fsal
+        ops.adaptive_step_update(self.x, x_new, stages, *states, *constants, *choices)
 
 
 class AdaptiveGraph:
     """`DeviceAdaptive` on a GPU as CUDA graphs: `replay()` is one launch, and the host reads
     nothing before the solution's values.
 
-    Where while nodes cannot be had, `fallback` says why, and the captured step is replayed, with
-    the flag read late and rarely; the numbers are the same. pool: memory pool of graphs that never
-    run at the same time; capturing: `graphs.capture`, or what acts as it. Raises
-    graphs.CaptureError for what cannot be captured.
+    Where while nodes cannot be had, `fallback` is the reason, and the captured step is replayed,
+    with the flag read late; the numbers are the same.
+
+    Args:
+        solve: what is captured.
+        pool: memory pool of graphs that never run at the same time.
+        capturing: `graphs.capture`, or what acts as it.
+
+    Raises:
+        graphs.CaptureError: it cannot be captured.
     """
 
     def __init__(
@@ -158,26 +163,25 @@ class AdaptiveGraph:
         capturing: Callable[..., tuple[Any, Any]] = capture,
     ) -> None:
         self.solve, device = solve, solve.x.device
-        self.fallback = (
-            while_graph_unavailable() if device.type == "cuda" else f"the model is on {device}"
-        )
 
-        def first() -> tuple[Tensor, ...]:
-            solve.start()
-            return ()
+        def captured(launch: Callable[[], None]) -> Any:
+            def function() -> tuple[Tensor, ...]:
+                launch()
+                return ()
 
-        def attempt() -> tuple[Tensor, ...]:
-            solve.attempt()
-            return ()
+            return capturing(function, device, pool)[0]
 
         with torch.no_grad():
-            self.first, _ = capturing(first, device, pool)
-            self.step, _ = capturing(attempt, device, pool)
+            self.first, self.step = captured(solve.start), captured(solve.attempt)
         self.loop: WhileGraph | None = None
-        if self.fallback is None:
+        self.fallback: str | None = f"the model is on {device}"
+        if device.type == "cuda":
             try:
-                self.loop = WhileGraph(self.step, solve.flag, first=self.first)
+                self.fallback = while_graph_unavailable()
+                if self.fallback is None:
+                    self.loop = WhileGraph(self.step, solve.flag, first=self.first)
             except RuntimeError as error:
+                logger.info("a while graph cannot be made", exc_info=True)
                 self.fallback = one_line(error)
 
     def replay(self) -> None:
@@ -189,15 +193,17 @@ class AdaptiveGraph:
             repeat(self.step.replay, self.solve.flag)
 
 
-def repeat(attempt: Callable[[], None], flag: Tensor, every: int = AHEAD) -> None:
-    """Calls attempt() until flag (1,) is 0. The flag is looked at every `every` calls, and only
-    when the next ones are on their way, so that the device never waits for the host; up to 2*every
-    - 1 calls too many are made, or 2*every if there was nothing to do."""
+def repeat(attempt: Callable[[], None], flag: Tensor) -> None:
+    """Calls attempt() until flag (1,) is 0.
+
+    The flag is looked at only when the next call is on its way: that hides the time it takes to
+    arrive, and the device never waits for the host. One call too many is made, or two if there was
+    nothing to do; more would cost all evaluations of a step each.
+    """
     seen = torch.ones_like(flag, device="cpu", pin_memory=flag.is_cuda)
     copied = torch.cuda.Event() if flag.is_cuda else None
     while True:
-        for _ in range(every):
-            attempt()
+        attempt()
         if copied is not None:
             copied.synchronize()  # returns at once before the first record
         if not seen.item():

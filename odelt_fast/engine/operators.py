@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +20,34 @@ ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton")
 PRECISIONS = (None, "fp8")
 
 
-def load_operators(kind: str) -> SimpleNamespace:
-    """Row operators, ends of the network, solver steps by name.
+_NAMES = {  # by module of odelt_fast.kernels
+    "norm_modulate": ("norm_modulate",),
+    "gated_residual": ("gated_residual",),
+    "group_end": ("group_end", "last_group_end"),
+    "row_float8": ("norm_modulate_float8", "gated_residual_float8", "group_end_float8"),
+    "modulation": ("modulation",),
+    "patch": ("patch_embed",),
+    "final_layer": ("final_euler", "final_velocity"),
+    "quantize": ("quantize_rows",),
+    "linear": ("linear",),
+    "attention": ("attention",),
+    "solver_update": ("combine_stages",),
+    "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),
+}
 
-    kind: "kernels" (Triton) or "reference" (the same in PyTorch, any device).
+
+def load_operators(kind: str) -> SimpleNamespace:
+    """Row operators, ends of the network, products, attention and solver steps, by name.
+
+    Args:
+        kind: "kernels" (Triton) or "reference" (the same in PyTorch, on any device).
     """
-    names = {
-        "norm_modulate": ("norm_modulate",),
-        "gated_residual": ("gated_residual",),
-        "group_end": ("group_end", "last_group_end"),
-        "row_float8": ("norm_modulate_float8", "gated_residual_float8", "group_end_float8"),
-        "modulation": ("modulation",),
-        "patch": ("patch_embed",),
-        "final_layer": ("final_euler", "final_velocity"),
-        "quantize": ("quantize_rows",),
-        "linear": ("linear",),
-        "attention": ("attention",),
-        "solver_update": ("combine_stages",),
-        "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),
-    }
     plain = ("first_attempt", "MOST_SAMPLES")  # of both kinds
     suffix = {"kernels": "", "reference": "_reference"}[kind]
     loaded = SimpleNamespace()
-    for module, each in names.items():
+    for module, names in _NAMES.items():
         kernels = importlib.import_module(f"odelt_fast.kernels.{module}")
-        for name in each:
+        for name in names:
             setattr(loaded, name, getattr(kernels, name + suffix * (name not in plain)))
     return loaded
 
@@ -53,9 +57,8 @@ def cublas_linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> T
     inner) contiguous."""
     if activation == "none":
         return F.linear(x, weight, bias)
-    return torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True).unflatten(
-        0, x.shape[:2]
-    )
+    y = torch._addmm_activation(bias, x.flatten(0, 1), weight.t(), use_gelu=True)
+    return y.unflatten(0, x.shape[:2])
 
 
 def cublas_float8(
@@ -63,25 +66,17 @@ def cublas_float8(
 ) -> Tensor:
     """(x * x_scale) (W * weight_scale)^T + b in bfloat16, row-wise scales. x (B, N, inner)
     float8."""
-    scales = {"scale_a": x_scale.reshape(-1, 1), "scale_b": weight_scale[None]}
-    y = torch._scaled_mm(
-        x.flatten(0, 1),
-        weight.t(),
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-        **scales,
-    )
+    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True, "bias": bias}
+    scales = x_scale.reshape(-1, 1), weight_scale[None]
+    y = torch._scaled_mm(x.flatten(0, 1), weight.t(), *scales, **options)
     return y.unflatten(0, x.shape[:2])
 
 
 def _sdpa(qkv: Tensor, heads: int) -> Tensor:
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(
-        2, 0, 3, 1, 4
-    )  # each (B, heads, N, head_dim)
-    return (
-        F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1]).transpose(1, 2).flatten(2)
-    )
+    # Each (B, heads, N, head_dim).
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    attended = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
+    return attended.transpose(1, 2).flatten(2)
 
 
 def _cudnn(qkv: Tensor, heads: int) -> Tensor:
@@ -104,10 +99,6 @@ def _xformers(qkv: Tensor, heads: int) -> Tensor:
 def attention_function(name: str, ops: SimpleNamespace) -> Callable[[Tensor, int], Tensor]:
     """The attention of that name on packed qkv: (qkv (B, N, 3*D), heads) -> (B, N, D), logits
     scaled by 1/head_dim."""
-    return {
-        "sdpa": _sdpa,
-        "cudnn": _cudnn,
-        "flash": _flash,
-        "xformers": _xformers,
-        "triton": ops.attention,
-    }[name]
+    functions = {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash, "xformers": _xformers}
+    functions["triton"] = ops.attention
+    return functions[name]

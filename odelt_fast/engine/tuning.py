@@ -20,11 +20,12 @@ Measured = Sequence[dict[str, Any]]
 
 
 def read_tuning(device: torch.device) -> Measured:
-    """Measured times of this card: entries {"operator", "dtype", ..., "amount", "microseconds":
-    {name: time}}; empty if there are none.
+    """Measured times of this card, empty if there are none.
 
-    linear: "activation", "columns", "inner", amount = rows. attention: "heads", "head_dim",
-    "tokens", amount = samples.
+    Returns:
+        Entries {"operator", "dtype", ..., "amount", "microseconds": {name: time}}: for "linear"
+        with "activation", "columns", "inner", amount = rows; for "attention" with "heads",
+        "head_dim", "tokens", amount = samples.
     """
     if device.type != "cuda":
         return ()
@@ -33,11 +34,9 @@ def read_tuning(device: torch.device) -> Measured:
 
 
 def tuning_path(device_name: str) -> Path:
-    return (
-        Path(__file__).parents[1]
-        / "tuning"
-        / (re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json")
-    )
+    """Where the times of a card are kept."""
+    name = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return Path(__file__).parents[1] / "tuning" / f"{name}.json"
 
 
 def fastest(

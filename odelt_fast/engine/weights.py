@@ -78,7 +78,6 @@ class PreparedWeights:
         config = given.config
         self._versions = ParameterVersions(given.parameters())
         blocks = model.blocks[: config.live_blocks(given.max_depth)]
-        self.modulation = stack_modulations(blocks, given)
         self.blocks = [
             BlockLayers(*(_layer(name, getattr(block, name), quantize) for name in LAYERS))
             for block in blocks
@@ -87,6 +86,7 @@ class PreparedWeights:
         self.patch = Layer(patch.weight.flatten(1), patch.bias)
         self.final = _layer("", model.final_layer.out, None)
         self.final_modulation = _layer("", model.final_layer.modulation, None)
+        self.modulation = stack_modulations(blocks, self.final_modulation)
         self.time_embed, self.step_embed = model.time_embed, model.step_embed
         self.label_embed = model.label_embed
         self.length_embed: Tensor | None = None
@@ -107,12 +107,10 @@ class PreparedWeights:
 
     def are_of(self, model: DiT) -> bool:
         """Whether they were prepared from just this model's parameters as they are now."""
-        own = list(model.parameters())
-        return (
-            self.is_current()
-            and len(own) == len(self._versions.parameters)
-            and all(a is b for a, b in zip(self._versions.parameters, own))
+        own, ours = (
+            list(map(id, each)) for each in (model.parameters(), self._versions.parameters)
         )
+        return own == ours and self.is_current()
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -128,12 +126,11 @@ class PreparedWeights:
         }
 
 
-def stack_modulations(blocks: Sequence[Any], like: DiT) -> Layer:
+def stack_modulations(blocks: Sequence[Any], empty: Layer) -> Layer:
     """The blocks' modulation weights one below the other, (blocks*6*D, D), and biases; the model's
-    own become views of them."""
+    own become views of them. Without blocks: none of the rows of `empty`."""
     if not blocks:
-        size, options = like.config.hidden_size, {"dtype": like.dtype, "device": like.device}
-        return Layer(torch.empty(0, size, **options), torch.empty(0, **options))  # type: ignore[call-overload]
+        return Layer(empty.weight[:0], empty.bias[:0])
     stacks = []
     for name in ("weight", "bias"):
         parts = [getattr(block.modulation, name) for block in blocks]

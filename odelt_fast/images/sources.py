@@ -1,28 +1,36 @@
-"""What a source of labelled images or latents is: the interface of every reader, and what the
-readers share."""
+"""What a source of labelled images or latents is, and what the readers share."""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from odelt_fast.images.pixels import decode_failure
 
-Noise = np.random.Generator
 T = TypeVar("T")
+Indices = Sequence[int] | np.ndarray
+Flips = Sequence[bool] | np.ndarray | None
+Noise = np.random.Generator
+Noises = Sequence[Noise] | None
+Batch = tuple[np.ndarray, np.ndarray]
 
 
 class ImageSource(ABC):
-    """Labelled images (or latents) of one size, by index. Reading is a pure function of its
-    arguments; instances can be pickled.
+    """Labelled images (or latents) of one size, by index.
 
-    name: for messages. image_size: side of the square. class_names: `num_classes` strings. labels:
-    (N,) int64. flippable: whether a mirrored image is still an image of its class. skipped: names
-    of images that were left out as unreadable.
+    Reading is a pure function of its arguments; instances can be pickled.
+
+    Attributes:
+        name: for messages.
+        channels, image_size: C, and the side of the square.
+        class_names: `num_classes` strings.
+        labels: (N,) int64.
+        flippable: whether a mirrored image is still an image of its class.
+        skipped: names of images that were left out as unreadable.
     """
 
     name: str
@@ -41,17 +49,20 @@ class ImageSource(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def read_many(
-        self,
-        indices: Sequence[int] | np.ndarray,
-        flips: Sequence[bool] | np.ndarray | None = None,
-        noise: Sequence[Noise] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Images (B, C, H, W) float32, in [-1, 1] if they are pixels, and labels (B,) int64.
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+        """Images and labels by index.
 
-        flips: which rows to mirror left to right (None: none). noise: one generator a row, which a
-        source of latents uses to sample its posterior (None: its mean); sources of pixels ignore
-        it. IndexError for an index outside 0..len-1.
+        Args:
+            indices: (B,) from 0 to len - 1.
+            flips: (B,) which rows to mirror left to right (None: none).
+            noise: one generator a row, which a source of latents uses to sample its posterior
+                (None: its mean); sources of pixels ignore it.
+
+        Returns:
+            (B, C, H, W) float32, in [-1, 1] if they are pixels, and labels (B,) int64.
+
+        Raises:
+            IndexError: an index outside.
         """
 
     def read(
@@ -65,12 +76,13 @@ class ImageSource(ABC):
 def first_readable(
     source: ImageSource, index: int, read: Callable[[int], T], name: Callable[[int], str]
 ) -> tuple[T, int]:
-    """What `read` makes of `index`, or of the next index at which it does not raise, and that
-    index.
+    """What `read` makes of `index`, or of the next index at which it does not raise; that index.
 
-    For what has become unreadable since it was checked (a lost disk block): named in
-    `source.skipped` and in a warning. ValueError where 8 neighbours are unreadable: then the data
-    are gone.
+    For what has become unreadable since it was checked (a lost disk block): it is named in
+    `source.skipped` and in a warning.
+
+    Raises:
+        ValueError: 8 neighbours are unreadable: then the data are gone.
     """
     for offset in range(8):
         used = (index + offset) % len(source)
@@ -89,7 +101,15 @@ def first_readable(
     )
 
 
-def check_indices(indices: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
+def warn_left_out(kind: str, reasons: Mapping[str, str], count: int) -> None:
+    """One warning that names the first of the unreadable images (name -> reason) among `count`."""
+    if reasons:
+        first = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:5])
+        more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        warnings.warn(f"{len(reasons)} of {count} {kind} left out: {first}{more}", stacklevel=3)
+
+
+def check_indices(indices: Indices, length: int) -> np.ndarray:
     """Indices as an int64 array; IndexError naming the first that is not within 0..length-1."""
     array = np.asarray(indices, np.int64).reshape(-1)
     wrong = array[(array < 0) | (array >= length)]
@@ -98,9 +118,8 @@ def check_indices(indices: Sequence[int] | np.ndarray, length: int) -> np.ndarra
     return array
 
 
-def flip_rows(images: np.ndarray, flips: Sequence[bool] | np.ndarray | None) -> np.ndarray:
-    """Mirrors, in place, the rows of images (B, C, H, W) that `flips` (B,) names; returns the
-    images."""
+def flip_rows(images: np.ndarray, flips: Flips) -> np.ndarray:
+    """Mirrors, in place, the rows of images (B, C, H, W) that `flips` (B,) names; the images."""
     if flips is not None:
         rows = np.flatnonzero(flips)
         images[rows] = images[rows, :, :, ::-1]

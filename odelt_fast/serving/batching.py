@@ -18,9 +18,11 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from odelt_fast.operation import Operation
 
 MISSING = (
     "odelt-fast serve needs FastAPI, uvicorn and prometheus_client: pip install 'odelt-fast[serve]'"
@@ -48,15 +50,11 @@ class Rejected(Exception):
         return cls(503, "deadline", message, wait)
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """What the images of one batch have in common. alone: a number that no other request has, for
     one that shares no batch."""
 
-    depth: int
-    steps: int
-    solver: str
-    guidance_scale: float | None
+    operation: Operation
     alone: int = 0
 
 

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -28,6 +28,7 @@ try:
     from pydantic import ValidationError
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 except ImportError:
     raise ImportError(MISSING) from None
 
@@ -35,11 +36,6 @@ MEDIA_TYPES = {"png": "image/png", "json": "application/json", "npz": "applicati
 ROUTES = ("/", "/generate", "/health", "/ready", "/metrics", "/openapi.json")
 _KEEP_ALIVE_SECONDS = 15
 _CLIENT_LEFT = 499  # nginx's status for it
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def create_app(
     limits: HttpLimits | None = None,
     log: Callable[[str], object] | None = None,
     on_start: Callable[[], object] = lambda: None,
-) -> App:
+) -> ASGIApp:
     """The ASGI application of a service.
 
     Args:
@@ -152,7 +148,7 @@ def create_app(
     for path, route in (("/health", health), ("/ready", ready), ("/metrics", numbers)):
         app.get(path, response_model=None)(route)
 
-    def observe(scope: Message, status: int, seconds: float) -> None:
+    def observe(scope: Scope, status: int, seconds: float) -> None:
         # Anybody can think of any number of paths.
         route = scope["path"] if scope["path"] in ROUTES else "other"
         metrics.observe_request(route, status, seconds)
@@ -162,11 +158,11 @@ def create_app(
     return observed(app, observe)
 
 
-def observed(app: App, observe: Callable[[Message, int, float], None]) -> App:
+def observed(app: ASGIApp, observe: Callable[[Scope, int, float], None]) -> ASGIApp:
     """`app`, with observe(scope, status, seconds) called after each request; status 499: the client
     left before it had an answer."""
 
-    async def observing(scope: Message, receive: Receive, send: Send) -> None:
+    async def observing(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await app(scope, receive, send)
         start, status = time.perf_counter(), _CLIENT_LEFT
@@ -258,7 +254,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def create_server(app: App, limits: HttpLimits) -> Server:
+def create_server(app: ASGIApp, limits: HttpLimits) -> Server:
     """A server of `app` for clients that are not trusted, behind a proxy or not."""
     allow_files(limits.max_connections + 256)
     # A client that sends no HTTP after its answer trips uvicorn; one line each time would let

@@ -25,7 +25,8 @@ import torch
 
 from odelt_fast import __version__
 from odelt_fast.model import DiT
-from odelt_fast.planning.profile import Operation
+from odelt_fast.operation import Operation, effective_guidance
+from odelt_fast.planning.profile import Operation as MeasuredOperation
 from odelt_fast.sampling.decoder import Decoder
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.pictures import to_uint8
@@ -65,7 +66,7 @@ class RequestLimits:
 
 # (images, guidance scale, seconds) -> the best that takes no longer; ValueError, saying what the
 # nearest is, if nothing does.
-Plan = Callable[[int, float | None, float], Operation]
+Plan = Callable[[int, float | None, float], MeasuredOperation]
 _MARGIN = 1.15  # what is planned for takes up to 15 % longer than its profile says
 
 
@@ -135,7 +136,7 @@ class Service:
         self.formats = ("png", "json", "npz") if self.channels in (1, 3) else ("npz",)
         # Every batch size is a graph of its own there: powers of two only.
         self.pads = model.device.type != "cpu"
-        self._samplers, self._alone = OrderedDict[Key, Sampler](), itertools.count(1)
+        self._samplers, self._alone = OrderedDict[Operation, Sampler](), itertools.count(1)
         self.batcher = Batcher(
             self.draw,
             max_batch=self.limits.max_batch or (128 if self.pads else 32),
@@ -145,7 +146,7 @@ class Service:
 
     def warm_up(self) -> None:
         """One image at full depth: what fails, fails before anybody asks."""
-        self.sampler(Key(self.model.check_depth(None), 4, "euler", None))(1)
+        self.sampler(Operation().for_model(self.model))(1)
         if self.decoder:
             latents = torch.zeros(1, *self.shape, device=self.model.device)
             start = time.perf_counter()
@@ -153,16 +154,14 @@ class Service:
                 self.decoder(latents).cpu()
             self.decoding = time.perf_counter() - start
 
-    def sampler(self, key: Key) -> Sampler:
-        """The sampler of a key; the least recently used are dropped."""
-        key = dataclasses.replace(key, alone=0)
-        if key not in self._samplers:
-            options = {"guidance_scale": key.guidance_scale, "decoder": self.decoder}
-            self._samplers[key] = Sampler(self.model, key.depth, key.steps, key.solver, **options)  # type: ignore[arg-type]
+    def sampler(self, operation: Operation) -> Sampler:
+        """The sampler of an operation; the least recently used are dropped."""
+        if operation not in self._samplers:
+            self._samplers[operation] = Sampler.of(self.model, operation, decoder=self.decoder)
             if len(self._samplers) > SAMPLERS:
                 self._samplers.popitem(last=False)
-        self._samplers.move_to_end(key)
-        return self._samplers[key]
+        self._samplers.move_to_end(operation)
+        return self._samplers[operation]
 
     def draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
         """The images of a batch (N, H, W, C), uint8, or float32 where they make no picture; called
@@ -173,7 +172,7 @@ class Service:
             raise MemoryError from None
 
     def _draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
-        sampler, classes = self.sampler(key), self.model.config.num_classes
+        sampler, classes = self.sampler(key.operation), self.model.config.num_classes
         for job, _ in parts:
             if job.labels is None:
                 job.labels = drawn_labels(job.seed, range(job.num_images), classes)
@@ -231,8 +230,8 @@ class Service:
 
     def _key(self, wanted: GenerateRequest, count: int, seconds: float) -> Key:
         """What decides about company: for `count` images in so many seconds."""
-        limits, consistency = self.limits, self.model.config.sampling == "consistency"
-        guidance = None if wanted.guidance_scale in (None, 1) else wanted.guidance_scale
+        limits, model = self.limits, self.model
+        guidance = effective_guidance(wanted.guidance_scale)
         if guidance is not None and abs(guidance) > MAX_GUIDANCE:
             raise ValueError(
                 f"guidance_scale must be from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, not {guidance:g}"
@@ -241,25 +240,22 @@ class Service:
         if wanted.deadline_ms is not None and depth is None and steps is None and solver is None:
             planned = self.planned(count, guidance, seconds)
             depth, steps, solver = planned.depth, planned.steps, planned.solver
-        steps, solver = steps or 4, fixed_solver(solver or "euler")
-        if consistency and solver != "euler":
-            raise ValueError(f"solver must be euler for a consistency model, not {solver}")
+        steps, solver = steps or 4, fixed_solver(solver or Operation.solver)
         if steps > limits.max_steps:
             raise ValueError(f"steps must be from 1 to {limits.max_steps}, not {steps}")
-        tableau = find_tableau(solver)[0]
-        evaluations = (
-            count * steps * (tableau.stages - tableau.fsal) * (1 if guidance in (None, 0) else 2)
-        )
+        operation = Operation(depth=depth, steps=steps, solver=solver, guidance_scale=guidance)
+        operation = operation.for_model(model)
+        evaluations = count * (operation.evaluations_per_image or 0)
         if evaluations > limits.max_evaluations:
             raise ValueError(
                 f"that takes {evaluations} evaluations of the network; a request may take"
                 f" {limits.max_evaluations}"
             )
         # Noise that is drawn on the way comes from the sampler's one seed.
-        alone = next(self._alone) if consistency and steps > 1 else 0
-        return Key(self.model.check_depth(depth), steps, solver, guidance, alone)
+        alone = model.config.sampling == "consistency" and steps > 1
+        return Key(operation, next(self._alone) if alone else 0)
 
-    def planned(self, images: int, guidance: float | None, seconds: float) -> Operation:
+    def planned(self, images: int, guidance: float | None, seconds: float) -> MeasuredOperation:
         """The best (l, T) for a deadline in so many seconds, after the work that waits."""
         if isinstance(self.plan, str):
             raise ValueError(f"a deadline needs depth, steps or solver beside it here: {self.plan}")
@@ -279,10 +275,13 @@ class Service:
         """What made the images of a job: labels, seed (as a string: JSON's numbers are exact up to
         2^53 only), and its key."""
         assert job.labels is not None
-        about = {"labels": job.labels.tolist(), "seed": str(job.seed)}
-        about |= dataclasses.asdict(job.key)
-        about.pop("alone")
-        return about
+        operation = job.key.operation
+        names = ("depth", "steps", "solver", "guidance_scale")
+        return {
+            "labels": job.labels.tolist(),
+            "seed": str(job.seed),
+            **{name: getattr(operation, name) for name in names},
+        }
 
     def encode(self, job: Job, form: str) -> bytes:
         """The body of the answer."""

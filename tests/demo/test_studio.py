@@ -18,15 +18,15 @@ from odelt_fast import DiT, DiTConfig, Sampler, load_model
 from odelt_fast.checkpoints.lookup import find_folder
 from odelt_fast.cli import main
 from odelt_fast.config import PRESETS
-from odelt_fast.demo.settings import STEPS, Setting, check_setting, solvers
-from odelt_fast.demo.studio import GRID_STEPS, Studio, measured_settings
+from odelt_fast.demo.settings import STEPS, Dials, Setting, check_setting, solvers
+from odelt_fast.demo.studio import GRID_STEPS, Studio, measured_operations
 from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+from odelt_fast.operation import Operation
 from odelt_fast.planning.quality import FILE_NAME, Value, read_quality
 from odelt_fast.sampling.pictures import to_uint8
 
 DIGITS = PRESETS["digits"]
-NAMES = ("depth", "exponent", "solver", "tolerance", "guidance", "seed", "labels")
-GOOD: dict[str, Any] = dict(zip(NAMES, (8, 2, "euler", 1e-2, 1.0, 0, "")))
+GOOD = Dials(8, 2)
 # What JSON can hold, and no dial of the page allows.
 HOSTILE = (
     None,
@@ -48,18 +48,22 @@ HOSTILE = (
 )
 
 
+def setting(*dials: Any, **named: Any) -> Setting:
+    return check_setting(DIGITS, 10, Dials(*dials, **named))
+
+
 @pytest.fixture(scope="module")
 def studio() -> Studio:
     return Studio(load_model("digits"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", Dials._fields)
 @pytest.mark.parametrize("value", HOSTILE, ids=lambda value: repr(value)[:20])
 def test_a_value_that_no_dial_allows_is_refused_in_one_line(name: str, value: Any) -> None:
     if (name, value) == ("labels", None):
         return  # an empty text
     with pytest.raises(ValueError, match=r"must be|not allowed") as refused:
-        check_setting(DIGITS, 10, **{**GOOD, name: value})
+        check_setting(DIGITS, 10, GOOD._replace(**{name: value}))
     assert len(str(refused.value)) < 200
     assert "\n" not in str(refused.value)
 
@@ -90,40 +94,35 @@ def test_a_value_that_no_dial_allows_is_refused_in_one_line(name: str, value: An
 )
 def test_a_refusal_says_what_is_allowed(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        check_setting(DIGITS, 10, **{**GOOD, **values})
+        check_setting(DIGITS, 10, GOOD._replace(**values))
 
 
 def test_the_dials_mean_what_they_say() -> None:
-    setting = check_setting(DIGITS, 10, 4.0, 7, "dopri5", 1e-3, 2.5, 5, " 3, 10 ")
-    assert setting == Setting(4, 128, "dopri5", 1e-3, 2.5, 5, (3, 10))
-    assert setting.cost_key == ("dopri5", 4, "tol=0.001", 2.5)
-    assert check_setting(DIGITS, 10, 12, 0).cost_key == (
-        "euler",
-        12,
-        "T=1",
-        None,
-    )  # guidance 1 is none
+    drawn = setting(4.0, 7, "dopri5", 1e-3, 2.5, 5, " 3, 10 ")
+    operation = Operation(depth=4, solver="dopri5", rtol=1e-3, atol=1e-3, guidance_scale=2.5)
+    assert drawn == Setting(operation, 5, (3, 10))
+    # Guidance 1 is none, and Euler's steps know no tolerance.
+    assert setting(12, 0, tolerance=1e-3) == Setting(Operation(depth=12, steps=1))
 
 
 def test_a_consistency_model_is_offered_its_own_solver_only() -> None:
     config = DiTConfig(sampling="consistency")
     assert solvers(config) == ("euler",)
     with pytest.raises(ValueError, match="solver must be one of euler, not 'rk4'"):
-        check_setting(config, 10, 4, 2, "rk4")
+        check_setting(config, 10, Dials(4, 2, "rk4"))
 
 
 @pytest.mark.parametrize("solver", solvers(DIGITS))
 def test_a_drawing_is_what_the_sampler_draws(studio: Studio, solver: str) -> None:
-    drawing = studio.draw(check_setting(DIGITS, 10, 4, 1, solver, 1e-1, 2.0, 7, "3 1"))
+    drawing = studio.draw(setting(4, 1, solver, 1e-1, 2.0, 7, "3 1"))
     sampler = Sampler(studio.model, 4, 2, solver, guidance_scale=2.0, rtol=1e-1, atol=1e-1)
     assert np.array_equal(drawing.images, to_uint8(sampler(10, [3, 1] * 5, seed=7)))
     assert drawing.evaluations == sampler.stats["evaluations_per_image"]
-    assert drawing.live_blocks == 4
-    assert 0 < drawing.seconds < 60
+    assert drawing.seconds > 0
 
 
 def test_the_grid_is_the_one_of_the_command_line(studio: Studio) -> None:
-    cells = list(studio.grid(check_setting(DIGITS, 10, 8, 5, "tsit5", seed=3)))
+    cells = list(studio.grid(setting(8, 5, "tsit5", seed=3)))
     expected = sample_depths_by_steps(studio.model, (12, 8, 4), GRID_STEPS, 10, seed=3)
     assert [cell[:2] for cell in cells] == [
         (row, column) for row in range(3) for column in range(3)
@@ -131,7 +130,8 @@ def test_the_grid_is_the_one_of_the_command_line(studio: Studio) -> None:
     assert all(
         np.array_equal(drawing.images, expected[row][column]) for row, column, drawing in cells
     )
-    assert cells[0][2].seconds > cells[-1][2].seconds  # 384 times the work
+    evaluations = [drawing.evaluations for _, _, drawing in cells]
+    assert evaluations == [128, 4, 1] * 3
 
 
 def test_many_depths_give_three_rows() -> None:
@@ -147,7 +147,7 @@ def test_many_depths_give_three_rows() -> None:
     )
     studio = Studio(DiT(config).eval(), num_images=2)
     assert studio.grid_depths == (8, 4, 1)
-    assert studio.draw(check_setting(config, 2, 3, 0)).images.shape == (
+    assert studio.draw(check_setting(config, 2, Dials(3, 0))).images.shape == (
         2,
         4,
         4,
@@ -156,37 +156,33 @@ def test_many_depths_give_three_rows() -> None:
 
 
 def test_points_are_what_was_drawn_here(studio: Studio) -> None:
-    euler, other = check_setting(DIGITS, 10, 12, 2), check_setting(DIGITS, 10, 4, 0, guidance=0.5)
+    euler, other = setting(12, 2), setting(4, 0, guidance=0.5)
     fresh = Studio(studio.model)
-    assert fresh.points() == []
+    assert fresh.points() == {}
     seconds = [fresh.draw(euler).seconds for _ in range(3)]
     fresh.draw(other)
-    first, second = fresh.points()
-    assert (first.latency, first.value, first.depth, first.label) == (
-        sorted(seconds)[1],
-        4,
-        12,
-        "T=4",
-    )
-    assert (second.value, second.depth, second.label) == (2, 4, "T=1")  # guided: two evaluations
+    first, second = fresh.points().values()
+    assert (first.latency, first.value, first.depth) == (sorted(seconds)[1], 4, 12)
+    assert (second.value, second.depth) == (2, 4)  # guided: two evaluations
+    assert (first.label, second.label) == ("T=4", "T=1")
     quality = {
-        ("euler", 12, "T=4", None): Value(0.5, 0.1),
-        ("euler", 8, "T=4", None): Value(0.6, None),
+        Operation(depth=12): Value(0.5, 0.1),
+        Operation(depth=8): Value(0.6, None),
     }
-    assert [(point.value, point.std) for point in fresh.points(quality)] == [(0.5, 0.1)]
-    assert fresh.point(euler, quality) == fresh.points(quality)[0]
-    assert fresh.point(other, quality) is None
+    [(operation, point)] = fresh.points(quality).items()
+    assert operation == euler.operation
+    assert (point.value, point.std) == (0.5, 0.1)
 
 
 def test_a_drawing_that_takes_too_long_is_given_up_and_the_next_one_is_drawn(
     studio: Studio,
 ) -> None:
-    hurried = Studio(studio.model, max_seconds=30)
+    hurried = Studio(studio.model)
     hurried.max_seconds = 0.0
     with pytest.raises(ValueError, match="stopped after 0 s: fewer steps"):
-        hurried.draw(check_setting(DIGITS, 10, 12, 7))
-    hurried.max_seconds = 30
-    assert hurried.draw(check_setting(DIGITS, 10, 4, 0)).images.shape == (10, 8, 8, 1)
+        hurried.draw(setting(12, 7))
+    hurried.max_seconds = math.inf
+    assert hurried.draw(setting(4, 0)).images.shape == (10, 8, 8, 1)
 
 
 def test_memory_that_is_not_there_is_said(studio: Studio) -> None:
@@ -199,13 +195,13 @@ def test_memory_that_is_not_there_is_said(studio: Studio) -> None:
     small = Studio(studio.model, decoder=decoder)
     decoding = True
     with pytest.raises(ValueError, match="not enough memory for 10 images at l = 4"):
-        small.draw(check_setting(DIGITS, 10, 4, 0))
+        small.draw(setting(4, 0))
 
 
 def test_what_is_kept_is_limited(studio: Studio) -> None:
     many = Studio(studio.model, num_images=1)
     for guidance in np.arange(0, 8.25, 0.25).tolist():
-        many.draw(check_setting(DIGITS, 1, 4, 0, guidance=guidance))
+        many.draw(check_setting(DIGITS, 1, Dials(4, 0, guidance=guidance)))
     assert len(many.points()) == 33
     assert len(many._samplers) == 16
 
@@ -214,7 +210,7 @@ def test_the_quality_of_the_bundled_model_is_known_before_anybody_asks(studio: S
     folder = find_folder("digits")
     rows = json.loads((folder / FILE_NAME).read_text())["rows"]
     table = read_quality(folder / FILE_NAME)
-    known = measured_settings(DIGITS, table, table.metric())
+    known = measured_operations(DIGITS, table, table.metric())
     right = {
         (row["solver"], row["depth"], row["steps"], row["tolerance"]): row["metrics"][
             table.metric()
@@ -223,26 +219,16 @@ def test_the_quality_of_the_bundled_model_is_known_before_anybody_asks(studio: S
     }
     offered = [key for key in right if key[2] in (1, 2, 4, 8, 16) or key[3] in (0.1, 0.01, 0.001)]
     assert len(known) == len(offered) > 20
-    for setting, value in known.items():
-        steps, tolerance = (None, setting.tolerance) if setting.adaptive else (setting.steps, None)
-        assert right[setting.solver, setting.depth, steps, tolerance] == value.mean
-        assert (
-            check_setting(
-                DIGITS,
-                10,
-                setting.depth,
-                STEPS.index(setting.steps),
-                setting.solver,
-                setting.tolerance,
-            )
-            == setting
-        )
-    costs = {setting.cost_key: value for setting, value in known.items()}
+    for operation, value in known.items():
+        steps, rtol, of = operation.steps, operation.tolerance, (operation.solver, operation.depth)
+        assert right[*of, steps, rtol] == value.mean
+        dial = Dials(operation.depth, 0 if rtol else STEPS.index(steps), operation.solver)
+        assert setting(*dial._replace(tolerance=rtol or 0.1)).operation == operation
     fresh = Studio(studio.model)
-    fresh.measure(list(known)[:5], 60)
-    assert len(fresh.points(costs)) == 5
+    fresh.measure(list(known)[:5], 600)
+    assert len(fresh.points(known)) == 5
     fresh.measure(known, 0)
-    assert len(fresh.points(costs)) == 5
+    assert len(fresh.points(known)) == 5
 
 
 @pytest.mark.parametrize(
@@ -266,9 +252,9 @@ def test_a_mistake_ends_in_one_line(
 ) -> None:
     pytest.importorskip("gradio")
     assert main(["demo", *options]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
 
 
 def test_a_port_in_use_is_said(capsys: pytest.CaptureFixture[str]) -> None:

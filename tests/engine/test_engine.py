@@ -341,9 +341,11 @@ from tests.helpers.engine_cases import random_model
 from odelt_fast.engine.engine import Engine
 from tests.helpers.reference_cases import relative_error
 small = {"image_size": 4, "channels": 1, "hidden_size": 24, "depth": 5, "depth_min": 3}
-for changes in ({"inner_step": "inverse_depth"}, {"length_conditioned": False, "depth": 2, "depth_min": 2}):
+short = {"length_conditioned": False, "depth": 2, "depth_min": 2}
+for changes in ({"inner_step": "inverse_depth"}, short):
     model = random_model(**small | changes)
-    x, t, y = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.1, 0.8]), torch.tensor([3, 10])
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    t, y = torch.tensor([0.1, 0.8]), torch.tensor([3, 10])
     with torch.inference_mode():
         engine = Engine(model)
         for depth in model.config.depths:

@@ -11,18 +11,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.serving import HANG, ROOT, interruptible
+
 _START = """
 import os, sys
 
+PLACES = {"socket.connect": 1, "socket.getaddrinfo": 0}
+
 def only_this_machine(event, arguments):
-    there = {"socket.connect": lambda: arguments[1], "socket.getaddrinfo": lambda: arguments[0]}.get(event)
-    if there is None:
+    if event not in PLACES:
         return
-    name = there()
+    name = arguments[PLACES[event]]
     name = name[0] if isinstance(name, tuple) else name
     name = name.decode() if isinstance(name, bytes) else name
     if name not in (None, "127.0.0.1", "::1", "localhost") and not str(name).startswith("/"):
@@ -54,9 +55,7 @@ def demo_server(*options: str, quiet: bool = True) -> Iterator[DemoServer]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.default_int_handler
-        ),  # a shell's background jobs ignore it
+        preexec_fn=interruptible,
     )
     errors: list[str] = []
     assert process.stdout
@@ -65,12 +64,12 @@ def demo_server(*options: str, quiet: bool = True) -> Iterator[DemoServer]:
     reader.start()
     try:
         line = process.stdout.readline()
-        found = re.match(r"(http://127\.0\.0\.1:\d+) shows", line)
-        assert found, f"{line!r} {''.join(errors)}"
-        yield DemoServer(found[1], process, errors)
+        url = re.match(r"(http://127\.0\.0\.1:\d+) shows", line)
+        assert url, f"{line!r} {''.join(errors)}"
+        yield DemoServer(url[1], process, errors)
         process.send_signal(signal.SIGINT)
-        code = process.wait(timeout=30)
-        reader.join(timeout=10)
+        code = process.wait(timeout=HANG)
+        reader.join(timeout=HANG)
         assert code == 130, "".join(errors)
         assert not quiet or "".join(errors) == ""
     finally:

@@ -66,6 +66,26 @@ def model_cases() -> list[Path]:
     return sorted(FOLDER.glob("model_*.npz"))
 
 
+def quantities(pattern: str) -> list:
+    """Parameters (path, name) of the recorded arrays of models whose whole name fits."""
+    return [
+        pytest.param(path, name, id=f"{path.stem}-{name}")
+        for path in model_cases()
+        for name in load_case(path).arrays
+        if re.fullmatch(pattern, name)
+    ]
+
+
+def depth_of(name: str) -> int | None:
+    """The depth that an array's name holds; 0 there is all blocks."""
+    return int(re.search(r"depth(\d+)", name)[1]) or None  # type: ignore[index]
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, t, log2_steps, y of a model's case."""
+    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")
+
+
 def training_cases() -> list[Path]:
     return sorted(FOLDER.glob("training*.npz"))
 
@@ -77,22 +97,3 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         torch.linalg.vector_norm(actual - expected)
         / torch.linalg.vector_norm(expected).clamp_min(1e-30)
     ).item()
-
-
-def quantities(pattern: str) -> list:
-    """Parameters of a test: every recorded quantity whose whole name matches."""
-    found = [
-        (path, name)
-        for path in model_cases()
-        for name in load_case(path).arrays
-        if re.fullmatch(pattern, name)
-    ]
-    return [pytest.param(path, name, id=f"{path.stem}-{name}") for path, name in found]
-
-
-def depth_of(name: str) -> int | None:
-    return int(re.search(r"depth(\d+)", name)[1]) or None
-
-
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return case.tensor("x"), case.tensor("t"), case.tensor("dt_base"), case.tensor("y")

@@ -25,6 +25,7 @@ import pytest
 import torch
 
 from odelt_fast import DiT, DiTConfig, deadline_planner, load_model
+from odelt_fast import operation as sampling
 from odelt_fast.cli import main
 from odelt_fast.commands.serve import Command, find_plan
 from odelt_fast.planning.evidence import this_machine
@@ -446,7 +447,7 @@ def test_a_deadline_that_others_have_used_up_is_answered_with_503(model: DiT) ->
 
 # Batches, without HTTP
 
-KEY = Key(4, 1, "euler", None)
+KEY = Key(sampling.Operation(depth=4, steps=1))
 
 
 def run_jobs(
@@ -505,7 +506,7 @@ def test_no_memory_is_answered_with_503(model: DiT) -> None:
 
     service = Service(model)
     with serving(service) as port:
-        service.sampler(Key(4, 1, "euler", None)).decoder = no_memory
+        service.sampler(KEY.operation).decoder = no_memory
         answer = ask(port, {"depth": 4, "steps": 1})
         assert (answer.status, answer.error) == (503, "not enough memory: ask for fewer images")
         assert ask(port, {"depth": 8, "steps": 1}).status == 200

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -22,6 +23,8 @@ from pathlib import Path
 import torch
 
 from odelt_fast.files import cache_folder
+
+logger = logging.getLogger(__name__)
 
 CSRC = Path(__file__).parents[2] / "csrc"
 LIBRARIES = ("cpu", "cuda")
@@ -190,6 +193,7 @@ def _build_once(library: str) -> str | None:
     try:
         build(library)
     except BuildError as error:
+        logger.info("the native %s operators cannot be built", library, exc_info=True)
         return str(error)
     return None
 
@@ -199,5 +203,6 @@ def _open_once(library: str) -> str | None:
     try:
         torch.ops.load_library(str(library_path(library)))
     except (OSError, RuntimeError) as error:
+        logger.info("the native %s operators cannot be loaded", library, exc_info=True)
         return f"{_telling_line(error)}: odelt-fast build-ops --force builds it anew"
     return None

@@ -1,0 +1,103 @@
+"""Image files and tables of images as a source: checked once, decoded on reading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from odelt_fast.images.pixels import Store, check_images, decode_image, num_threads
+from odelt_fast.images.sources import (
+    Batch,
+    Flips,
+    ImageSource,
+    Indices,
+    Noises,
+    check_indices,
+    first_readable,
+    flip_rows,
+    warn_left_out,
+)
+
+
+class EncodedImages(ImageSource):
+    """Encoded images of a `Store`, decoded on reading; small sets are kept decoded once read.
+
+    Construction decodes everything once (`check_images`): images that cannot be decoded are left
+    out and named in `skipped` and in one warning. An image that becomes unreadable later (a lost
+    disk block) is replaced by the next readable one, with a warning.
+    """
+
+    _KEPT = 512 << 20  # bytes of decoded pixels
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        labels: np.ndarray,
+        class_names: Sequence[str],
+        image_size: int | None,
+        channels: int | None,
+    ) -> None:
+        check = check_images(store, one_size=image_size is None)
+        good = np.setdiff1d(np.arange(len(store)), list(check.skipped))
+        self.name, self.class_names = name, tuple(class_names)
+        self.labels = labels[good]
+        self.image_size = image_size or min(check.size)
+        self.channels = channels or (1 if check.grey else 3)
+        self.skipped = [store.name(row) for row in check.skipped]
+        self._store, self._rows, self._resize = store, good, image_size
+        # Decoded sooner than handed to another thread.
+        self._small = math.prod(check.size) < 1 << 14
+        self._kept: np.ndarray | None = None
+        self._used: np.ndarray | None = None
+        reasons = dict(zip(self.skipped, check.skipped.values()))
+        warn_left_out("images", reasons, len(store))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None, "_used": None}
+
+    def _make_room(self) -> None:
+        shape = (len(self), self.channels, self.image_size, self.image_size)
+        if self._kept is None and math.prod(shape) <= self._KEPT:
+            self._kept = np.empty(shape, np.uint8)  # memory is taken as images come
+            # The image whose pixels stand at an index; -1: none yet.
+            self._used = np.full(len(self), -1)
+
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+        indices = check_indices(indices, len(self))
+        self._make_room()
+        if self._kept is None or self._used is None:
+            decoded = self._decode_all(indices)
+            shape = (-1, self.channels, self.image_size, self.image_size)
+            pixels = np.array([image for image, _ in decoded], np.uint8).reshape(shape)
+            labels = self.labels[np.array([used for _, used in decoded], np.int64)]
+        else:
+            missing = np.unique(indices[self._used[indices] < 0])
+            for index, (image, used) in zip(missing, self._decode_all(missing)):
+                self._kept[index], self._used[index] = image, used
+            pixels, labels = self._kept[indices], self.labels[self._used[indices]]
+        images = pixels.astype(np.float32)
+        images /= 127.5
+        images -= 1
+        return flip_rows(images, flips), labels
+
+    def _decode_all(self, indices: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        if self._small or len(indices) < 2 or num_threads() == 1:
+            return [self._decode(int(index)) for index in indices]
+        # Made for each batch: a pool kept over a fork would wait for ever.
+        with ThreadPoolExecutor(num_threads()) as pool:
+            return list(pool.map(lambda index: self._decode(int(index)), indices))
+
+    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+        def decode(index: int) -> np.ndarray:
+            encoded = self._store.encoded(int(self._rows[index]))
+            pixels = decode_image(encoded, self._resize, self.channels)
+            if pixels.shape[1:] != (self.image_size, self.image_size):
+                raise ValueError("its size has changed")
+            return pixels
+
+        return first_readable(self, index, decode, lambda i: self._store.name(int(self._rows[i])))

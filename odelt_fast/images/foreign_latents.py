@@ -1,0 +1,175 @@
+"""Latents of other projects: the layouts of fast-DiT and REPA, one .npy file a sample."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from odelt_fast.files import one_line
+from odelt_fast.images.latents import SCALE, LatentSource, Moments
+from odelt_fast.images.sources import warn_left_out
+from odelt_fast.images.tables import check_labels, numbered_classes
+
+Header = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a .npy file
+
+
+class FileLatents(LatentSource):
+    """One .npy file a sample.
+
+    Args:
+        paths, labels: of the samples, below `folder`.
+        posterior: the files hold mean and std (2C, S, S); else scaled latents ((1,) C, S, S).
+    """
+
+    flippable = False
+
+    def __init__(
+        self, folder: Path, paths: Sequence[str], labels: Sequence[int], posterior: bool
+    ) -> None:
+        seen: dict[bytes, Header] = {}
+        good: list[int] = []
+        skipped: dict[str, str] = {}
+        first: tuple[int, ...] | None = None
+        for row, path in enumerate(paths):
+            try:
+                shape, dtype = npy_header(folder / path, seen)
+                if dtype.kind != "f":
+                    raise ValueError(f"{dtype}, not floating point")
+            except (OSError, ValueError) as error:
+                skipped[path] = one_line(error)
+                continue
+            if first is not None and shape != first:
+                raise ValueError(
+                    f"the latents have different shapes: {paths[good[0]]} is {first}, {path} is"
+                    f" {shape}"
+                )
+            first = shape
+            good.append(row)
+        if first is None:
+            raise ValueError(
+                f"none of the {len(paths)} latents in {folder} can be read;"
+                f" {next(iter(skipped.items()), '')}"
+            )
+        depth, *sides = first[1:] if len(first) == 4 and first[0] == 1 else first
+        square = len(sides) == 2 and sides[0] == sides[1] and math.prod(first) > 0
+        if not square or (posterior and depth % 2):
+            mean_and_std = "(2C, S, S), mean and standard deviation"
+            wanted = mean_and_std if posterior else "(C, S, S) or (1, C, S, S)"
+            raise ValueError(
+                f"{folder / paths[good[0]]} has the shape {first}; {wanted}, is needed"
+            )
+        self.name, self.folder, self.scale = str(folder), folder, SCALE if posterior else 1.0
+        self.channels, self.image_size = (depth // 2 if posterior else depth), sides[0]
+        every = np.array(labels, np.int64)
+        check_labels(every, None, lambda row: paths[row])
+        self.class_names, self.labels = numbered_classes(every), every[good]
+        self.skipped = list(skipped)
+        self._paths, self._posterior = [paths[row] for row in good], posterior
+        warn_left_out("latents", skipped, len(paths))
+
+    def sample_name(self, index: int) -> str:
+        return self._paths[index]
+
+    def moments(self, index: int, flip: bool) -> Moments:
+        array = np.load(self.folder / self._paths[index], allow_pickle=False).astype(np.float32)
+        array = array.reshape(-1, self.channels, self.image_size, self.image_size)
+        if len(array) != 1 + self._posterior:
+            raise ValueError("its shape has changed")
+        return array[0], (array[1] if self._posterior else None)
+
+
+def npy_header(path: Path, seen: dict[bytes, Header]) -> Header:
+    """Shape and dtype of a .npy file.
+
+    Args:
+        seen: headers met before, by their first 128 bytes: parsing one takes longer than reading.
+
+    Raises:
+        ValueError: it is damaged, shorter than its header says, or pickled.
+    """
+    with open(path, "rb") as file:
+        head, size = file.read(128), file.seek(0, 2)
+        offset = 128
+        if head not in seen:
+            file.seek(0)
+            version = np.lib.format.read_magic(file)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"version {version} of the npy format")
+            formats = np.lib.format
+            first, second = formats.read_array_header_1_0, formats.read_array_header_2_0
+            shape, _, dtype = (first if version == (1, 0) else second)(file)
+            offset = file.tell()
+            if dtype.hasobject:
+                raise ValueError("pickled objects")
+            if offset == 128:
+                seen[head] = shape, dtype
+        else:
+            shape, dtype = seen[head]
+    needed = offset + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed > size:
+        raise ValueError(f"truncated: {size} bytes, {dtype} {shape} needs {needed}")
+    return shape, dtype
+
+
+def _is_label(value: object) -> bool:
+    return type(value) is int and abs(value) <= 1 << 62
+
+
+def open_fast_dit(folder: Path, features: Path) -> FileLatents:
+    """fast-DiT: X_features/N.npy, latents times 0.18215; X_labels/N.npy, one integer."""
+    labels_folder = folder / (features.name.removesuffix("_features") + "_labels")
+    if not labels_folder.is_dir():
+        raise ValueError(f"{folder} has {features.name} but no {labels_folder.name} beside it")
+    names = sorted((path.name for path in features.glob("*.npy")), key=lambda n: (len(n), n))
+    if not names:
+        raise ValueError(f"{features} has no .npy files")
+    seen: dict[bytes, Header] = {}
+    labels = []
+    for name in names:
+        try:
+            shape, dtype = npy_header(labels_folder / name, seen)
+            if dtype.kind not in "iu" or math.prod(shape) != 1:
+                raise ValueError(f"{dtype} {shape}, not one whole number")
+            label = int(np.load(labels_folder / name, allow_pickle=False).reshape(()))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the label {labels_folder / name} cannot be read: {one_line(error)}"
+            ) from None
+        if not _is_label(label):
+            raise ValueError(f"{name} has the label {label}, which is no class")
+        labels.append(label)
+    return FileLatents(folder, [f"{features.name}/{name}" for name in names], labels, False)
+
+
+def open_repa(folder: Path, features: Path) -> FileLatents:
+    """REPA: img-mean-std-*.npy, mean and standard deviation (2C, S, S), below a folder.
+
+    dataset.json, there or in `folder`, has their labels by path.
+    """
+    found = features.rglob("img-mean-std-*.npy")
+    paths = sorted(path.relative_to(features).as_posix() for path in found)
+    if not paths:
+        raise ValueError(f"{features} has no img-mean-std-*.npy files")
+    places = [place / "dataset.json" for place in (features, folder)]
+    index = next((place for place in places if place.is_file()), None)
+    if index is None:
+        raise ValueError(f"{features} has no dataset.json with the labels")
+    try:
+        pairs = json.loads(index.read_text())["labels"]
+        labels = None if pairs is None else {str(p).replace("\\", "/"): label for p, label in pairs}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{index} holds no list `labels` of pairs of path and label: {one_line(error)}"
+        ) from None
+    if labels is None:
+        labels = dict.fromkeys(paths, 0)
+    for path in paths:
+        if path not in labels:
+            raise ValueError(f"{index}: {path} has no label")
+        if not _is_label(labels[path]):
+            raise ValueError(f"{index}: {path} has the label {labels[path]!r}, no whole number")
+    return FileLatents(features, paths, [labels[path] for path in paths], True)

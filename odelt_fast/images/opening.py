@@ -1,0 +1,147 @@
+"""`open_source`: which reader the data need."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from odelt_fast.checks import one_of, whole
+from odelt_fast.files import one_line
+from odelt_fast.images.digits import DigitsSource
+from odelt_fast.images.encoded import EncodedImages
+from odelt_fast.images.folders import open_folder
+from odelt_fast.images.foreign_latents import open_fast_dit, open_repa
+from odelt_fast.images.latents import LatentSource
+from odelt_fast.images.parquet import open_parquet, parquet_files
+from odelt_fast.images.pixels import SUFFIXES, Store
+from odelt_fast.images.shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
+from odelt_fast.images.sources import ImageSource
+from odelt_fast.images.tables import SAVED_MARKS, open_dataset
+
+
+def open_source(
+    data: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    split: str = "train",
+) -> ImageSource:
+    """Opens labelled images or latents.
+
+    Args:
+        data: one of
+            - digits: the digits of scikit-learn
+            - a folder of class folders (sorted names are the labels), of train/ and test/ with
+              class folders, or of images (one class)
+            - a Parquet file, or a folder of them, with columns of images and labels as Hugging
+              Face `datasets` writes them
+            - the id of a data set on the Hugging Face Hub (user/name, user/name:config), or a
+              folder made by its `save_to_disk`
+            - a folder of latents: written by `odelt-fast encode`, by fast-DiT (*_features,
+              *_labels), or for REPA (img-mean-std-*.npy)
+        image_size: images become the centred square, resized to it; None: all have one size, whose
+            centred square is taken. Latents are never changed.
+        channels: 1 (grey) or 3; None: 1 if every image is grey.
+        split: which part, where the data have parts.
+
+    Returns:
+        The source. Images that cannot be decoded are left out (`skipped`).
+
+    Raises:
+        ValueError: in one line, before anything is read for training: no data, none of these
+            kinds, wrong labels, mixed sizes.
+    """
+    if image_size is not None:
+        whole("image_size", image_size, 1, 4096)
+    if channels is not None:
+        whole("channels", channels)
+    name, path = str(data), Path(data).expanduser()
+    try:
+        kind = "digits" if name == "digits" else _kind(path, name)
+        if kind in ("digits", "latents") and split != "train":
+            raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
+        if kind == "latents":
+            return _open_latents(path, image_size, channels)
+        if channels is not None:
+            one_of("channels", channels, (1, 3))
+        if kind == "digits":
+            return DigitsSource(image_size or 8, channels or 1)
+        store, labels, names = _open_store(name, path, kind, split)
+        return EncodedImages(name, store, labels, names, image_size, channels)
+    except OSError as error:
+        raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
+
+
+def _open_store(
+    data: str, path: Path, kind: str, split: str
+) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+    if kind == "dataset":
+        return open_dataset(str(path) if path.exists() else data, split)
+    if kind == "parquet":
+        return open_parquet([path] if path.is_file() else parquet_files(path, split))
+    return open_folder(path, split)
+
+
+def _open_latents(folder: Path, image_size: int | None, channels: int | None) -> LatentSource:
+    source = _latents_of(folder)
+    for name, wanted in (("image_size", image_size), ("channels", channels)):
+        if wanted is not None and wanted != getattr(source, name):
+            raise ValueError(
+                f"the latents in {folder} have {name} {getattr(source, name)}, which cannot be"
+                f" changed to {wanted}"
+            )
+    return source
+
+
+def _latents_of(folder: Path) -> LatentSource:
+    if (folder / MANIFEST_NAME).is_file():
+        return ShardedLatents(folder)
+    if (folder / SETTINGS_NAME).is_file():
+        raise ValueError(
+            f"the latents in {folder} are not finished: run `odelt-fast encode` again, it continues"
+            " where it stopped"
+        )
+    features = sorted(path for path in folder.glob("*_features") if path.is_dir())
+    if len(features) > 1:
+        names = " and ".join(path.name for path in features)
+        raise ValueError(f"{folder} has {names}: give a folder with one of them")
+    if features:
+        return open_fast_dit(folder, features[0])
+    below = folder / "vae-sd"
+    return open_repa(folder, below if below.is_dir() else folder)
+
+
+def _kind(path: Path, data: str) -> str:
+    """latents, dataset, parquet or folder; ValueError for what is none of them.
+
+    data: as the user wrote it (./a/b is never an id).
+    """
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return "parquet"
+        raise ValueError(f"{path} is a file of no known kind: give a .parquet file or a folder")
+    if not path.is_dir() or not data:
+        files = (".parquet", ".npy", ".json", *SUFFIXES)
+        is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)
+        if is_id and path.suffix not in files:
+            return "dataset"
+        raise ValueError(
+            f"{data!r} does not exist: give digits, a folder, a .parquet file or the id of a"
+            " Hugging Face data set"
+        )
+    entries = list(os.scandir(path))
+    names = {entry.name for entry in entries}
+    folders = {entry.name for entry in entries if entry.is_dir()}
+    if {MANIFEST_NAME, SETTINGS_NAME} & names and not folders:
+        return "latents"
+    if "vae-sd" in folders or any(name.endswith("_features") for name in folders):
+        return "latents"
+    if names & set(SAVED_MARKS):
+        return "dataset"
+    if "dataset.json" in names and any(path.rglob("img-mean-std-*.npy")):
+        return "latents"
+    tables = any(any(path.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
+    return "parquet" if tables else "folder"
