@@ -14,10 +14,10 @@ from torch import Tensor
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.draws import StepDraws, global_rows
-from odelt_fast.train.length_consistency import LengthConsistency
 from odelt_fast.train.loop import row_losses
 from odelt_fast.train.objectives.consistency import Consistency, ConsistencyDistillation
 from odelt_fast.train.objectives.flow_matching import Diffusion, FlowMatching
+from odelt_fast.train.objectives.length_consistency import LengthConsistency
 from odelt_fast.train.objectives.live_reflow import LiveReflow
 from odelt_fast.train.objectives.progressive import Progressive, stage
 from odelt_fast.train.objectives.shortcut import Shortcut

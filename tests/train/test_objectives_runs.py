@@ -23,9 +23,9 @@ from odelt_fast.train.draws import StepDraws
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.objectives.build import build_objective
 from odelt_fast.train.objectives.flow_matching import Reflow
+from odelt_fast.train.objectives.pairs import PairSource, generate_pairs
 from odelt_fast.train.objectives.targets import Networks, StepBatch
 from odelt_fast.train.objectives.teacher import start_from
-from odelt_fast.train.pairs import PairSource, generate_pairs
 from tests.helpers.reference_cases import relative_error
 from tests.helpers.training import ALONE, SMALL, small_run
 

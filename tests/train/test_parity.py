@@ -13,8 +13,8 @@ from torch import Tensor
 from odelt_fast.checkpoints.reference import rename_parameters
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.ema import update_average
-from odelt_fast.train.length_consistency import LengthConsistency
 from odelt_fast.train.loop import build_optimizer, row_losses, zero_gradients
+from odelt_fast.train.objectives.length_consistency import LengthConsistency
 from odelt_fast.train.objectives.shortcut import Shortcut
 from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from tests.helpers.reference_cases import Case, load_case, relative_error, training_cases

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.length_consistency import LengthConsistency
 from odelt_fast.train.objectives.consistency import Consistency, ConsistencyDistillation
 from odelt_fast.train.objectives.flow_matching import Diffusion, FlowMatching, Reflow
+from odelt_fast.train.objectives.length_consistency import LengthConsistency
 from odelt_fast.train.objectives.live_reflow import LiveReflow
 from odelt_fast.train.objectives.progressive import Progressive
 from odelt_fast.train.objectives.shortcut import Shortcut
