@@ -77,8 +77,13 @@ def measure(load: Workload, duration: float, clock: Timer = time.perf_counter) -
     }
 
 
-def operators(load: Workload, evaluations: int = 20) -> list[tuple[str, str, str]]:
+def operators(
+    load: Workload, evaluations: int = 20, least: float = 0.005
+) -> list[tuple[str, str, str]]:
     """Where an evaluation of "auto" spends its time, by PyTorch's profiler.
+
+    Args:
+        least: share of the time of an operator that gets a line.
 
     Returns:
         operator and shapes, calls, ms; the most first.
@@ -100,7 +105,7 @@ def operators(load: Workload, evaluations: int = 20) -> list[tuple[str, str, str
     rows = []
     for event in sorted(events, key=lambda event: -event.self_cpu_time_total):
         taken = event.self_cpu_time_total
-        if taken >= total / 200:
+        if taken >= least * total:
             shapes = " ".join("x".join(map(str, shape)) for shape in event.input_shapes if shape)
             calls = f"{event.count / evaluations:.4g}"
             rows.append((f"{event.key} {shapes[:80]}", calls, f"{taken / per_ms:.2f}"))

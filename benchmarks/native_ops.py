@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.ceilings import token_count
-from odelt_fast.config import PRESETS, DiTConfig
+from odelt_fast.config import LAYER_NORM_EPS, PRESETS, DiTConfig
 from odelt_fast.engine.cpu import CpuNetwork
 from odelt_fast.engine.native import cpu_ops
 from odelt_fast.engine.native.build import load
@@ -50,7 +50,7 @@ def operators(
     columns = Modulation(table, 0, table, size, 2 * size)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return torch.addcmul(shift, F.layer_norm(x, (size,), eps=cpu_ops.EPS), 1 + scale)
+        return torch.addcmul(shift, F.layer_norm(x, (size,), eps=LAYER_NORM_EPS), 1 + scale)
 
     def gated(
         x: Tensor, y: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
@@ -67,14 +67,12 @@ def operators(
         return F.gelu(x + bias, approximate="tanh")
 
     forms: dict[str, tuple[int, Callable[..., object], tuple[Tensor, ...]]] = {
-        "norm_modulate": (2 * x.nbytes, norm, (x, shift, scale)),
         "gated_residual": (4 * x.nbytes, gated, (x, y, bias, gate, shift, scale)),
         "group_end": (7 * x.nbytes, end, (x, y, xr, vr, bias, gate, shift, scale)),
         "bias_gelu": (2 * wide.nbytes, gelu, (wide, long)),
     }
     state, outs = InnerState(xr, vr), (a, b, c)
     ours: Variants = {
-        "norm_modulate": lambda: cpu_ops.norm_modulate(x, table, size, 2 * size, out=a),
         "gated_residual": lambda: cpu_ops.gated_residual(x, y, bias, columns, out_x=a, out=b),
         "group_end": lambda: cpu_ops.group_end(x, y, bias, state, columns, outs),
         "bias_gelu": lambda: cpu_ops.bias_gelu_(wide, long),

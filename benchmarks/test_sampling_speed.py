@@ -50,7 +50,7 @@ def test_trajectory(
         call, sampler = sampler_call(model, load, variant, noise, labels)
     except ValueError as error:
         pytest.skip(str(error))
-    error = check(variant, DTYPE, call(), eager, exact)
+    relative_error = check(variant, DTYPE, call(), eager, exact)
     benchmark.group = load.key
     rounds, warmup = (50, 3) if CUDA else (3, 1)
     benchmark.pedantic(host_timer(call, device), rounds=rounds, warmup_rounds=warmup)
@@ -61,7 +61,7 @@ def test_trajectory(
         record,
         cell=load.record(),
         backend=sampler.explain()["backend"],
-        relative_error=error,
+        relative_error=relative_error,
         tflops=flops / evaluation / 1e12,
         share_of_floor=floor_seconds(flops, traffic, DTYPE, ceilings) / evaluation,
     )

@@ -41,7 +41,7 @@ from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
 
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "RFM + LC": {"objective": "flow"},
     "shortcuts + LC": {"objective": "shortcut", "time_consistency_every": 8},
 }

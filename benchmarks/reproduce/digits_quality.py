@@ -1,5 +1,6 @@
-"""Quality of the digits model over (l, T): `python -m benchmarks.reproduce.digits_quality [--model
-digits]`.
+"""Quality of the digits model over (l, T).
+
+    python -m benchmarks.reproduce.digits_quality [--model digits]
 
 One generated image for each of the 1797 real ones, with its label. Recognised: the share that an
 SVM trained on all real digits takes for the class asked for (the same SVM trained on 70 % of them
@@ -17,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from odelt_fast.evaluation.metrics import frechet_distance, moments_of
+
 GRID = tuple((depth, steps) for depth in (12, 8, 4) for steps in (128, 4, 1))
 
 
@@ -31,13 +34,10 @@ class Options:
     """Also write the numbers here."""
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of Gaussians fitted to the rows of a and b
-    (N, D), in float64."""
-    difference = a.mean(0) - b.mean(0)
-    s_a, s_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    roots = np.sqrt(np.maximum(np.linalg.eigvals(s_a @ s_b).real, 0))
-    return float(difference @ difference + np.trace(s_a) + np.trace(s_b) - 2 * roots.sum())
+def pixel_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Frechet distance of Gaussians fitted to the rows of a and b (N, D), in float64."""
+    a_fit, b_fit = (moments_of([rows], rows.shape[1]).statistics() for rows in (a, b))
+    return frechet_distance(a_fit, b_fit, offset=0)
 
 
 def measure(options: Options) -> dict[str, dict[str, float]]:
@@ -56,7 +56,7 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
     accuracy = SVC(C=10).fit(fit, fit_labels).score(held_out, held_out_labels)
     classifier = SVC(C=10).fit(real, labels)
     halves = np.random.default_rng(0).permutation(len(real))
-    floor = frechet_distance(real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]])
+    floor = pixel_frechet(real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]])
     results = {"real": {"recognised": accuracy, "frechet": floor}}
     model = load_model(options.model)
     for cell in options.cells:
@@ -68,8 +68,8 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
         clipped = pixels.clip(-1, 1)
         results[cell] = {
             "recognised": float(np.mean(classifier.predict(clipped) == labels)),
-            "frechet": frechet_distance(clipped, real),
-            "frechet_unclipped": frechet_distance(pixels, real),
+            "frechet": pixel_frechet(clipped, real),
+            "frechet_unclipped": pixel_frechet(pixels, real),
         }
     return results
 

@@ -1,5 +1,6 @@
-"""Evaluations and error of the adaptive solvers beside torchdiffeq's: `python -m
-benchmarks.reproduce.solver_table [--model digits]`.
+"""Evaluations and error of the adaptive solvers beside torchdiffeq's.
+
+    python -m benchmarks.reproduce.solver_table [--model digits]
 
 Two tables. The first: for each tolerance (rtol = atol), evaluations of the network per image and
 the error (root mean square, largest) in the pixels against a DOP853 solution at a tolerance of
@@ -16,12 +17,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from odelt_fast import Sampler, load_model
+from odelt_fast.operation import Operation
 
 PER_DECADE = 4
 
@@ -48,7 +53,9 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Point:
+class Cost:
+    """Means over the images; error: root mean square in the pixels."""
+
     tolerance: float
     evaluations: float
     error: float
@@ -56,53 +63,42 @@ class Point:
     rejected: float
 
 
-def sweep(options: Options) -> dict[str, list[Point]]:
+def sweep(options: Options) -> dict[str, list[Cost]]:
     """For each solver what every tolerance cost and gave, coarsest first."""
     model = load_model(options.model, depth=options.depth)
-    draw = {"num_images": options.num_images, "seed": options.seed}
+
+    def draw(solver: str, tolerance: float, error_norm: str = "per_sample") -> tuple[Tensor, Any]:
+        operation = Operation(
+            solver=solver, steps=None, rtol=tolerance, atol=tolerance, error_norm=error_norm
+        )
+        sampler = Sampler.of(model, operation, batch_size=options.num_images)
+        return sampler(num_images=options.num_images, seed=options.seed), sampler.stats
+
     # The sampler's state is float32; below 1e-6 rounding decides, so the reference stops there.
-    exact = Sampler(model, solver="dop853", rtol=1e-6, atol=1e-6, batch_size=options.num_images)(
-        **draw
-    )
+    exact, _ = draw("dop853", 1e-6)
     tolerances = [10 ** (-i / PER_DECADE) for i in range(PER_DECADE * options.finest + 1)]
-    points: dict[str, list[Point]] = {name: [] for name in options.solvers}
-    with tqdm(total=len(points) * len(tolerances), leave=False) as bar:
-        for name, found in points.items():
+    costs: dict[str, list[Cost]] = {name: [] for name in options.solvers}
+    with tqdm(total=len(costs) * len(tolerances), leave=False) as bar:
+        for name, found in costs.items():
             solver, _, norm = name.partition("/")
             for tolerance in tolerances:
-                kind = "per_sample" if norm == "image" else "batch"
-                sampler = Sampler(
-                    model,
-                    solver=solver,
-                    rtol=tolerance,
-                    atol=tolerance,
-                    error_norm=kind,
-                    batch_size=options.num_images,
-                )
-                error = sampler(**draw) - exact
-                needed, rejected = sampler.stats["evaluations_needed"], sampler.stats["rejected"]
+                images, stats = draw(solver, tolerance, "per_sample" if norm else "batch")
+                error = images - exact
                 rms, largest = error.square().mean().sqrt().item(), error.abs().max().item()
-                found.append(
-                    Point(
-                        tolerance,
-                        sum(needed) / len(needed),
-                        rms,
-                        largest,
-                        sum(rejected) / len(rejected),
-                    )
-                )
+                needed, rejected = (fmean(stats[key]) for key in ("evaluations_needed", "rejected"))
+                found.append(Cost(tolerance, needed, rms, largest, rejected))
                 bar.update()
-    return points
+    return costs
 
 
-def fewest(points: list[Point], error: float) -> float | None:
-    """Evaluations of the cheapest of the points that are at least as accurate."""
-    return min((point.evaluations for point in points if point.error <= error), default=None)
+def fewest(costs: list[Cost], error: float) -> float | None:
+    """Evaluations of the cheapest that is at least as accurate."""
+    return min((cost.evaluations for cost in costs if cost.error <= error), default=None)
 
 
 def main() -> None:
     options = tyro.cli(Options)
-    points = sweep(options)
+    costs = sweep(options)
     settings = (
         f"{options.num_images} images, seed {options.seed}, torch {torch.__version__}, CPU, float32"
     )
@@ -112,7 +108,7 @@ def main() -> None:
         f" {'largest':>8}"
     )
     for i in range(PER_DECADE, PER_DECADE * options.finest + 1, PER_DECADE):
-        for name, found in points.items():
+        for name, found in costs.items():
             p = found[i]
             print(
                 f"{p.tolerance:>11.0e}  {name:<20} {p.evaluations:>11.1f} {p.rejected:>8.1f}"
@@ -121,11 +117,11 @@ def main() -> None:
     print(
         f"\nfewest evaluations for an error no larger than that of torchdiffeq\n{'at rtol':>24}"
         f" {'rms error':>9}",
-        *points,
+        *costs,
     )
-    for theirs in (name for name in points if name.startswith("torchdiffeq:")):
-        for p in points[theirs][PER_DECADE::PER_DECADE]:
-            row = [fewest(found, p.error) for found in points.values()]
+    for theirs in (name for name in costs if name.startswith("torchdiffeq:")):
+        for p in costs[theirs][PER_DECADE::PER_DECADE]:
+            row = [fewest(found, p.error) for found in costs.values()]
             cells = ["-" if cost is None else f"{cost:.1f}" for cost in row]
             power = (
                 f"{theirs.removeprefix('torchdiffeq:')} 1e-{round(-math.log10(p.tolerance))}"
@@ -133,7 +129,7 @@ def main() -> None:
             )
             print(
                 f"{power:>24} {p.error:>9.1e}",
-                *(f"{cell:>{len(name)}}" for cell, name in zip(cells, points, strict=True)),
+                *(f"{cell:>{len(name)}}" for cell, name in zip(cells, costs, strict=True)),
             )
 
 

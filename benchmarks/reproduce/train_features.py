@@ -1,15 +1,14 @@
-"""Trains the small feature networks that come with the package: `python -m
-benchmarks.reproduce.train_features cifar10 --data cifar10-train.parquet`.
+"""Trains the small feature networks that come with the package.
 
 A classifier of the real images with a fixed budget: one-cycle SGD with Nesterov momentum, label
 smoothing, shifts (and flips, where a mirrored image is one of its class). Accuracy is measured on
 images that were not trained on: the test file, or every tenth image. What was trained, on what, and
 how well it knows the held-out images stands in the header of the file that it writes.
 
-    python -m benchmarks.reproduce.train_features digits python -m
-    benchmarks.reproduce.train_features mnist --data mnist-10k.parquet python -m
-    benchmarks.reproduce.train_features cifar10 --data cifar10-train.parquet --test
-    cifar10-test.parquet
+    python -m benchmarks.reproduce.train_features digits
+    python -m benchmarks.reproduce.train_features mnist --data mnist-10k.parquet
+    python -m benchmarks.reproduce.train_features cifar10 --data cifar10-train.parquet
+        --test cifar10-test.parquet
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.measure import ROOT
 from odelt_fast.evaluation.features import SmallConfig, SmallNetwork, save_features
 from odelt_fast.images import open_source
 
@@ -33,7 +33,7 @@ CONFIGS = {
     "cifar10": SmallConfig("cifar10-features", 32, 3, (64, 128, 192), 10, stride=2),
 }
 EPOCHS = {"digits": 60, "mnist": 12, "cifar10": 8}
-FOLDER = Path(__file__).resolve().parent.parent / "odelt_fast" / "models" / "features"
+FOLDER = ROOT / "odelt_fast" / "models" / "features"
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,9 @@ def augmented(images: torch.Tensor, flips: bool, shift: int) -> torch.Tensor:
     if flips:
         padded = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, padded.flip(3), padded)
     at = torch.arange(size)
-    return padded[
-        torch.arange(len(images))[:, None, None],
-        :,
-        (rows + at)[:, :, None],
-        (columns + at)[:, None, :],
-    ].permute(0, 3, 1, 2)
+    image = torch.arange(len(images))[:, None, None]
+    moved = padded[image, :, (rows + at)[:, :, None], (columns + at)[:, None, :]]
+    return moved.permute(0, 3, 1, 2)
 
 
 def main() -> None:
@@ -98,16 +95,17 @@ def main() -> None:
         held_images, held_labels, _ = load(options.test, config)
     else:
         held = torch.arange(len(labels)) % 10 == 9
-        held_images, held_labels, images, labels = (
-            images[held],
-            labels[held],
-            images[~held],
-            labels[~held],
-        )
-    network = SmallNetwork(config).to(memory_format=torch.channels_last)
-    decayed = [p for p in network.parameters() if p.dim() > 1]
-    others = [p for p in network.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": others, "weight_decay": 0.0}]
+        held_images, held_labels = images[held], labels[held]
+        images, labels = images[~held], labels[~held]
+    network = SmallNetwork(config)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = [
+        {
+            "params": [p for p in network.parameters() if (p.dim() > 1) == decayed],
+            "weight_decay": 5e-4 * decayed,
+        }
+        for decayed in (True, False)
+    ]
     optimizer = torch.optim.SGD(groups, lr=options.learning_rate, momentum=0.9, nesterov=True)
     steps = epochs * (len(labels) // options.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -143,23 +141,18 @@ def main() -> None:
         )
     seconds = time.perf_counter() - start
     # What is measured is what is shipped: the weights rounded to half precision.
-    network.load_state_dict(
-        {
-            k: v.half().to(v.dtype) if v.is_floating_point() else v
-            for k, v in network.state_dict().items()
-        }
-    )
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(value.half())
     hits = accuracy(network, held_images, held_labels)
     notes = {
         "trained_on": f"{options.name}, {len(labels)} images",
         "epochs": str(epochs),
         "seconds": f"{seconds:.0f}",
         "seed": str(options.seed),
-    }
-    notes |= {
         "held_out_accuracy": f"{hits:.4f}",
         "held_out": f"{len(held_labels)} images",
-        "made_by": "benchmarks/train_features.py",
+        "made_by": "benchmarks/reproduce/train_features.py",
     }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.name}.safetensors"

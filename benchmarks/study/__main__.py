@@ -50,8 +50,8 @@ def run(options: Options) -> None:
     if "evaluate" in stages:
         evaluations = [study.evaluations(each) for each in chosen if study.trained(each)]
         for settings in (*evaluations, study.bundled()):
-            for name, each in settings.items():
-                study.evaluate(name, each)
+            for name, evaluation in settings.items():
+                study.evaluate(name, evaluation)
         study.measure_real()
     if "latency" in stages:
         time_everything(study)

@@ -71,10 +71,12 @@ class Study:
 
     def __init__(self, options: Options) -> None:
         chosen = DATA_SETS[options.set]
-        in_folder = options.data_folder and chosen.file
+        folder, data = options.data_folder, chosen.data
+        if folder is not None and chosen.file:
+            data = str(folder / chosen.file)
         self.budget = replace(
             chosen,
-            data=str(options.data_folder / chosen.file) if in_folder else chosen.data,
+            data=data,
             steps=options.steps or chosen.steps,
             num_images=options.num_images or chosen.num_images,
             seeds=options.seeds or chosen.seeds,

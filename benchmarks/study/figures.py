@@ -9,7 +9,8 @@ from pathlib import Path
 
 from benchmarks.study.campaign import Study
 from benchmarks.study.runs import BY_NAME
-from benchmarks.study.tables import METHODS, STEPS, Results
+from benchmarks.study.tables import METHODS, Results
+from odelt_fast.evaluation.paper import STEPS
 from odelt_fast.files import save_picture
 
 _IMAGES = 10  # one of each class

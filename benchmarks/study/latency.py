@@ -121,7 +121,7 @@ def _sampling_timer(
     from odelt_fast.evaluation.measuring import Processes
     from odelt_fast.evaluation.settings import Evaluation
 
-    values = {
+    values: dict[str, Any] = {
         key: tuple(each) if isinstance(each, list) else each for key, each in settings.items()
     }
     evaluation = Evaluation(**values)

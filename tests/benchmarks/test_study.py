@@ -21,11 +21,15 @@ from benchmarks.study.__main__ import run
 from benchmarks.study.campaign import Options, Study
 from benchmarks.study.report import read_published, write_tables
 from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS
-from benchmarks.study.tables import METHODS, STEPS, tables
+from benchmarks.study.tables import METHODS, tables
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
+from odelt_fast.evaluation.cells import Cell
+from odelt_fast.evaluation.paper import STEPS
 from odelt_fast.evaluation.results import number
+from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.model import DiT
+from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.train.main import parse
 
 SMALL = DiTConfig(
@@ -138,7 +142,7 @@ def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
         tmp_path / "flow" / "model.safetensors",
         tmp_path / "evaluations" / "flow" / "cells",
     )
-    until = time.monotonic() + 120
+    until = time.monotonic() + 900  # bounds a hang
     while not list(cells.glob("*.json")) and child.poll() is None and time.monotonic() < until:
         time.sleep(0.01)
     os.killpg(child.pid, signal.SIGKILL)
@@ -146,7 +150,7 @@ def test_a_killed_study_goes_on_where_it_stood(tmp_path: Path) -> None:
     assert not (tmp_path / "real.json").exists()  # the kill came before the end
     kept = {path: path.stat().st_mtime_ns for path in (model, *cells.glob("*.json"))}
     assert len(kept) >= 2
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=900)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert json.loads((cells.parent / "results.json").read_text())["complete"]
 
@@ -188,14 +192,6 @@ def test_latencies_alone_are_measured_again(small: Path) -> None:
         "odelt-guided": 3,
         "shortcut": 5,
     }
-    assert (
-        timed["odelt"]["l=12 euler T=128"]["median_s"]
-        > 8 * timed["odelt"]["l=12 euler T=4"]["median_s"]
-    )
-    assert (
-        timed["odelt"]["l=12 euler T=128"]["median_s"]
-        > 1.5 * timed["odelt"]["l=4 euler T=128"]["median_s"]
-    )
     published = read_published(small / "json" / "study-digits")
     (row,) = [row for row in published["flow"]["rows"] if row["steps"] == 4]
     assert row["latency"] == timed["shortcut"]["l=12 euler T=4"]["median_s"]
@@ -204,6 +200,28 @@ def test_latencies_alone_are_measured_again(small: Path) -> None:
     ]
     assert row["latency"] == timed["odelt"]["l=8 dopri5 tol=0.0001"]["median_s"]
     assert published["flow"]["settings"]["model"] == "flow"  # not the folder of this machine
+
+
+def test_a_latency_is_that_of_the_rows_own_depth_and_steps(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = []
+    original = Cell.sampler
+
+    def sampler(cell: Cell, model: DiT, settings: Evaluation) -> Sampler:
+        made = original(cell, model, settings)
+        operation = made.operation
+        timed.append((len(model.blocks), operation.depth, operation.steps, operation.tolerance))
+        return made
+
+    monkeypatch.setattr(Cell, "sampler", sampler)
+    study = Study(options(small))
+    results = study.results()["odelt"]
+    for row in results["rows"]:
+        study_latency._sampling_timer(study, "odelt", results["settings"], row)
+    assert timed == [
+        (row["depth"], row["depth"], row["steps"], row["tolerance"]) for row in results["rows"]
+    ]
 
 
 def test_passes_of_a_training_step_are_counted(small: Path) -> None:

@@ -7,8 +7,8 @@ import itertools
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,18 +53,24 @@ def test_variants_take_turns_and_none_always_follows_the_same_one() -> None:
     assert samples == {"a": [7, 12, 14], "b": [8, 10, 15], "c": [9, 11, 13]}
 
 
-def test_sampling_stops_at_the_time_or_at_the_most_rounds() -> None:
+def test_sampling_stops_at_the_time_or_at_the_most_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(take_turns({"a": lambda: 0.0}, seconds=60, most=7, warm_seconds=0)["a"]) == 7
-    begin = time.perf_counter()
-    taken = take_turns(
-        {"a": measure.host_timer(lambda: time.sleep(0.01), CPU)},
-        seconds=0.1,
-        most=1000,
-        warm_seconds=0,
-    )["a"]
-    assert 3 <= len(taken) <= 10
-    assert time.perf_counter() - begin < 5
-    assert min(taken) >= 0.01
+    now = itertools.count()  # a clock that moves when it is read
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    taken = take_turns({"a": lambda: 0.0}, seconds=9, least=3, most=1000, warm_seconds=0)["a"]
+    assert 3 < len(taken) < 15
+    assert take_turns({}, seconds=60) == {}
+
+
+def test_the_host_timer_reads_the_clock_around_the_call() -> None:
+    events: list[str] = []
+
+    def clock() -> float:
+        events.append("clock")
+        return float(len(events))
+
+    assert measure.host_timer(lambda: events.append("call"), CPU, clock)() == 2
+    assert events == ["clock", "call", "clock"]
 
 
 def test_summary_is_the_median_with_its_spread() -> None:
@@ -196,14 +202,14 @@ def quick_tests(folder: Path, name: str, body: str) -> Group:
 def test_a_group_is_green_only_if_something_passed_and_nothing_failed(
     tmp_path: Path, name: str, body: str, green: bool, counts: tuple[int, ...]
 ) -> None:
-    found = run_group(quick_tests(tmp_path, name, body), cases=1, timeout=60)
+    found = run_group(quick_tests(tmp_path, name, body), cases=1, timeout=600)
     assert found["green"] is green
     assert (found["passed"], found["failed"], found["skipped"]) == counts
 
 
 def test_a_missing_package_is_named_with_the_way_to_bring_it() -> None:
     found = run_group(
-        Group("network", "network", ("test_model.py",), (), ("pytest", "no_such_module")), 1, 60
+        Group("network", "network", ("test_model.py",), (), ("pytest", "no_such_module")), 1, 600
     )
     assert not found["green"]
     assert (
@@ -499,13 +505,20 @@ def test_cpu_rate_compares_the_evaluation_with_the_product() -> None:
 
 
 def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) -> None:
-    rows = cpu_rate.operators(
-        Workload("tiny", one_step(4), 2, torch.float32, ("auto",)), evaluations=2
-    )
+    load = Workload("tiny", one_step(4), 2, torch.float32, ("auto",))
+    rows = cpu_rate.operators(load, evaluations=2, least=0)
     times = [float(row[2]) for row in rows]
     assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
     assert rows[-1][0] == "all else"
     assert times[:-1] == sorted(times[:-1], reverse=True)
+
+
+def test_a_missing_test_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(correctness, "kernel_names", lambda cuda: ["linear"])
+    assert {group.group for group in correctness.groups(False)} >= set(correctness.FILES)
+    monkeypatch.setitem(correctness.FILES, "network", (("test_gone.py",), ()))
+    with pytest.raises(ValueError, match=r"there is no .*test_gone.py"):
+        list(correctness.groups(False))
 
 
 def test_the_suite_runs_without_tyro() -> None:
