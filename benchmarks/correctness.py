@@ -31,7 +31,7 @@ SOLVER_KERNELS = ("combine_stages", "adaptive_step", "adaptive_solve")
 FILES = {
     "network": (("test_model.py",), ()),
     "engine": (("engine/test_engine.py", "engine/test_graphs.py"), ()),
-    "solvers": (("engine/test_while_graph.py", "engine/test_adaptive.py"), ()),
+    "solvers": (("engine/test_device_adaptive.py", "engine/test_adaptive.py"), ()),
     "training": (
         ("train/test_parity.py", "train/test_objectives_recorded.py"),
         ("tyro", "accelerate"),
