@@ -33,6 +33,7 @@ from odelt_fast.kernels.solver_update import STATES, sum_type
 from odelt_fast.solvers.step_control import (
     RUNNING,
     Control,
+    Counts,
     StepRules,
     decide,
     error_norm,
@@ -79,9 +80,8 @@ def adaptive_step_update_reference(
     stages[0] = torch.where(taken.view(column), stages[-1], stages[0])
     evaluations = evaluations + is_running * (len(error) - 1) + (taken & ~last & (not fsal))
     k_finite = stages[0].isfinite().flatten(1).all(1)
-    decided, *counts = decide(
-        Control(*control), status, accepted, rejected, norm, finite, k_finite, fixed, shared
-    )
+    counts = Counts(status, accepted, rejected)
+    decided, counts = decide(Control(*control), counts, norm, finite, k_finite, fixed, shared)
     control.copy_(torch.stack(decided))
     counters.copy_(torch.stack([*counts, evaluations]))
     running.copy_((counters[0] == RUNNING).any())

@@ -31,6 +31,7 @@ from odelt_fast.solvers.solution import (
 from odelt_fast.solvers.step_control import (
     GROW,
     Control,
+    Counts,
     StepRules,
     decide,
     error_norm,
@@ -92,20 +93,16 @@ class AdaptiveSteps:
         self.rules = StepRules.of(
             tableau.error_order, t0, t1, limits.rtol, limits.atol, limits.max_steps
         )
-        self.span, self.order, self.shared = (
-            abs(t1 - t0),
-            tableau.error_order + 1,
-            limits.error_norm == "batch",
-        )
+        self.span, self.order = abs(t1 - t0), tableau.error_order + 1
+        self.shared = limits.error_norm == "batch"
         self.on_host, self.velocity_at_end = on_host, velocity_at_end
 
     def first(self, x: Tensor) -> State:
         """At t0: the first velocity and the size of the first step, one evaluation each."""
         if not x.is_floating_point():
             raise ValueError(f"x must be floating point, not {x.dtype}")
-        status = torch.where(
-            finite_rows(x), RUNNING if self.span and x.numel() else DONE, NON_FINITE
-        )
+        begun = RUNNING if self.span and x.numel() else DONE
+        status = torch.where(finite_rows(x), begun, NON_FINITE)
         t = torch.full((len(x),), self.rules.t0, dtype=torch.float64, device=x.device)
         none, k, h = torch.zeros_like(status), torch.zeros_like(x), torch.zeros_like(t)
         evaluations = none
@@ -114,22 +111,10 @@ class AdaptiveSteps:
             k = self.velocity(t, x)
             status = torch.where((status == RUNNING) & ~finite_rows(k), NON_FINITE, status)
             evaluations = evaluations + (status == RUNNING)
-            h = self._first_size(t, x, k, status == RUNNING).clamp(
-                min=min(self.rules.smallest, self.span)
-            )
-        return State(
-            x,
-            k,
-            t,
-            h,
-            h,
-            torch.full_like(h, 1e-4),
-            torch.full_like(h, GROW),
-            status,
-            none,
-            none,
-            evaluations,
-        )
+            h = self._first_size(t, x, k, status == RUNNING)
+            h = h.clamp(min=min(self.rules.smallest, self.span))
+        control = Control(t, h, h, torch.full_like(h, 1e-4), torch.full_like(h, GROW))
+        return State(x, k, *control, *Counts(status, none, none), evaluations)
 
     def attempt(self, state: State) -> State:
         """Stages, error, acceptance, the next step size, and who has ended."""
@@ -143,13 +128,10 @@ class AdaptiveSteps:
             ks.append(self.velocity(t_new if c == 1 else t + c * step, x_new))
         if not tableau.fsal:
             x_new = x + d * combine(tableau.b, ks)
-        error, error3 = (
-            d * combine(self.error, ks),
-            None if tableau.error3 is None else d * combine(tableau.error3, ks),
-        )
-        norm = error_norm(
-            error, error3, torch.maximum(x.abs(), x_new.abs()), running, rules, shared
-        )
+        error = d * combine(self.error, ks)
+        error3 = None if tableau.error3 is None else d * combine(tableau.error3, ks)
+        largest = torch.maximum(x.abs(), x_new.abs())
+        norm = error_norm(error, error3, largest, running, rules, shared)
         finite, taken = finite_rows(x_new) & finite_rows(error), (norm <= 1) & running
         x = torch.where(column(taken, x), x_new, x)
         evaluations = evaluations + running * (tableau.stages - 1)
@@ -157,26 +139,19 @@ class AdaptiveSteps:
         if not tableau.fsal:
             needed = taken if self.velocity_at_end else taken & ~last
             evaluations = evaluations + needed
-            k_new = (
-                self.velocity(torch.where(norm <= 1, t_new, t), x)
-                if not self.on_host or needed.any()
-                else k
-            )
+            k_new = k
+            if not self.on_host or needed.any():
+                k_new = self.velocity(torch.where(norm <= 1, t_new, t), x)
         k = torch.where(column(taken, x), k_new, k)
-        control = Control(t, h, h_good, previous, grow)
-        control, status, accepted, rejected = decide(
-            control, status, accepted, rejected, norm, finite, finite_rows(k), rules, shared
-        )
-        return State(x, k, *control, status, accepted, rejected, evaluations)
+        control, counts = Control(t, h, h_good, previous, grow), Counts(status, accepted, rejected)
+        control, counts = decide(control, counts, norm, finite, finite_rows(k), rules, shared)
+        return State(x, k, *control, *counts, evaluations)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
         """The field at times t (B,), which are held between t0 and t1: rounding may take them
         out."""
-        k: Tensor = self.field(
-            t.clamp(min(self.rules.t0, self.rules.t1), max(self.rules.t0, self.rules.t1)),
-            x,
-            self.log2_steps,
-        )
+        ends = sorted((self.rules.t0, self.rules.t1))
+        k: Tensor = self.field(t.clamp(*ends), x, self.log2_steps)
         if k.shape != x.shape:
             raise ValueError(
                 f"the field gave shape {tuple(k.shape)} for a state of shape {tuple(x.shape)}"
@@ -191,17 +166,13 @@ class AdaptiveSteps:
             return mean_square(v, size, running, self.rules, self.shared).sqrt()
 
         d0, d1 = norm(x), norm(k)
-        h0 = (
-            torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-            .nan_to_num(1e-6, 1e-6)
-            .clamp(max=span)
-        )
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h0 = h0.nan_to_num(1e-6, 1e-6).clamp(max=span)
         probe = self.velocity(t + sign * h0, x + column(sign * h0, x) * k)
         d2 = norm(probe - k) / h0
         steepest = torch.maximum(d1, d2)
-        h1 = torch.where(
-            steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / steepest) ** (1 / self.order)
-        )
+        power = (0.01 / steepest) ** (1 / self.order)
+        h1 = torch.where(steepest <= 1e-15, (1e-3 * h0).clamp(min=1e-6), power)
         return torch.where(h1.isfinite() & (h1 > 0), torch.minimum(100 * h0, h1), h0).clamp(
             max=span
         )
@@ -249,21 +220,12 @@ def integrate_adaptive(
         before, state = state, steps.attempt(state)
         taken = state.accepted > before.accepted
         for i, s in enumerate(save):
-            inside = (
-                taken
-                & ((s - before.t) * steps.rules.sign > 0)
-                & ((s - state.t) * steps.rules.sign <= 0)
-            )
+            passed, left = (s - before.t) * steps.rules.sign, (s - state.t) * steps.rules.sign
+            inside = column(taken & (passed > 0) & (left <= 0), x)
             size = state.t - before.t
-            found = hermite(
-                column((s - before.t) / size, x),
-                column(size, x),
-                before.x,
-                state.x,
-                before.k,
-                state.k,
-            )
-            trajectory[i] = torch.where(column(inside, x), found, trajectory[i])
+            share, d = column((s - before.t) / size, x), column(size, x)
+            between = hermite(share, d, before.x, state.x, before.k, state.k)
+            trajectory[i] = torch.where(inside, between, trajectory[i])
         attempts += 1
         if on_step:
             on_step(attempts)

@@ -66,11 +66,14 @@ def predict_and_renoise(
     noise: Callable[[int], Tensor],
     on_step: Hook | None = None,
 ) -> Tensor:
-    """Sampling of consistency models: x1 = x + v (1-t), then x <- x1 (t+d) + eps (1-t-d), for t =
-    i/T, d = 1/T.
+    """Sampling of consistency models: predict the data, add noise anew, at each of T steps.
 
-    noise(i) gives eps (B, C, H, W) of step i; it is not asked for after the last step, where its
-    weight is 0. on_step(i) is called after step i.
+    x1 = x + v (1-t), then x <- x1 (t+d) + eps (1-t-d), for t = i/T, d = 1/T.
+
+    Args:
+        noise: gives eps (B, C, H, W) of step i; it is not asked for after the last step, where its
+            weight is 0.
+        on_step: called with i after step i.
     """
     for i in range(steps):
         data = x + field(i / steps, x, log2_steps) * ((steps - i) / steps)

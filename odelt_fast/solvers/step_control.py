@@ -64,6 +64,15 @@ class Control(NamedTuple):
     grow: Tensor
 
 
+class Counts(NamedTuple):
+    """Of each sample, (B,) int64: status (RUNNING or an index into STATUSES), accepted and rejected
+    steps."""
+
+    status: Tensor
+    accepted: Tensor
+    rejected: Tensor
+
+
 def proposed(
     t: Tensor, h: Tensor, t1: float | Tensor, sign: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,30 +104,30 @@ def error_norm(
     norm = mean_square(error, size, running, rules, shared)
     if error3 is not None:
         other = mean_square(error3, size, running, rules, shared)
-        norm = torch.where(
-            norm == 0, 0, norm.square() / (norm + 0.01 * other)
-        )  # |e5|^2/sqrt(|e5|^2 + |e3|^2/100), squared
+        # |e5|^2/sqrt(|e5|^2 + |e3|^2/100), squared.
+        norm = torch.where(norm == 0, 0, norm.square() / (norm + 0.01 * other))
     return norm.sqrt()
 
 
 def decide(
     control: Control,
-    status: Tensor,
-    accepted: Tensor,
-    rejected: Tensor,
+    counts: Counts,
     norm: Tensor,
     finite: Tensor,
     k_finite: Tensor,
     rules: StepRules,
     shared: bool,
-) -> tuple[Control, Tensor, Tensor, Tensor]:
-    """(control, status, accepted, rejected) after an attempt of `proposed(control)` whose error had
-    that norm (NaN: refused).
+) -> tuple[Control, Counts]:
+    """What an attempt of `proposed(control)` leads to.
 
-    finite (B,): whether the new state and the error are; k_finite (B,): whether the velocity at the
-    state that holds now is. shared: all samples have one time, step and norm.
+    Args:
+        norm: (B,) that of its error; NaN: refused.
+        finite: (B,) whether the new state and the error are.
+        k_finite: (B,) whether the velocity at the state that holds now is.
+        shared: whether all samples have one time, step and norm.
     """
     t, h, h_good, previous, grow = control
+    status, accepted, rejected = counts
     step, t_new, last = proposed(t, h, rules.t1, rules.sign)
     running = status == RUNNING
     passed = norm <= 1
@@ -127,17 +136,15 @@ def decide(
 
     power = norm.nan_to_num(math.inf, math.inf).clamp(min=1e-10) ** -rules.exponent
     factor = rules.safety * power * torch.where(passed, previous**rules.beta, 1)
-    factor = torch.where(passed, torch.minimum(factor, grow), factor.clamp(max=1)).clamp(
-        min=rules.shrink
-    )
+    factor = torch.where(passed, torch.minimum(factor, grow), factor.clamp(max=1))
+    factor = factor.clamp(min=rules.shrink)
     moving = running | shared
     t = torch.where(passed & moving, t_new, t)
     h = torch.where(moving, step.abs() * factor, h)
     h_good = torch.where(passed & moving, h, h_good)
     previous = torch.where(passed & moving, norm.clamp(min=1e-4), previous)
-    grow = torch.where(
-        passed, rules.grow, torch.ones_like(h)
-    )  # a step after a rejected one does not grow
+    # A step after a rejected one does not grow.
+    grow = torch.where(passed, rules.grow, torch.ones_like(h))
 
     tiny = running & ~passed & (h < rules.smallest)
     broken = running & ((tiny & ~finite) | (taken & ~last & ~k_finite))
@@ -145,8 +152,7 @@ def decide(
         retry = broken.any()
         h, tiny = torch.where(retry & ~passed, h_good, h), tiny & (broken | ~retry)
     status = torch.where(taken & last, DONE, status)
-    status = torch.where(
-        running & ~(taken & last) & (accepted + rejected >= rules.max_steps), MAX_STEPS, status
-    )
+    spent = accepted + rejected >= rules.max_steps
+    status = torch.where(running & ~(taken & last) & spent, MAX_STEPS, status)
     status = torch.where(tiny & finite, STEP_UNDERFLOW, torch.where(broken, NON_FINITE, status))
-    return Control(t, h, h_good, previous, grow), status, accepted, rejected
+    return Control(t, h, h_good, previous, grow), Counts(status, accepted, rejected)
