@@ -1,5 +1,7 @@
-"""What a training run is told: one frozen dataclass and the checks that need no data. Loads no
-torch. `recipes` has its presets."""
+"""The options of a training run: one frozen dataclass and the checks that need no data.
+
+Loads no torch. `recipes` has its presets.
+"""
 
 from __future__ import annotations
 

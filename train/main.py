@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code: 0, or 2 after a mistake in the options or the data, which is
-    said in one line."""
+    printed in one line."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         from odelt_fast.train.run import train

@@ -29,7 +29,7 @@ def fitting_batch_size(
 def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
     """Smaller batch sizes of one process, and the configuration with each: accumulation keeps the
     global batch and its kinds of rows."""
-    found = {}
+    sizes = {}
     for parts in range(2, config.train_batch_size + 1):
         if config.train_batch_size % parts == 0:
             size, accumulation = (
@@ -45,8 +45,8 @@ def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
             if {
                 name: rows * parts for name, rows in smaller.row_sizes().items()
             } == config.row_sizes():
-                found[size] = smaller
-    return found
+                sizes[size] = smaller
+    return sizes
 
 
 def out_of_memory(config: TrainConfig, fixed: int, peak: int, capacity: int) -> str:

@@ -14,8 +14,10 @@ import torch
 
 
 def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
-    """Forks `processes` children that do `work`, told of each other as torchrun does; returns their
-    ids. Their output goes to `log`."""
+    """Forks `processes` children that do `work`; returns their ids. Their output goes to `log`.
+
+    They know of each other by the environment, as torchrun's do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -26,10 +28,8 @@ def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
             code = 1
             try:
                 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-                torch.set_num_threads(
-                    1
-                    # the threads of the parent's pool are not in the child, which would wait for them
-                )
+                # The threads of the parent's pool are not in the child, which would wait for them.
+                torch.set_num_threads(1)
                 if processes > 1:
                     ranks = {
                         "RANK": rank,

@@ -52,7 +52,7 @@ class FlowMatching(Method):
 @dataclass(frozen=True, kw_only=True)
 class Diffusion(FlowMatching):
     """Noise prediction (Ho et al. 2020): x_t = alpha x1 + sigma eps, t = 0 noise, t = 1 data; the
-    network says eps, not a velocity, as in DiT.
+    network predicts eps, not a velocity, as in DiT.
 
     The loss is the plain mean squared error of eps.
     `odelt_fast.solvers.probability_flow.probability_flow_velocity` turns the output into the

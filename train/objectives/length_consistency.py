@@ -1,4 +1,4 @@
-"""Length consistency: rows learn what the EMA network says at another number of blocks (equation 8
+"""Length consistency: rows learn the EMA network's velocity at another number of blocks (equation 8
 of the paper)."""
 
 from __future__ import annotations

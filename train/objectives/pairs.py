@@ -119,7 +119,7 @@ def _pairs(teacher: DiT, config: TrainConfig, rows: np.ndarray) -> dict[str, np.
     drop = draws.bernoulli("pair_drop", every, 1.0 if null == 1 else config.label_dropout)
     y = torch.where(drop, null, draws.integers("pair_label", every, null))
     noise = draws.normal("pair_noise", every, _image_shape(teacher))
-    # Only shortcuts are told the number of steps; flow rows of the other methods were trained with
+    # Only shortcuts are given the number of steps; flow rows of the other methods were trained with
     # the index of 128 steps.
     shortcut = teacher.config.sampling == "shortcut"
     index = torch.full_like(y, config.log2_steps if shortcut else NUM_STEP_INDICES - 1)
