@@ -4,6 +4,9 @@ There are two libraries, "cpu" (built with the C++ compiler that torch would use
 nvcc). Each is built once for a version of its sources, of the flags and of torch's stable ABI, and
 kept in the cache folder (`files.cache_folder`). Nothing needs them: where one cannot be built or
 loaded, `load` gives the reason in one line, and PyTorch does the work.
+
+$ODELT_FAST_CPU_LEVEL holds the operators on a CPU to one of `LEVELS`, at most the processor's own;
+PyTorch's $ATEN_CPU_CAPABILITY holds them, too. The environment is read once in a process.
 """
 
 from __future__ import annotations
