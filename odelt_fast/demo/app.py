@@ -51,20 +51,13 @@ def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
     import uvicorn
     from fastapi import FastAPI
     from starlette.middleware import Middleware
-    from starlette.middleware.body_limit import RequestBodyLimitMiddleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     local = listener.getsockname()[0] in LOOPBACK
     hosts = [*LOOPBACK, "[::1]"] if local else ["*"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(PageOnly)]
     application = gr.mount_gradio_app(
-        FastAPI(
-            openapi_url=None,
-            middleware=[
-                Middleware(TrustedHostMiddleware, allowed_hosts=hosts),
-                Middleware(PageOnly),
-                Middleware(RequestBodyLimitMiddleware, max_body_size=LARGEST_BODY),
-            ],
-        ),
+        FastAPI(openapi_url=None, max_body_size=LARGEST_BODY, middleware=middleware),
         blocks,
         path="/",
         app_kwargs={"openapi_url": None},

@@ -12,7 +12,7 @@ import contextlib
 import html
 import importlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import show_seconds
@@ -35,6 +35,8 @@ from odelt_fast.sampling.pictures import image_grid
 
 if TYPE_CHECKING:
     import gradio
+
+    from odelt_fast.config import DiTConfig
 
 _COLUMNS = 5  # images in a row of a picture, as in the paper's Figure 1
 _WIDEST = 720  # pixels of a picture of the grid: all nine are sent again with each one
@@ -78,69 +80,12 @@ def build_page(
         ValueError: Gradio is not there.
     """
     gr = import_gradio()
-    config = studio.config
-    page = Page(studio, quality, metric, lambda text: gr.Error(text, print_exception=False))
+    page = Page(studio, quality, metric)
     with gr.Blocks(analytics_enabled=False, title=f"odelt-fast: {name}") as blocks:
         gr.Markdown(f"# odelt-fast: {html.escape(name)}\n\n{page.description()}")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
-                depths = config.depths
-                depth = gr.Slider(
-                    depths[0],
-                    depths[-1],
-                    value=depths[-1],
-                    step=config.depth_group,
-                    label="Depth l: active blocks",
-                    buttons=[],
-                    interactive=len(depths) > 1,
-                    elem_id="depth",
-                )
-                exponent = gr.Slider(
-                    0,
-                    len(STEPS) - 1,
-                    value=_FIRST_EXPONENT,
-                    step=1,
-                    label=f"Time steps T = {STEPS[_FIRST_EXPONENT]}",
-                    buttons=[],
-                    elem_id="steps",
-                    elem_classes="odelt-power",
-                )
-                guidance = gr.Slider(
-                    0,
-                    LARGEST_GUIDANCE,
-                    value=1,
-                    step=GUIDANCE_STEP,
-                    label="Guidance w (1: labels alone; others cost twice)",
-                    buttons=[],
-                    visible=config.num_classes > 1,
-                    elem_id="guidance",
-                )
-                with gr.Row():
-                    solver = gr.Dropdown(
-                        list(solvers(config)),
-                        value="euler",
-                        label="Solver",
-                        min_width=120,
-                        elem_id="solver",
-                    )
-                    tolerance = gr.Dropdown(
-                        [(f"{value:g}", value) for value in TOLERANCES],
-                        value=1e-2,
-                        label="Tolerance",
-                        min_width=120,
-                        elem_id="tolerance",
-                    )
-                with gr.Row():
-                    seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
-                    labels = gr.Textbox(
-                        label="Labels",
-                        placeholder="all in turn",
-                        max_lines=1,
-                        max_length=LONGEST_TEXT,
-                        visible=config.num_classes > 1,
-                        min_width=120,
-                        elem_id="labels",
-                    )
+                moved, typed = _sliders(gr, studio.config), _texts(gr, studio.config)
                 another = gr.Button("Another seed", size="sm", elem_id="another")
             with gr.Column(scale=4, min_width=320):
                 picture = gr.HTML(elem_id="picture", elem_classes="odelt")
@@ -153,8 +98,7 @@ def build_page(
             elem_id="draw-grid",
         )
         grid = gr.HTML(page.grid_html({}), elem_id="grid", elem_classes="odelt")
-        moved, typed = [depth, exponent, solver, tolerance, guidance], [seed, labels]
-        dials = [*moved, *typed]
+        dials, exponent, seed = [*moved, *typed], moved[1], typed[0]
         # Values come as they were sent: `check_setting` is the one that judges them, whoever sent
         # them.
         one_at_a_time = {
@@ -184,17 +128,71 @@ def build_page(
     return blocks
 
 
-class Page:
-    """What the page's events answer: HTML of pictures, or `refuse(message)`, raised."""
+def _sliders(gr: Any, config: DiTConfig) -> list[Any]:
+    """Depth, exponent of T, solver, tolerance and guidance scale, in the order of `Dials`."""
+    depths = config.depths
+    depth = gr.Slider(
+        depths[0],
+        depths[-1],
+        value=depths[-1],
+        step=config.depth_group,
+        label="Depth l: active blocks",
+        buttons=[],
+        interactive=len(depths) > 1,
+        elem_id="depth",
+    )
+    exponent = gr.Slider(
+        0,
+        len(STEPS) - 1,
+        value=_FIRST_EXPONENT,
+        step=1,
+        label=f"Time steps T = {STEPS[_FIRST_EXPONENT]}",
+        buttons=[],
+        elem_id="steps",
+        elem_classes="odelt-power",
+    )
+    guidance = gr.Slider(
+        0,
+        LARGEST_GUIDANCE,
+        value=1,
+        step=GUIDANCE_STEP,
+        label="Guidance w (1: labels alone; others cost twice)",
+        buttons=[],
+        visible=config.num_classes > 1,
+        elem_id="guidance",
+    )
+    names = list(solvers(config))
+    tolerances = [(f"{value:g}", value) for value in TOLERANCES]
+    narrow = {"min_width": 120}
+    with gr.Row():
+        solver = gr.Dropdown(names, value="euler", label="Solver", elem_id="solver", **narrow)
+        tolerance = gr.Dropdown(
+            tolerances, value=1e-2, label="Tolerance", elem_id="tolerance", **narrow
+        )
+    return [depth, exponent, solver, tolerance, guidance]
 
-    def __init__(
-        self,
-        studio: Studio,
-        quality: MeasuredQuality | None,
-        metric: str | None,
-        refuse: Callable[[str], Exception],
-    ) -> None:
-        self.studio, self.quality, self.metric, self.refuse = studio, quality, metric, refuse
+
+def _texts(gr: Any, config: DiTConfig) -> list[Any]:
+    """Seed and labels."""
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, min_width=120, elem_id="seed")
+        labels = gr.Textbox(
+            label="Labels",
+            placeholder="all in turn",
+            max_lines=1,
+            max_length=LONGEST_TEXT,
+            visible=config.num_classes > 1,
+            min_width=120,
+            elem_id="labels",
+        )
+    return [seed, labels]
+
+
+class Page:
+    """What the page's events answer: HTML of pictures, or Gradio's error of one line."""
+
+    def __init__(self, studio: Studio, quality: MeasuredQuality | None, metric: str | None) -> None:
+        self.studio, self.quality, self.metric = studio, quality, metric
 
     def description(self) -> str:
         config, model = self.studio.config, self.studio.model
@@ -244,7 +242,8 @@ class Page:
         try:
             yield
         except ValueError as mistake:
-            raise self.refuse(html.escape(one_line(mistake))) from None
+            text = html.escape(one_line(mistake))
+            raise import_gradio().Error(text, print_exception=False) from None
 
     def picture_html(self, setting: Setting, drawing: Drawing) -> str:
         operation, count = setting.operation, self.studio.num_images

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ class Studio:
         self.model, self.config, self.decoder = model, model.config, decoder
         self.num_images, self.max_seconds = num_images, max_seconds
         self._costs: dict[Operation, Cost] = {}
-        self._samplers: dict[Operation, Sampler] = {}
+        self._sampler = lru_cache(_SAMPLERS)(partial(Sampler.of, model))
         self._worker = ThreadPoolExecutor(1, "studio")
         # What only the first call of a shape pays would otherwise be measured.
         for depth in self.config.depths:
@@ -148,12 +148,11 @@ class Studio:
                     " tolerance take less time"
                 )
 
-        sampler = self._samplers.pop(operation, None) or Sampler.of(self.model, operation)
+        sampler = self._sampler(operation)
         sample = partial(sampler, count, labels, setting.seed, progress=give_up_in_time)
         # The second call of a shape captures its graph.
         for _ in range(2 if self.model.device.type == "cuda" and not sampler.stats else 0):
             sample()
-        _keep(self._samplers, operation, sampler, _SAMPLERS)
         start = time.perf_counter()
         latents = sample()
         if latents.is_cuda:
@@ -161,8 +160,9 @@ class Studio:
         seconds = time.perf_counter() - start
         evaluations = sampler.stats["evaluations_per_image"]
         before = self._costs.pop(operation, Cost((), 0))
-        cost = Cost((*before.seconds, seconds)[-_REPEATS:], evaluations)
-        _keep(self._costs, operation, cost, _OPERATIONS)
+        self._costs[operation] = Cost((*before.seconds, seconds)[-_REPEATS:], evaluations)
+        if len(self._costs) > _OPERATIONS:
+            del self._costs[next(iter(self._costs))]
         with torch.inference_mode():
             images = to_uint8(self.decoder(latents) if self.decoder else latents)
         return Drawing(images, seconds, evaluations)
@@ -180,10 +180,3 @@ def measured_operations(config: DiTConfig, table: Quality, metric: str) -> dict[
             found[operation] = values[metric]
     cost = {operation: (operation.depth or 0) * (operation.steps or 16) for operation in found}
     return {operation: found[operation] for operation in sorted(found, key=cost.__getitem__)}
-
-
-def _keep(kept: dict[Any, Any], key: Any, value: Any, count: int) -> None:
-    """Puts a value last, and drops the first ones above `count`."""
-    kept[key] = value
-    while len(kept) > count:
-        del kept[next(iter(kept))]

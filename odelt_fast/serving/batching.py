@@ -14,10 +14,10 @@ import itertools
 import math
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,10 +71,14 @@ class Job:
     client: str
     future: asyncio.Future[bytes]
     encode: Callable[[Job], bytes]
-    images: np.ndarray | None = None  # (num_images, H, W, C) when all are there
+    images: list[np.ndarray] = field(default_factory=list)  # (n, H, W, C), first to last
     begun: int = 0  # images that were given to the thread
-    done: int = 0
     number: int = 0  # in the order of arrival
+
+    @property
+    def left(self) -> int:
+        """Images that wait."""
+        return self.num_images - self.begun
 
 
 Part = tuple[Job, range]  # a job and the indices of its images
@@ -142,8 +146,7 @@ class Batcher:
     ) -> None:
         self.draw, self.on_batch = draw, on_batch
         self.max_batch, self.max_queue, self.max_client = max_batch, max_queue, max_client
-        self.durations, self.waiting = Durations(), 0
-        self._clients, self._queues = Counter[str](), dict[Key, deque[Job]]()
+        self.durations, self._queues = Durations(), dict[Key, deque[Job]]()
         self._numbers, self._changed, self._stopped = (
             itertools.count(),
             threading.Condition(),
@@ -165,6 +168,12 @@ class Batcher:
         """Whether the thread lives, or was told to end."""
         return self._thread.is_alive() or self._stopped
 
+    @property
+    def waiting(self) -> int:
+        """Images that wait."""
+        with self._changed:
+            return sum(job.left for job in self._jobs())
+
     def submit(self, job: Job) -> None:
         """Queues a job.
 
@@ -174,9 +183,10 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise _stopping()
-            wait, own = self._backlog(), self._clients[job.client]
-            if self.waiting + job.num_images > self.max_queue:
-                message = f"the queue is full: {self.waiting} images wait"
+            wait, waiting = self._backlog(), self.waiting
+            own = sum(other.left for other in self._jobs() if other.client == job.client)
+            if waiting + job.num_images > self.max_queue:
+                message = f"the queue is full: {waiting} images wait"
                 raise Rejected(429, "queue", message, wait)
             if own + job.num_images > self.max_client:
                 message = f"your queue is full: {own} of your images wait"
@@ -187,20 +197,19 @@ class Batcher:
                 raise Rejected.hopeless(wait)
             job.number = next(self._numbers)
             self._queues.setdefault(job.key, deque()).append(job)
-            self._count(job, job.num_images)
             self._changed.notify()
 
     def withdraw(self, job: Job) -> bool:
         """Takes back the images of a job that have not been begun; False if there are none. The
         future is left to the caller."""
         with self._changed:
-            if job.begun == job.num_images:
+            if not job.left:
                 return False
             queue = self._queues[job.key]
             queue.remove(job)
             if not queue:
                 del self._queues[job.key]
-            self._drop(job)
+            job.begun = job.num_images
             return True
 
     def backlog(self) -> float:
@@ -209,26 +218,18 @@ class Batcher:
             return self._backlog()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Takes no more jobs, rejects those that wait, and waits for the batch that runs, at most
-        so long."""
+        """Takes no more jobs, rejects those that wait, and waits at most so long for the batch that
+        runs."""
         with self._changed:
             self._stopped = True
-            left = [job for queue in self._queues.values() for job in queue]
+            left = [*self._jobs()]
             self._changed.notify()
         self._finish([(job, _stopping()) for job in left if self.withdraw(job)])
         self._thread.join(seconds)
         self._pool.shutdown(wait=False)
 
-    def _count(self, job: Job, images: int) -> None:
-        self.waiting += images
-        self._clients[job.client] += images
-        if not self._clients[job.client]:
-            del self._clients[job.client]
-
-    def _drop(self, job: Job) -> None:
-        """Forgets the images that have not been begun."""
-        self._count(job, job.begun - job.num_images)
-        job.begun = job.num_images
+    def _jobs(self) -> Iterator[Job]:
+        return itertools.chain.from_iterable(self._queues.values())
 
     def _backlog(self) -> float:
         seconds = 0.0
@@ -237,7 +238,7 @@ class Batcher:
             ran = time.monotonic() - start
             seconds = max(0.0, self.durations.estimate(key, images) - ran)
         for key, queue in self._queues.items():
-            images = sum(job.num_images - job.begun for job in queue)
+            images = sum(job.left for job in queue)
             whole, rest = divmod(images, self.max_batch)
             seconds += whole * self.durations.estimate(key, self.max_batch)
             seconds += self.durations.estimate(key, rest) if rest else 0.0
@@ -262,21 +263,20 @@ class Batcher:
         now, earliest = time.monotonic(), math.inf
         while queue and room:
             job = queue[0]
-            count = min(room, job.num_images - job.begun)
+            count = min(room, job.left)
             if now + self.durations.estimate(key, count) > job.deadline:
                 self.durations.decay(key)
+                job.begun = job.num_images
                 late.append(queue.popleft())
-                self._drop(job)
                 continue
             earliest = min(earliest, job.deadline)
             together = self.durations.estimate(key, self.max_batch - room + count)
             if parts and now + together > earliest:
                 break  # company that would make somebody late waits for the next batch
             parts.append((job, range(job.begun, job.begun + count)))
-            self._count(job, -count)
             job.begun += count
             room -= count
-            if job.begun == job.num_images:
+            if not job.left:
                 queue.popleft()
         if not queue:
             del self._queues[key]
@@ -303,16 +303,9 @@ class Batcher:
         with self._changed:
             self.durations.add(key, len(images), seconds)
         for job, indices in parts:
-            rows = images[first : first + len(indices)]
+            job.images.append(images[first : first + len(indices)])
             first += len(indices)
-            if len(rows) == job.num_images:
-                job.images = rows
-            else:
-                if job.images is None:
-                    job.images = np.empty((job.num_images, *rows.shape[1:]), rows.dtype)
-                job.images[indices.start : indices.stop] = rows
-            job.done += len(indices)
-            if job.done == job.num_images:
+            if indices.stop == job.num_images:
                 complete.append(job)
         self.on_batch(len(parts), len(images), seconds)
         if images.nbytes <= INLINE_BYTES:

@@ -15,7 +15,6 @@ import itertools
 import json
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -136,7 +135,9 @@ class Service:
         self.formats = ("png", "json", "npz") if self.channels in (1, 3) else ("npz",)
         # Every batch size is a graph of its own there: powers of two only.
         self.pads = model.device.type != "cpu"
-        self._samplers, self._alone = OrderedDict[Operation, Sampler](), itertools.count(1)
+        sampler_of = functools.partial(Sampler.of, model, decoder=decoder)
+        self.sampler = functools.lru_cache(SAMPLERS)(sampler_of)
+        self._alone = itertools.count(1)
         self.batcher = Batcher(
             self.draw,
             max_batch=self.limits.max_batch or (128 if self.pads else 32),
@@ -153,15 +154,6 @@ class Service:
             with torch.inference_mode():
                 self.decoder(latents).cpu()
             self.decoding = time.perf_counter() - start
-
-    def sampler(self, operation: Operation) -> Sampler:
-        """The sampler of an operation; the least recently used are dropped."""
-        if operation not in self._samplers:
-            self._samplers[operation] = Sampler.of(self.model, operation, decoder=self.decoder)
-            if len(self._samplers) > SAMPLERS:
-                self._samplers.popitem(last=False)
-        self._samplers.move_to_end(operation)
-        return self._samplers[operation]
 
     def draw(self, key: Key, parts: Sequence[Part]) -> np.ndarray:
         """The images of a batch (N, H, W, C), uint8, or float32 where they make no picture; called
@@ -285,16 +277,16 @@ class Service:
 
     def encode(self, job: Job, form: str) -> bytes:
         """The body of the answer."""
-        assert job.images is not None
+        images = np.concatenate(job.images)
         if form == "npz":
             file = io.BytesIO()
-            np.savez(file, arr_0=job.images, arr_1=job.labels)  # type: ignore[arg-type]
+            np.savez(file, arr_0=images, arr_1=job.labels)  # type: ignore[arg-type]
             return file.getvalue()
-        pictures = [png(image) for image in job.images]
+        pictures = [png(image) for image in images]
         if form == "png":
             return pictures[0]
-        images = [base64.b64encode(picture).decode() for picture in pictures]
-        return json.dumps({"images": images, **self.about(job)}).encode()
+        encoded = [base64.b64encode(picture).decode() for picture in pictures]
+        return json.dumps({"images": encoded, **self.about(job)}).encode()
 
     def describe(self) -> dict[str, Any]:
         """What may be asked: for GET /."""

@@ -203,7 +203,7 @@ def test_what_is_kept_is_limited(studio: Studio) -> None:
     for guidance in np.arange(0, 8.25, 0.25).tolist():
         many.draw(check_setting(DIGITS, 1, Dials(4, 0, guidance=guidance)))
     assert len(many.points()) == 33
-    assert len(many._samplers) == 16
+    assert many._sampler.cache_info().currsize == 16
 
 
 def test_the_quality_of_the_bundled_model_is_known_before_anybody_asks(studio: Studio) -> None:
