@@ -1,9 +1,13 @@
 """odelt-fast: train, sample and measure ODE_t(ODE_l) diffusion and flow transformers."""
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+# What `auto` swallows is logged here; without a handler of the caller's own it stays silent.
+logging.getLogger("odelt_fast").addHandler(logging.NullHandler())
 
 _HOME = {
     "DiT": "model",
@@ -43,9 +47,8 @@ if TYPE_CHECKING:
     from odelt_fast.sampling.sampler import Sampler
 
 
-def __getattr__(
-    name: str,
-) -> object:  # torch costs seconds: it is loaded when something that needs it is asked for
+def __getattr__(name: str) -> object:
+    # Torch costs seconds: it is loaded when something that needs it is asked for.
     if name not in _HOME:
         raise AttributeError(f"module 'odelt_fast' has no attribute {name!r}")
     return getattr(importlib.import_module(f"odelt_fast.{_HOME[name]}"), name)
