@@ -36,7 +36,7 @@ from benchmarks.measure import (
     write_json,
 )
 from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.images.encode import LatentWriter
+from odelt_fast.images.shards import LatentWriter
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
