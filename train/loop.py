@@ -41,11 +41,10 @@ if TYPE_CHECKING:
 
 def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over every parameter."""
-    betas = (config.adam_beta1, config.adam_beta2)
     return torch.optim.AdamW(
         model.parameters(),
         lr=config.learning_rate,
-        betas=betas,
+        betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.weight_decay,
         fused=True,
     )

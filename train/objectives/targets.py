@@ -205,11 +205,11 @@ def euler(
 @contextlib.contextmanager
 def without_dropout(model: Model) -> Iterator[Model]:
     """The model as a teacher: a network in training mode is in evaluation mode inside."""
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    if not isinstance(model, nn.Module) or not model.training:
+        yield model
+        return
+    model.eval()
     try:
         yield model
     finally:
-        if training:
-            model.train()
+        model.train()
