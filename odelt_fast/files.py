@@ -94,6 +94,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         raise ValueError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def write_json(path: Path, values: Any) -> None:
+    """Writes values as JSON with an indent of one, as `write_whole` does."""
+    write_whole(path, lambda file: file.write(json.dumps(values, indent=1).encode() + b"\n"))
+
+
 def flush(path: Path) -> None:
     """Makes a file's contents, or a folder's names, survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)

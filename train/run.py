@@ -82,7 +82,7 @@ def _loss_by_kind(losses: Sequence[float], kinds: Sequence[str]) -> dict[str, fl
 def _log_grid(trainer: Trainer) -> None:
     """The paper's Figure 1 of the EMA network: rows l (longest first), columns T = 128, 4, 1, same
     noise."""
-    from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+    from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import depth_steps_picture
 
     ema: DiT | None = trainer.ema_model()

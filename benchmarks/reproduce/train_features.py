@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tyro
 
 from benchmarks.measure import ROOT
-from odelt_fast.evaluation.features import SmallConfig, SmallNetwork, save_features
+from odelt_fast.evaluation.small_features import SmallConfig, SmallNetwork, save_features
 from odelt_fast.images import open_source
 
 CONFIGS = {

@@ -45,7 +45,7 @@ def _plot(out: Path, *arguments: str) -> None:
 def _draw_methods(study: Study, out: Path) -> None:
     """One row a method, one column a T, all from the same noise and labels."""
     from odelt_fast.checkpoints.folder import load_model
-    from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+    from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import labelled_grid
 
     titles, cells = [], []

@@ -125,16 +125,16 @@ def _sampling_timer(
         key: tuple(each) if isinstance(each, list) else each for key, each in settings.items()
     }
     evaluation = Evaluation(**values)
-    setting = row["solver"], row["steps"], row["tolerance"]
-    (cell,) = (
-        cell
-        for cell in plan_cells(replace(evaluation, seeds=1), [row["depth"]])
-        if (cell.solver, cell.steps, cell.tolerance) == setting
-    )
     device = Processes.of_this_run(study.budget.device).device
     run, depth = name.removesuffix(_GUIDED), row["depth"]
     model = load_model(
         str(study.out / run) if run in BY_NAME else evaluation.model, device, depth=depth
+    )
+    names = ("solver", "steps", "tolerance")
+    (cell,) = (
+        cell
+        for cell in plan_cells(replace(evaluation, seeds=1, depths=(depth,)), model.config)
+        if all(cell.record()[name] == row[name] for name in names)
     )
     sampler, config, batch = cell.sampler(model, evaluation), model.config, evaluation.batch_size
     noise = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)

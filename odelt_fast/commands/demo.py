@@ -61,7 +61,7 @@ def run(options: Command) -> None:
     with listen(options.host, options.port) as listener:
         from odelt_fast.checkpoints.folder import read_config
         from odelt_fast.demo.studio import Studio, measured_operations
-        from odelt_fast.evaluation.measuring import model_hash
+        from odelt_fast.evaluation.machine import model_hash
         from odelt_fast.planning.evidence import find_quality
 
         name, quality, metric = options.model, None, None

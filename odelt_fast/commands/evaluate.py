@@ -10,21 +10,12 @@ from typing import Annotated, Any
 
 import tyro
 
-from odelt_fast.commands.options import Device, Dtype, Number, choose_dtype
+from odelt_fast.commands.options import Device, Dtype, Number, Text, choose_dtype
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import check_folder
+from odelt_fast.operation import parse_schedule
 
-Text = Annotated[
-    str | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="TEXT",
-        instance_from_str=lambda texts: texts[0],
-        is_instance=lambda value: value is None or isinstance(value, str),
-        str_from_instance=lambda value: [str(value)],
-    ),
-    tyro.conf.arg(help_behavior_hint=""),
-]
+Schedules = Annotated[tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,9 @@ class Command(Evaluation):
     stats: Text = None
     """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
     odelt-fast stats writes."""
+    depth_schedules: Schedules = ()  # type: ignore[assignment]  # `evaluation_of` reads them
+    """Depths that change with time, beside the depths: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
+    12 from there on. For solvers with equal steps."""
     guidance_scale: Number = None
     """w in v_null + w (v_label - v_null). Guided steps are two evaluations."""
     inception_weights: Text = None
@@ -103,4 +97,9 @@ def run(options: Command) -> None:
 
 def evaluation_of(options: Any) -> Evaluation:
     """The settings among a command's options."""
-    return Evaluation(**{field.name: getattr(options, field.name) for field in fields(Evaluation)})
+    values = {field.name: getattr(options, field.name) for field in fields(Evaluation)}
+    try:
+        values["depth_schedules"] = tuple(map(parse_schedule, options.depth_schedules))
+    except ValueError as error:
+        raise ValueError(f"--depth-schedules {error}") from None
+    return Evaluation(**values)

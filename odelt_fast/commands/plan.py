@@ -6,20 +6,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.commands.budgets import choice_json, described, limits
-from odelt_fast.commands.options import (
-    Device,
-    Dtype,
-    File,
-    Number,
-    Text,
-    choose_dtype,
-    device_of,
-    plural,
-)
+from odelt_fast.commands.budgets import candidate_json, choice_json, limits, precision_of
+from odelt_fast.commands.options import Device, Dtype, File, Number, Text, device_of, plural
 from odelt_fast.files import check_folder
 
 if TYPE_CHECKING:
@@ -89,43 +80,36 @@ def run(options: Command) -> None:
         _search(options, device)
         return
     evidence = find_evidence(options.model, device, options.profile, options.quality)
-    precision = str(choose_dtype(options.dtype, device.type)).removeprefix("torch.")
-    points = evidence.points(
+    precision = precision_of(options.dtype, device)
+    found = evidence.candidates(
         batch=options.batch,
         precision=precision,
         guidance_scale=options.guidance_scale,
         metric=options.metric,
     )
-    kept = frontier(points, with_memory=max_memory is not None)
-    choice = best(points, max_latency, max_memory) if max_latency or max_memory else None
+    kept = frontier(found, with_memory=max_memory is not None)
+    choice = best(found, max_latency, max_memory) if max_latency or max_memory else None
+    machine = evidence.profile.machine.device
     if options.json:
-        found: dict[str, Any] = {
-            "device": evidence.profile.machine.device,
+        about = {
+            "device": machine,
             "precision": precision,
-            "frontier": [described(point) for point in kept],
-        }
-        found |= {
-            "candidates": [described(point) for point in points],
+            "frontier": [*map(candidate_json, kept)],
+            "candidates": [*map(candidate_json, found)],
             "choice": None if choice is None else choice_json(choice),
         }
-        print(json.dumps(found))
+        print(json.dumps(about))
         return
-    metric = points[0].metric or "blocks x evaluations"
-    print(
-        f"| operation | {metric} | latency, {plural(options.batch, 'image')} | peak memory |"
-        " frontier |"
-    )
+    metric = found[0].metric or "blocks x evaluations"
+    images = plural(options.batch, "image")
+    print(f"| operation | {metric} | latency, {images} | peak memory | frontier |")
     print("|---|---|---|---|---|")
-    for point in sorted(points, key=lambda point: point.latency) if options.all else kept:
-        worth = f"{point.score:g}" if point.quality is None else str(point.quality)
-        bound = "at most " if point.is_bound else ""
-        cells = (
-            f"{point.operation} | {worth} | {bound}{show_seconds(point.latency)} |"
-            f" {bound}{show_memory(point.memory)}"
-        )
-        print(f"| {cells} | {'yes' if point in kept else ''} |")
-    measured = f"measured on {evidence.profile.machine.device} in {precision}"
-    quality = evidence.quality
+    for each in sorted(found, key=lambda each: each.latency) if options.all else kept:
+        worth = f"{each.score:g}" if each.quality is None else str(each.quality)
+        bound = "at most " if each.is_bound else ""
+        costs = f"{bound}{show_seconds(each.latency)} | {bound}{show_memory(each.memory)}"
+        print(f"| {each.operation} | {worth} | {costs} | {'yes' if each in kept else ''} |")
+    measured, quality = f"measured on {machine} in {precision}", evidence.quality
     if quality is None:
         print(
             f"{measured}; quality was not measured: ordered by arithmetic, until odelt-fast"
@@ -154,8 +138,8 @@ def _search(options: Command, device: torch.device) -> None:
     check_folder("--out", options.out, options.out)
 
     from odelt_fast.checkpoints.folder import read_config
+    from odelt_fast.evaluation.machine import this_machine
     from odelt_fast.evaluation.settings import Evaluation
-    from odelt_fast.planning.evidence import this_machine
     from odelt_fast.planning.profile import default_path
     from odelt_fast.planning.profiler import Profiler
     from odelt_fast.planning.schedule_search import search_schedules
@@ -174,33 +158,23 @@ def _search(options: Command, device: torch.device) -> None:
         options.out,
         Profiler(options.model, device, path),
         batch=options.batch,
-        precision=str(choose_dtype(options.dtype, device.type)).removeprefix("torch."),
+        precision=precision_of(options.dtype, device),
         metric=options.metric,
         report=(lambda line: None) if options.json else lambda line: print(line, file=sys.stderr),
     )
     if options.json:
         print(
-            json.dumps({name: list(map(described, points)) for name, points in vars(found).items()})
+            json.dumps({name: [*map(candidate_json, each)] for name, each in vars(found).items()})
         )
         return
+    images = plural(options.batch, "image")
+    print(f"| operation | {found.constant[0].metric} | latency, {images} | |\n|---|---|---|---|")
+    for each in sorted(found.constant + found.schedules, key=lambda each: each.latency):
+        kind = "" if each in found.constant else "schedule"
+        kind = "no constant depth matches it" if each in found.beating else kind
+        print(f"| {each.operation} | {each.quality} | {show_seconds(each.latency)} | {kind} |")
+    schedules = plural(len(found.schedules), "schedule")
     print(
-        f"| operation | {found.constant[0].metric} | latency, {plural(options.batch, 'image')} |"
-        " |\n|---|---|---|---|"
-    )
-    for point in sorted(found.constant + found.schedules, key=lambda point: point.latency):
-        kind = (
-            ""
-            if not point.operation.schedule
-            else "no constant depth matches it"
-            if point in found.beating
-            else "schedule"
-        )
-        print(f"| {point.operation} | {point.quality} | {show_seconds(point.latency)} | {kind} |")
-    counts = (
-        f"{len(found.beating)} of {plural(len(found.schedules), 'schedule')} of"
-        f" {plural(options.steps, 'step')}"
-    )
-    print(
-        f"{counts}: no constant depth is as good and as fast. All on the same noise: a small lead"
-        " may be luck."
+        f"{len(found.beating)} of {schedules} of {plural(options.steps, 'step')}: no constant depth"
+        " is as good and as fast. All on the same noise: a small lead may be luck."
     )

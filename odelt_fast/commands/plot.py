@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from odelt_fast.commands.evaluate import Text
-from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, load
+from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, load
 from odelt_fast.evaluation.results import read_results
 from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
 
@@ -87,7 +86,7 @@ def _draw_figure(options: Command, out: Path) -> None:
 def _draw_grid(options: Command, out: Path) -> None:
     check_target("--out", out, picture_formats())
 
-    from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+    from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import depth_steps_picture
 
     labels = (

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.commands.options import Device, File, Number, Text, choose_dtype, plural
-from odelt_fast.planning.profile import Profile, default_path
+from odelt_fast.commands.budgets import precision_of
+from odelt_fast.commands.options import Device, File, Number, Text, device_of, plural
+from odelt_fast.operation import Operation
+from odelt_fast.planning.profile import Measurement, Profile, default_path
 
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
@@ -69,13 +71,10 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     for name in ("batches", "steps"):
-        if any(value < 1 for value in getattr(options, name)) or (
-            name == "batches" and not options.batches
-        ):
-            raise ValueError(
-                f"--{name} must be at least 1, not"
-                f" {' '.join(map(str, getattr(options, name))) or 'nothing'}"
-            )
+        values = getattr(options, name)
+        if any(value < 1 for value in values) or (name == "batches" and not values):
+            shown = " ".join(map(str, values)) or "nothing"
+            raise ValueError(f"--{name} must be at least 1, not {shown}")
     if not all(0 < tolerance < 1e3 for tolerance in options.tolerances):
         raise ValueError(
             f"--tolerances must be above 0, not {' '.join(map(str, options.tolerances))}"
@@ -86,9 +85,9 @@ def run(options: Command) -> None:
         raise ValueError(f"--seconds must be from 0 to 1000000, not {options.seconds:g}")
 
     from odelt_fast.checkpoints.folder import read_config
-    from odelt_fast.commands.options import device_of
-    from odelt_fast.planning.evidence import find_quality, this_machine
-    from odelt_fast.planning.profiler import Grid, Profiler, operations_of
+    from odelt_fast.evaluation.machine import this_machine
+    from odelt_fast.planning.evidence import find_quality
+    from odelt_fast.planning.profiler import Profiler, operations_of
 
     device = device_of(options.device)
     config, machine = read_config(options.model), this_machine(device)
@@ -96,31 +95,45 @@ def run(options: Command) -> None:
     if path.is_dir():
         raise ValueError(f"--profile {path} is a folder: name a file in it")
     profiler = Profiler(options.model, device, path, seconds=options.seconds, again=options.again)
-    operations: tuple[Any, ...] = ()
+    operations: tuple[Operation, ...] = ()
     if not (options.depths or options.steps or options.solvers):
         quality = find_quality(options.model, config, profiler.weights, options.quality)
-        operations = tuple(quality.operations(options.guidance_scale)) if quality else ()
+        operations = quality.operations(options.guidance_scale) if quality else ()
     depths = [config.check_depth(depth) for depth in options.depths or config.depths]
+    solvers, steps = options.solvers or ("euler",), options.steps or (1, 4, 128)
     operations = operations or operations_of(
-        depths, options.solvers or ("euler",), options.steps or (1, 4, 128), options.tolerances
+        depths, solvers, steps, options.tolerances, options.guidance_scale
     )
     precisions = dict.fromkeys(
-        str(choose_dtype("auto", device.type)).removeprefix("torch.") if name == "auto" else name
-        for name in options.dtypes
+        precision_of(name, device) if name == "auto" else name for name in options.dtypes
     )
-    grid = Grid(
-        operations, tuple(dict.fromkeys(options.batches)), tuple(precisions), options.guidance_scale
-    )
-    say = None if options.quiet or options.json else lambda line: print(line, file=sys.stderr)
-    found = profiler.run(grid, say or (lambda line: None))
+    silent = options.quiet or options.json
+    report = (lambda line: None) if silent else lambda line: print(line, file=sys.stderr)
+    found = profiler.run(operations, dict.fromkeys(options.batches), precisions, report)
     if options.json:
-        print(json.dumps({"path": str(path), **asdict(found)}))
+        print(json.dumps({"path": str(path), **profile_json(found)}))
         return
     print(table(found))
     print(
         f"{path}: {plural(len(found.measurements), 'measurement')} of {options.model} on"
         f" {found.machine.device}"
     )
+
+
+def profile_json(profile: Profile) -> dict[str, Any]:
+    """The profile for --json."""
+
+    def described(measurement: Measurement) -> dict[str, Any]:
+        fields = measurement.fields()
+        names = ("depth", "solver", "steps", "tolerance", "schedule")
+        return {"operation": {name: fields.pop(name) for name in names}, **fields}
+
+    return {
+        "machine": asdict(profile.machine),
+        "config": asdict(profile.config),
+        "model": profile.model,
+        "measurements": [*map(described, profile.measurements)],
+    }
 
 
 def table(profile: Profile) -> str:

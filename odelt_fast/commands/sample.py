@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odelt_fast.checks import check_seed
-from odelt_fast.commands.budgets import as_options, choice_json, choose_for
+from odelt_fast.commands.budgets import choice_json, choose_for
 from odelt_fast.commands.flows import check_options, plan
 from odelt_fast.commands.operations import operation_of
 from odelt_fast.commands.options import load, load_decoder, plural
@@ -42,8 +42,8 @@ def run(options: Command) -> None:
         check_target("--npz", options.npz, (".npz",))
     chosen = choose_for(options)
     if chosen:
-        options = replace(options, **as_options(chosen.point))
-        operation = operation_of(options)
+        operation = chosen.operation
+        options = replace(options, batch_size=chosen.candidate.batch)
 
     import numpy as np
     from tqdm import tqdm

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from odelt_fast.commands.evaluate import Text
-from odelt_fast.commands.options import Device, Whole, plural
+from odelt_fast.commands.options import Device, Text, Whole, plural
 from odelt_fast.files import check_target, write_whole
 
 

@@ -172,10 +172,11 @@ def measured_operations(config: DiTConfig, table: Quality, metric: str) -> dict[
     """Of what an evaluation measured, what the page offers, the cheapest first, with its
     quality."""
     found = {}
-    for (measured, scale), values in table.rows.items():
+    for measured, values in table.rows.items():
         steps, tolerance = measured.steps, measured.tolerance
         on_dials = steps in STEPS or tolerance in TOLERANCES
-        if on_dials and measured.solver in solvers(config) and not measured.schedule:
+        if on_dials and measured.solver in solvers(config) and measured.depth is not None:
+            scale = measured.guidance_scale
             operation = offered(measured.depth, steps, measured.solver, tolerance, scale)
             found[operation] = values[metric]
     cost = {operation: (operation.depth or 0) * (operation.steps or 16) for operation in found}

@@ -1,103 +1,118 @@
-"""The cells of an evaluation's tables: which depths, solvers, steps, tolerances and seeds are run,
-and in what order."""
+"""The cells of an evaluation's tables: which operations and seeds are run, and in what order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from odelt_fast.config import DiTConfig
+from odelt_fast.evaluation.operation_fields import operation_fields
 from odelt_fast.evaluation.settings import Evaluation
-from odelt_fast.model import DiT
-from odelt_fast.planning.profile import Schedule, parse_schedule, show_schedule
-from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.solvers.options import check_solver, is_adaptive
+from odelt_fast.operation import Operation, Schedule, show_schedule
+from odelt_fast.solvers.options import is_adaptive
+
+if TYPE_CHECKING:
+    from odelt_fast.model import DiT
+    from odelt_fast.sampling.sampler import Sampler
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One seed of one cell of the tables. steps: T of solvers with equal steps, else None.
-    guidance_scale: what is really used."""
+    """One seed of one cell of the tables.
 
-    depth: int
-    solver: str
-    steps: int | None
-    tolerance: float | None
+    halved: the paper's T = 128 with guidance, of which 64 steps of two evaluations are run.
+    """
+
+    operation: Operation
     seed: int
-    guidance_scale: float | None
-    halved: bool  # the paper's T = 128 with guidance: 64 steps of two evaluations
-    schedule: Schedule = ()  # in place of depth, which is then its largest
+    halved: bool = False
+
+    @property
+    def depth(self) -> int:
+        """l, the largest of a schedule."""
+        assert self.operation.deepest is not None
+        return self.operation.deepest
+
+    @property
+    def steps(self) -> int | None:
+        """T as tables name it; None of solvers that choose their steps."""
+        steps = self.operation.steps
+        return 2 * steps if steps and self.halved else steps
 
     @property
     def key(self) -> str:
-        at = f"T{self.steps}" if self.steps is not None else f"tol{self.tolerance:g}"
-        depths = (
-            show_schedule(self.schedule).replace(":", "_") if self.schedule else str(self.depth)
-        )
-        return f"l{depths}-{self.solver.replace(':', '_')}-{at}-seed{self.seed}"
+        """The name of its files."""
+        operation, depths = self.operation, str(self.depth)
+        at = f"tol{operation.tolerance:g}" if operation.adaptive else f"T{self.steps}"
+        if operation.depth_schedule is not None:
+            depths = show_schedule(operation.depth_schedule).replace(":", "_")
+        return f"l{depths}-{operation.solver.replace(':', '_')}-{at}-seed{self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """What its file says of it besides what was measured."""
+        fields = operation_fields(self.operation) | {"steps": self.steps, "seed": self.seed}
+        names = ["depth", "solver", "steps", "tolerance", "seed", "guidance_scale"]
+        return {name: fields[name] for name in names + ["schedule"] * bool(fields["schedule"])}
 
     def sampler(self, model: DiT, settings: Evaluation) -> Sampler:
-        steps = 1 if self.steps is None else self.steps // 2 if self.halved else self.steps
-        tolerance = 1e-2 if self.tolerance is None else self.tolerance
-        return Sampler(
-            model,
-            None if self.schedule else self.depth,
-            steps,
-            self.solver,
-            rtol=tolerance,
-            atol=tolerance,
-            guidance_scale=self.guidance_scale,
-            backend=settings.backend,
-            batch_size=settings.batch_size,
-            depth_schedule=self.schedule or None,
+        """What draws its images."""
+        from odelt_fast.sampling.sampler import Sampler
+
+        return Sampler.of(
+            model, self.operation, backend=settings.backend, batch_size=settings.batch_size
         )
 
     def live_blocks(self, config: DiTConfig) -> float:
         """Blocks that run in an evaluation; of a schedule the mean over time."""
-        if not self.schedule:
+        schedule: Any = self.operation.depth_schedule
+        if schedule is None:
             return config.live_blocks(self.depth)
-        ends = [*(time for time, _ in self.schedule[1:]), 1.0]
-        return sum(
-            (end - start) * config.live_blocks(depth)
-            for (start, depth), end in zip(self.schedule, ends)
-        )
+        ends = [*(time for time, _ in schedule[1:]), 1.0]
+        spans = [(end - start, depth) for (start, depth), end in zip(schedule, ends)]
+        return sum(span * config.live_blocks(depth) for span, depth in spans)
 
-    def cost(self, live_blocks: float) -> float:
+    def cost(self, config: DiTConfig) -> float:
         """Blocks to run for an image, for the time left: an adaptive solver is taken to need 60
         evaluations."""
-        passes = 1 if self.guidance_scale in (None, 0, 1) or self.halved else 2
-        return live_blocks * passes * (60 if self.steps is None else self.steps)
+        evaluations = (self.operation.steps or 60) * self.operation.rows_per_image
+        return self.live_blocks(config) * evaluations
 
 
-def plan_cells(settings: Evaluation, depths: Sequence[int]) -> list[Cell]:
-    """The cells in the order in which they are run: deepest first, a depth's together. ValueError
-    for an unknown solver, and for one that chooses its steps if there are schedules: it would need
-    one time for a whole batch, which costs more."""
-    kinds: list[tuple[str, int | None, float | None]] = []
-    for solver in map(check_solver, settings.solvers):
-        adaptive = is_adaptive(solver)
-        kinds += (
-            [(solver, None, tol) for tol in settings.tolerances]
-            if adaptive
-            else [(solver, steps, None) for steps in settings.steps]
-        )
-    cells = []
-    schedules = [
-        (max(depth for _, depth in schedule), schedule)
-        for schedule in map(parse_schedule, settings.depth_schedules)
-    ]
-    if schedules and any(steps is None for _, steps, _ in kinds):
+def plan_cells(settings: Evaluation, config: DiTConfig) -> list[Cell]:
+    """The cells in the order in which they are run: deepest first, a depth's together.
+
+    Raises:
+        ValueError: for an unknown solver, for depths that the model does not have, and for a solver
+            that chooses its steps if there are schedules: it would need one time for a whole batch,
+            which costs more.
+    """
+    adaptive = [is_adaptive(solver) for solver in settings.solvers]
+    if settings.depth_schedules and any(adaptive):
         raise ValueError("--depth-schedules go with solvers of equal steps only")
-    none: Schedule = ()
-    lengths = [(depth, none) for depth in depths] + schedules
-    for depth, schedule in sorted(set(lengths), key=lambda pair: (-pair[0], pair[1])):
-        for solver, steps, tolerance in dict.fromkeys(kinds):
-            halved = (
-                settings.paper_guidance
-                and steps == 128
-                and settings.guidance_scale not in (None, 0, 1)
-            )
-            scale = settings.guidance_scale if halved or not settings.paper_guidance else None
-            for seed in range(settings.first_seed, settings.first_seed + settings.seeds):
-                cells.append(Cell(depth, solver, steps, tolerance, seed, scale, halved, schedule))
+    kinds: list[tuple[str, int | None, float]] = []
+    for solver, chooses in zip(settings.solvers, adaptive):
+        kinds += [(solver, None, tolerance) for tolerance in settings.tolerances if chooses]
+        kinds += [(solver, steps, Operation.rtol) for steps in settings.steps if not chooses]
+    lengths: set[tuple[int, Schedule]] = set()
+    for depth in settings.depths or config.depths:
+        lengths.add((config.check_depth(depth), ()))
+    for schedule in settings.depth_schedules:
+        lengths.add((max(config.check_depth(depth) for _, depth in schedule), schedule))
+    cells = []
+    seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+    ordered = sorted(lengths, key=lambda length: (-length[0], length[1]))
+    for (depth, schedule), kind in itertools.product(ordered, dict.fromkeys(kinds)):
+        (solver, steps, tolerance), scale = kind, settings.guidance_scale
+        halved = settings.paper_guidance and steps == 128 and scale not in (None, 0, 1)
+        operation = Operation(
+            depth=None if schedule else depth,
+            depth_schedule=schedule or None,
+            solver=solver,
+            steps=steps // 2 if steps and halved else steps,
+            rtol=tolerance,
+            atol=tolerance,
+            guidance_scale=None if settings.paper_guidance and not halved else scale,
+        )
+        cells += [Cell(operation, seed, halved) for seed in seeds]
     return cells

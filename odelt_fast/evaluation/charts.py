@@ -144,8 +144,8 @@ def explored(found: Sequence[Point], current: Point | None, metric: str | None, 
     line = "frontier" if metric else None
     texts = _pareto_panel(axes, [(point, "") for point in found], better, line)
     if current is not None:
-        ring = {"markersize": 15, "markeredgewidth": 1.6, "markeredgecolor": "black"}
-        axes.plot(current.latency, current.value, "o", markerfacecolor="none", **ring)
+        at = current.latency, current.value
+        axes.plot(*at, "o", markersize=15, mfc="none", mec="black", markeredgewidth=1.6)
     figure.draw_without_rendering()  # the layout, which labels are placed in
     if texts:
         _spread_out(axes, texts)

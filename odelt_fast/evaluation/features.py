@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import pickle
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.errors import check_finite, refusals
+from odelt_fast.evaluation.small_features import SmallNetwork, is_small, read_configuration
 from odelt_fast.files import one_line
 
 PROTOCOLS = ("reference", "adm")
@@ -37,80 +36,6 @@ INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth",
 )  # torch-fidelity's, pytorch-fid's
 _SIZE_LIMIT = 1 << 30  # bytes of a weights file
-_KEY = "odelt_fast_features"  # of the safetensors header
-
-
-@dataclass(frozen=True)
-class SmallConfig:
-    """A small classifier: 3x3 residual stages of `widths` channels, halved between; the features
-    are the last stage's means.
-
-    The first convolution has the stride `stride`.
-    """
-
-    name: str
-    image_size: int
-    channels: int
-    widths: tuple[int, ...]
-    num_classes: int
-    stride: int = 1
-
-    def __post_init__(self) -> None:
-        numbers = (self.image_size, self.channels, *self.widths, self.num_classes, self.stride)
-        if not self.widths or not all(
-            isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 4096 for n in numbers
-        ):
-            raise ValueError(
-                f"sizes of a feature network must be whole numbers from 1 to 4096, not {numbers}"
-            )
-        if (
-            not isinstance(self.name, str)
-            or not self.name.endswith("-features")
-            or len(self.name) > 64
-            or len(self.widths) > 8
-        ):
-            raise ValueError(
-                "a feature network has a name that ends in -features and at most 8 widths, not"
-                f" {one_line(self.name)}"
-            )
-
-
-class SmallNetwork(nn.Module):
-    """x (B, C, H, W) in [-1, 1] -> features (B, widths[-1]) and logits (B, num_classes)."""
-
-    def __init__(self, config: SmallConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.stem = _convolution(config.channels, config.widths[0], config.stride)
-        self.stages = nn.ModuleList(
-            _Stage(a, b) for a, b in zip((config.widths[0], *config.widths[:-1]), config.widths)
-        )
-        self.head = nn.Linear(config.widths[-1], config.num_classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.relu(self.stem(x))
-        for i, stage in enumerate(self.stages):
-            x = stage(F.max_pool2d(x, 2) if i else x)
-        features = x.mean((2, 3))
-        return features, self.head(features)
-
-
-class _Stage(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.first, self.second = _convolution(channels, width), _convolution(width, width)
-        self.skip = (
-            nn.Conv2d(channels, width, 1, bias=False) if channels != width else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.skip(x) + self.second(F.relu(self.first(x))))
-
-
-def _convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
-    )
 
 
 @dataclass(frozen=True)
@@ -154,12 +79,12 @@ class FeatureNetwork:
         self.check_images(images.shape[1], images.shape[-1])
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        prepare = resize_and_clip if self.image_size is None else lambda x: x.clamp(-1, 1)
+        images, resized = images.float(), self.image_size is None
         if protocol == "adm":
-            prepare = (
-                resize_8_bit if self.image_size is None else lambda x: quantized(x) / 127.5 - 1
-            )
-        features, logits = self.function(prepare(images.float()))
+            images = resize_8_bit(images) if resized else quantized(images) / 127.5 - 1
+        else:
+            images = resize_and_clip(images) if resized else images.clamp(-1, 1)
+        features, logits = self.function(images)
         return features.float(), None if logits is None else logits.float()
 
 
@@ -186,10 +111,8 @@ def resize_8_bit(images: Tensor, size: int = 299) -> Tensor:
         at = torch.arange(size, device=pixels.device, dtype=torch.float32) * (length / size)
         low = at.floor().long().clamp(max=length - 1)
         weight = (at - low).reshape((size, 1) if dim == 2 else (1, size))
-        below, above = (
-            pixels.index_select(dim, low),
-            pixels.index_select(dim, (low + 1).clamp(max=length - 1)),
-        )
+        high = (low + 1).clamp(max=length - 1)
+        below, above = pixels.index_select(dim, low), pixels.index_select(dim, high)
         pixels = below + (above - below) * weight
     return (pixels - 128) / 128
 
@@ -224,9 +147,7 @@ def load_features(
             " or a file"
         )
     if path.suffix == ".safetensors":
-        with refusals(path), safe_open(path, "pt") as file:
-            small = _KEY in (file.metadata() or {})
-        return _small(path, device) if small else _inception(path, device)
+        return _small(path, device) if is_small(path) else _inception(path, device)
     if path.suffix == ".pth":
         return _inception(path, device)
     if not trust:
@@ -241,19 +162,15 @@ def bundled_for(channels: int, image_size: int) -> str | None:
     """The bundled network that takes such images, if there is one."""
     for name in BUNDLED:
         if _bundled_path(name).is_file():
-            config = _configuration(_bundled_path(name))
+            config = read_configuration(_bundled_path(name))
             if (config.channels, config.image_size) == (channels, image_size):
                 return name
     return None
 
 
 def _bundled_path(name: str) -> Path:
-    return (
-        Path(str(importlib.resources.files("odelt_fast")))
-        / "models"
-        / "features"
-        / f"{name}.safetensors"
-    )
+    package = Path(str(importlib.resources.files("odelt_fast")))
+    return package / "models" / "features" / f"{name}.safetensors"
 
 
 def find_inception_weights(given: str | Path | None = None) -> Path:
@@ -273,70 +190,33 @@ def find_inception_weights(given: str | Path | None = None) -> Path:
     )
 
 
-def save_features(network: SmallNetwork, path: Path, notes: Mapping[str, str]) -> None:
-    """Writes a small network as .safetensors in float16, with its configuration and `notes`
-    (strings) in the header."""
-    from safetensors.torch import save_file
-
-    state = {
-        name: tensor.half() if tensor.is_floating_point() else tensor
-        for name, tensor in network.state_dict().items()
-    }
-    kept = {
-        name: tensor.contiguous()
-        for name, tensor in state.items()
-        if not name.endswith("num_batches_tracked")
-    }
-    save_file(kept, path, {**notes, _KEY: json.dumps(asdict(network.config))})
-    path.chmod(0o644)  # the writer of safetensors leaves files that only their owner can read
-
-
-def _configuration(path: Path) -> SmallConfig:
-    with refusals(path):
-        with safe_open(path, "pt") as file:
-            values: Any = json.loads((file.metadata() or {}).get(_KEY, "null"))
-        if not isinstance(values, dict) or not isinstance(values.get("widths"), list):
-            raise ValueError("is not a feature network: its header has no configuration")
-        return SmallConfig(**{**values, "widths": tuple(values["widths"])})
-
-
 def _small(path: Path, device: str | torch.device) -> FeatureNetwork:
-    config = _configuration(path)
-    with refusals(path):
-        with torch.device("meta"):
-            network = SmallNetwork(config).eval()
-        state = _read(path, network)
-        network.load_state_dict(state, strict=False, assign=True)
-        _forget_counts(network)
-    network.requires_grad_(False).to(device)
-    return FeatureNetwork(
-        config.name,
-        config.widths[-1],
-        config.image_size,
-        config.channels,
-        fingerprint(state),
-        network,
-    )
+    config = read_configuration(path)
+    network, digest = _load(path, lambda: SmallNetwork(config), device)
+    sizes = config.widths[-1], config.image_size, config.channels
+    return FeatureNetwork(config.name, *sizes, digest, network)
 
 
 def _inception(path: Path, device: str | torch.device) -> FeatureNetwork:
     from odelt_fast.evaluation.inception import DIMENSIONS, InceptionV3
 
+    network, digest = _load(path, InceptionV3, device)
+    return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, digest, network)
+
+
+def _load(
+    path: Path, build: Callable[[], nn.Module], device: str | torch.device
+) -> tuple[nn.Module, str]:
+    """A network with the weights of a file, and their fingerprint."""
     with refusals(path):
         with torch.device("meta"):
-            network = InceptionV3().eval()
+            network = build().eval()
         state = _read(path, network)
         network.load_state_dict(state, strict=False, assign=True)
-        _forget_counts(network)
-    network.requires_grad_(False).to(device)
-    return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, fingerprint(state), network)
-
-
-def _forget_counts(network: nn.Module) -> None:
-    """Drops the counters of batches, which only training needs and the files leave out."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.num_batches_tracked = None
+            module.num_batches_tracked = None  # only training counts, and the files leave it out
+    return network.requires_grad_(False).to(device), fingerprint(state)
 
 
 def _torchscript(path: Path, device: str | torch.device) -> FeatureNetwork:
@@ -357,14 +237,14 @@ def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
     if path.stat().st_size > _SIZE_LIMIT:
         raise ValueError(f"is larger than {_SIZE_LIMIT >> 20} MiB")
     wanted = {
-        name: tensor.shape
+        name: tuple(tensor.shape)
         for name, tensor in network.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_names(wanted, shapes)
+            _check_shapes(wanted, shapes)
             tensors = {name: file.get_tensor(name) for name in wanted}
     else:
         try:
@@ -375,25 +255,20 @@ def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
             isinstance(tensors.get(name), Tensor) for name in wanted
         ):
             raise ValueError("is not the state dict of the Inception network that FID uses")
-        _check_names(
-            wanted,
-            {
-                name: tuple(tensor.shape)
-                for name, tensor in tensors.items()
-                if isinstance(tensor, Tensor)
-            },
-        )
+        _check_shapes(wanted, {name: tuple(tensors[name].shape) for name in wanted})
     state = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in wanted}
     for name, tensor in state.items():
         check_finite(name, tensor)
     return state
 
 
-def _check_names(wanted: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
     for name, shape in wanted.items():
-        if found.get(name) != tuple(shape):
+        if found.get(name) != shape:
             raise ValueError(
-                f"is no such feature network: {name} must be {tuple(shape)}, not"
+                f"is no such feature network: {name} must be {shape}, not"
                 f" {found.get(name, 'missing')}"
             )
 

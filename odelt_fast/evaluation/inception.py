@@ -9,15 +9,21 @@ logits without bias, from which the inception score is computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 DIMENSIONS, CLASSES = 2048, 1008
 Size = int | tuple[int, int]
+Convolutions = Sequence[Any]  # each (channels, size, further arguments of _Convolution)
+_ROW, _COLUMN = (1, 7), (7, 1)
+_MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
 
 
-class _Conv(nn.Module):
+class _Convolution(nn.Module):
     """Convolution without bias, batch norm (eps 0.001), ReLU; padded to keep the size where
     `same`."""
 
@@ -38,116 +44,91 @@ def _mean_of_neighbours(x: Tensor) -> Tensor:
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
-def _chain(x: Tensor, *layers: nn.Module) -> Tensor:
-    for layer in layers:
-        x = layer(x)
-    return x
+class _Block(nn.Module):
+    """Chains of convolutions side by side, and a pooled branch: (B, inputs, H, W) -> (B, C, H', W')
+    of what they all give.
 
+    branches: name -> its chain, whose modules are called NAME if it is one, else NAME_1, NAME_2 ...
+    A last entry of two convolutions in brackets is a fork into NAME_ia and NAME_ib. pooled:
+    channels of a convolution after the pool (0: none, and the pool halves the size). by_maximum:
+    how it pools.
+    """
 
-class _A(nn.Module):
-    def __init__(self, inputs: int, pooled: int) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        branches: dict[str, Convolutions],
+        pooled: int = 0,
+        by_maximum: bool = False,
+    ) -> None:
         super().__init__()
-        self.branch1x1 = _Conv(inputs, 64)
-        self.branch5x5_1, self.branch5x5_2 = _Conv(inputs, 48), _Conv(48, 64, 5)
-        self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3 = (
-            _Conv(inputs, 64),
-            _Conv(64, 96, 3),
-            _Conv(96, 96, 3),
-        )
-        self.branch_pool = _Conv(inputs, pooled)
+        self.by_maximum, self.halves = by_maximum, not pooled
+        self.chains: list[list[list[str]]] = []
+        for name, chain in branches.items():
+            width, steps = inputs, []
+            for place, each in enumerate(chain, 1):
+                fork = each if isinstance(each, list) else [each]
+                names = [f"{name}_{place}{side}" for side in ("ab" if len(fork) > 1 else [""])]
+                names = [name] if len(chain) == 1 else names
+                for key, arguments in zip(names, fork):
+                    self.add_module(key, _Convolution(width, *arguments))
+                steps.append(names)
+                width = fork[0][0]
+            self.chains.append(steps)
+        if pooled:
+            self.branch_pool = _Convolution(inputs, pooled)
 
     def forward(self, x: Tensor) -> Tensor:
-        double = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3)
-        five = _chain(x, self.branch5x5_1, self.branch5x5_2)
-        return torch.cat(
-            [self.branch1x1(x), five, double, self.branch_pool(_mean_of_neighbours(x))], 1
-        )
+        parts = []
+        for steps in self.chains:
+            each = x
+            for names in steps:
+                outs = [getattr(self, name)(each) for name in names]
+                each = outs[0]
+            parts += outs
+        if self.halves:
+            parts.append(F.max_pool2d(x, 3, 2))
+        else:
+            near = F.max_pool2d(x, 3, 1, 1) if self.by_maximum else _mean_of_neighbours(x)
+            parts.append(self.branch_pool(near))
+        return torch.cat(parts, 1)
 
 
-class _B(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3 = _Conv(inputs, 384, 3, 2, same=False)
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 64), _Conv(64, 96, 3)
-        self.branch3x3dbl_3 = _Conv(96, 96, 3, 2, same=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        double = _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2, self.branch3x3dbl_3)
-        return torch.cat([self.branch3x3(x), double, F.max_pool2d(x, 3, 2)], 1)
+def _a(inputs: int, pooled: int) -> _Block:
+    double = [(64,), (96, 3), (96, 3)]
+    five = [(48,), (64, 5)]
+    return _Block(inputs, {"branch1x1": [(64,)], "branch5x5": five, "branch3x3dbl": double}, pooled)
 
 
-class _C(nn.Module):
-    def __init__(self, inputs: int, width: int) -> None:
-        super().__init__()
-        row, column = (1, 7), (7, 1)
-        self.branch1x1 = _Conv(inputs, 192)
-        self.branch7x7_1, self.branch7x7_2 = _Conv(inputs, width), _Conv(width, width, row)
-        self.branch7x7_3 = _Conv(width, 192, column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = _Conv(inputs, width), _Conv(width, width, column)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = (
-            _Conv(width, width, row),
-            _Conv(width, width, column),
-        )
-        self.branch7x7dbl_5 = _Conv(width, 192, row)
-        self.branch_pool = _Conv(inputs, 192)
-
-    def forward(self, x: Tensor) -> Tensor:
-        single = _chain(x, self.branch7x7_1, self.branch7x7_2, self.branch7x7_3)
-        double = _chain(x, *(getattr(self, f"branch7x7dbl_{i}") for i in range(1, 6)))
-        return torch.cat(
-            [self.branch1x1(x), single, double, self.branch_pool(_mean_of_neighbours(x))], 1
-        )
+def _b(inputs: int) -> _Block:
+    double = [(64,), (96, 3), (96, 3, 2, False)]
+    return _Block(inputs, {"branch3x3": [(384, 3, 2, False)], "branch3x3dbl": double})
 
 
-class _D(nn.Module):
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.branch3x3_1, self.branch3x3_2 = _Conv(inputs, 192), _Conv(192, 320, 3, 2, same=False)
-        self.branch7x7x3_1, self.branch7x7x3_2 = _Conv(inputs, 192), _Conv(192, 192, (1, 7))
-        self.branch7x7x3_3, self.branch7x7x3_4 = (
-            _Conv(192, 192, (7, 1)),
-            _Conv(192, 192, 3, 2, same=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        seven = _chain(
-            x, self.branch7x7x3_1, self.branch7x7x3_2, self.branch7x7x3_3, self.branch7x7x3_4
-        )
-        return torch.cat(
-            [_chain(x, self.branch3x3_1, self.branch3x3_2), seven, F.max_pool2d(x, 3, 2)], 1
-        )
+def _c(inputs: int, width: int) -> _Block:
+    single = [(width,), (width, _ROW), (192, _COLUMN)]
+    double = [(width,), (width, _COLUMN), (width, _ROW), (width, _COLUMN), (192, _ROW)]
+    branches: dict[str, Convolutions] = {
+        "branch1x1": [(192,)],
+        "branch7x7": single,
+        "branch7x7dbl": double,
+    }
+    return _Block(inputs, branches, 192)
 
 
-class _E(nn.Module):
-    def __init__(self, inputs: int, by_maximum: bool) -> None:
-        super().__init__()
-        self.by_maximum = by_maximum
-        self.branch1x1 = _Conv(inputs, 320)
-        self.branch3x3_1, self.branch3x3_2a, self.branch3x3_2b = (
-            _Conv(inputs, 384),
-            _Conv(384, 384, (1, 3)),
-            _Conv(384, 384, (3, 1)),
-        )
-        self.branch3x3dbl_1, self.branch3x3dbl_2 = _Conv(inputs, 448), _Conv(448, 384, 3)
-        self.branch3x3dbl_3a, self.branch3x3dbl_3b = (
-            _Conv(384, 384, (1, 3)),
-            _Conv(384, 384, (3, 1)),
-        )
-        self.branch_pool = _Conv(inputs, 192)
+def _d(inputs: int) -> _Block:
+    seven = [(192,), (192, _ROW), (192, _COLUMN), (192, 3, 2, False)]
+    return _Block(inputs, {"branch3x3": [(192,), (320, 3, 2, False)], "branch7x7x3": seven})
 
-    def forward(self, x: Tensor) -> Tensor:
-        single, double = self.branch3x3_1(x), _chain(x, self.branch3x3dbl_1, self.branch3x3dbl_2)
-        pooled = F.max_pool2d(x, 3, 1, 1) if self.by_maximum else _mean_of_neighbours(x)
-        parts = [self.branch1x1(x), self.branch3x3_2a(single), self.branch3x3_2b(single)]
-        return torch.cat(
-            [
-                *parts,
-                self.branch3x3dbl_3a(double),
-                self.branch3x3dbl_3b(double),
-                self.branch_pool(pooled),
-            ],
-            1,
-        )
+
+def _e(inputs: int, by_maximum: bool) -> _Block:
+    fork = [(384, (1, 3)), (384, (3, 1))]
+    branches: dict[str, Convolutions] = {
+        "branch1x1": [(320,)],
+        "branch3x3": [(384,), fork],
+        "branch3x3dbl": [(448,), (384, 3), fork],
+    }
+    return _Block(inputs, branches, 192, by_maximum)
 
 
 class InceptionV3(nn.Module):
@@ -155,25 +136,25 @@ class InceptionV3(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = _Conv(3, 32, 3, 2, same=False)
-        self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = _Conv(32, 32, 3, same=False), _Conv(32, 64, 3)
-        self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64, 80), _Conv(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = _A(192, 32), _A(256, 64), _A(288, 64)
-        self.Mixed_6a = _B(288)
-        self.Mixed_6b, self.Mixed_6c, self.Mixed_6d, self.Mixed_6e = (
-            _C(768, 128),
-            _C(768, 160),
-            _C(768, 160),
-            _C(768, 192),
-        )
-        self.Mixed_7a, self.Mixed_7b, self.Mixed_7c = _D(768), _E(1280, False), _E(2048, True)
+        self.Conv2d_1a_3x3 = _Convolution(3, 32, 3, 2, same=False)
+        self.Conv2d_2a_3x3 = _Convolution(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = _Convolution(32, 64, 3)
+        self.Conv2d_3b_1x1 = _Convolution(64, 80)
+        self.Conv2d_4a_3x3 = _Convolution(80, 192, 3, same=False)
+        blocks = [
+            *(_a(192, 32), _a(256, 64), _a(288, 64), _b(288)),
+            *(_c(768, width) for width in (128, 160, 160, 192)),
+            *(_d(768), _e(1280, False), _e(2048, True)),
+        ]
+        for name, block in zip(_MIXED, blocks, strict=True):
+            self.add_module(f"Mixed_{name}", block)
         self.fc = nn.Linear(DIMENSIONS, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = F.max_pool2d(
-            _chain(x, self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3), 3, 2
-        )
-        x = F.max_pool2d(_chain(x, self.Conv2d_3b_1x1, self.Conv2d_4a_3x3), 3, 2)
-        mixed = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
-        features = _chain(x, *(getattr(self, f"Mixed_{name}") for name in mixed)).mean((2, 3))
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+        x = F.max_pool2d(x, 3, 2)
+        x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, 2)
+        for name in _MIXED:
+            x = getattr(self, f"Mixed_{name}")(x)
+        features = x.mean((2, 3))
         return features, features @ self.fc.weight.T

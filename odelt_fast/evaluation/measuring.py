@@ -1,28 +1,28 @@
-"""What a measurement ran on: processes, device, peak memory, versions, and hashes of what was
-measured."""
+"""How sampling is measured: in which processes, in what time, with how much memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import hashlib
 import os
-import platform
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 
-from odelt_fast.checkpoints.lookup import find_folder
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of a run that torchrun or `accelerate launch` started. device: its
-    own. barrier: waits for all."""
+    """This process among those that torchrun or `accelerate launch` started.
+
+    device: its own. barrier: waits for all.
+    """
 
     index: int
     count: int
@@ -31,8 +31,15 @@ class Processes:
 
     @classmethod
     def of_this_run(cls, device: str = "auto") -> Processes:
-        """device: auto (a GPU if there is one), cpu or cuda. ValueError for a GPU that is not
-        there."""
+        """The process that asks.
+
+        Args:
+            device: auto (a GPU if there is one), cpu or cuda.
+
+        Raises:
+            ValueError: for a GPU that is not there, and without accelerate, which several
+                processes need.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto"
@@ -51,10 +58,10 @@ class Processes:
 
 
 class PeakMemory:
-    """Peak bytes between start() and peak(), above what was in use when this was made: of the GPU's
-    allocator, or resident on Linux.
+    """Peak bytes between start() and peak(), above what was in use when this was made.
 
-    Make it before the model is loaded: its weights count. peak() is -1 where neither can be known.
+    They are those of the GPU's allocator, or resident ones on Linux; peak() is -1 where neither can
+    be known. Make it before the model is loaded: its weights count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -95,35 +102,15 @@ class PeakMemory:
         return -1
 
 
-def environment(device: torch.device, dtype: torch.dtype, processes: int) -> dict[str, Any]:
-    """Device, dtype, processes and versions, for a table's heading."""
-    from odelt_fast import __version__
-
-    gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if gpu else f"CPU ({torch.get_num_threads()} threads)"
-    many = "one process" if processes == 1 else f"{processes} processes"
-    versions = {
-        "odelt_fast": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-    return {
-        "device": name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "processes": many,
-        **versions,
-    }
+def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
+    """The result of a call, and the seconds until the device, idle before it, is done with it."""
+    _wait_for(device)
+    start = time.perf_counter()
+    result = call()
+    _wait_for(device)
+    return result, time.perf_counter() - start
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def model_hash(name: str) -> str:
-    """SHA-256 of the files that make a model."""
-    folder = find_folder(name)
-    files = sorted([folder / "config.json", *folder.glob("*.safetensors")])
-    return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

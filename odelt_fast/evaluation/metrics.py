@@ -20,9 +20,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from odelt_fast.files import one_line
+
 OFFSET = 1e-6  # on the diagonal of both covariances, in the Frechet distance of the reference
 KEPT = 10_000
 _LARGEST = 1 << 14  # feature dimensions that a statistics file may have
+_UNREADABLE = (  # what numpy and zipfile raise for files of anybody's making
+    *(OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile),
+)
 
 
 class Moments:
@@ -291,32 +296,16 @@ def read_statistics(path: str | Path) -> Statistics:
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise ValueError("it must hold mu and sigma")
-            arrays = {
-                name: file[name]
-                for name in file.files
-                if name in ("mu", "sigma") or file[name].dtype.kind == "U"
-            }
-        mean, covariance = (np.asarray(arrays.pop(name)) for name in ("mu", "sigma"))
-        if any(a.dtype.kind not in "f" for a in (mean, covariance)):
+            mean, covariance = file["mu"], file["sigma"]
+            others = {name: file[name] for name in file.files if name not in ("mu", "sigma")}
+        if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
             raise ValueError(
                 f"mu and sigma must be real numbers, not {mean.dtype} and {covariance.dtype}"
             )
-        notes = {name: str(array)[:200] for name, array in arrays.items()}
+        notes = {name: str(text)[:200] for name, text in others.items() if text.dtype.kind == "U"}
         return Statistics(mean.astype(np.float64), covariance.astype(np.float64), notes)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        EOFError,
-        zipfile.BadZipFile,
-        MemoryError,
-        NotImplementedError,
-        RuntimeError,
-    ) as error:
-        raise ValueError(
-            f"{path} is no statistics file:"
-            f" {' '.join(str(error).split())[:200] or type(error).__name__}"
-        ) from None
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} is no statistics file: {one_line(error, 200)}") from None
 
 
 def _check_sizes(archive: zipfile.ZipFile) -> None:

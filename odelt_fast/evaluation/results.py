@@ -9,7 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from odelt_fast.files import one_line
+
 FORMAT = 1
+_UNREADABLE = (  # what other values in a file lead to
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError),
+)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -24,35 +29,27 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     The standard deviation is that of a sample (divided by the number of seeds - 1), None for one
     seed.
     """
-    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
-        schedule = json.dumps(cell.get("schedule"))
-        groups.setdefault(
-            (*(cell[name] for name in ("solver", "depth", "steps", "tolerance")), schedule), []
-        ).append(cell)
+        key = [cell.get(name) for name in ("solver", "depth", "steps", "tolerance", "schedule")]
+        groups.setdefault(json.dumps(key), []).append(cell)
     rows = []
-    for (solver, depth, steps, tolerance, _), members in groups.items():
+    for members in groups.values():
+        first = members[0]
+        peaks = [cell["peak_memory"] for cell in members if cell["peak_memory"] is not None]
         metrics = {
-            name: _spread([cell["metrics"][name] for cell in members])
-            for name in members[0]["metrics"]
+            name: _spread([cell["metrics"][name] for cell in members]) for name in first["metrics"]
         }
+        named = ["solver", "depth", *(["schedule"] if "schedule" in first else [])]
+        named += ["live_blocks", "steps", "tolerance", "guidance_scale"]
         rows.append(
-            {
-                "solver": solver,
-                "depth": depth,
-                **({"schedule": members[0]["schedule"]} if "schedule" in members[0] else {}),
-                "live_blocks": members[0]["live_blocks"],
-                "steps": steps,
-                "tolerance": tolerance,
-                "guidance_scale": members[0]["guidance_scale"],
+            {name: first[name] for name in named}
+            | {
                 "seeds": [cell["seed"] for cell in members],
                 "evaluations": statistics.fmean(cell["evaluations"] for cell in members),
                 "metrics": metrics,
                 "latency": statistics.median(cell["latency"] for cell in members),
-                "peak_memory": max(
-                    (cell["peak_memory"] for cell in members if cell["peak_memory"] is not None),
-                    default=None,
-                ),
+                "peak_memory": max(peaks, default=None),
             }
         )
     return rows
@@ -77,17 +74,9 @@ def read_results(path: str | Path) -> dict[str, Any]:
             raise ValueError("is of another version, or empty")
         for row in results["rows"]:
             row["solver"], row["depth"], row["latency"], next(iter(row["metrics"].values()))["mean"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        StopIteration,
-        RecursionError,
-    ) as error:
+    except _UNREADABLE as error:
         raise ValueError(
-            f"{path} holds no results of odelt-fast evaluate: {' '.join(str(error).split())[:200]}"
+            f"{path} holds no results of odelt-fast evaluate: {one_line(error, 200)}"
         ) from None
     return dict(results)
 

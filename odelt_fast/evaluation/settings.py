@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import tyro
 
-from odelt_fast.planning.profile import parse_schedule
+from odelt_fast.checks import one_of
+from odelt_fast.operation import Schedule, show_schedule
 
 METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
-LABELS = ("drawn", "balanced", "data")
+COMPARING = frozenset(("frechet", "kid", "precision_recall"))  # with real images
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Names = tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
 
@@ -32,11 +33,8 @@ class Evaluation:
     odelt-fast stats writes."""
     depths: Annotated[tuple[int, ...], Wholes] = ()
     """Active blocks l; all of the model's depths by default."""
-    depth_schedules: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")
-    ] = ()
-    """Depths that change with time, beside the depths: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
-    12 from there on. For solvers with equal steps."""
+    depth_schedules: tuple[Schedule, ...] = ()
+    """Depths that change with time, beside the depths, for solvers with equal steps."""
     steps: Annotated[tuple[int, ...], Wholes] = (128, 4, 1)
     """Time steps T of the solvers that take equal ones."""
     solvers: Annotated[tuple[str, ...], Names, tyro.conf.arg(aliases=["--solver"])] = ("euler",)
@@ -89,18 +87,12 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         for name in ("num_images", "seeds", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}"
-                )
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         for name in ("steps", "solvers", "metrics"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} must have at least one value")
-        for text in self.depth_schedules:
-            try:
-                parse_schedule(text)
-            except ValueError as error:
-                raise ValueError(f"--depth-schedules {error}") from None
         if not 0 <= self.first_seed < 2**64 - self.seeds:
             raise ValueError(
                 f"--first-seed must be from 0 to 2^64 - 1 - --seeds, not {self.first_seed}"
@@ -110,21 +102,16 @@ class Evaluation:
         if not all(value > 0 and math.isfinite(value) for value in self.tolerances):
             raise ValueError(f"--tolerances must be above 0, not {self.tolerances}")
         for metric in self.metrics:
-            _one_of("--metrics", metric, METRICS)
-        _one_of("--labels", self.labels, LABELS)
-        _one_of("--protocol", self.protocol, ("reference", "adm"))
-        if (self.data is None) == (self.stats is None) and {
-            "frechet",
-            "kid",
-            "precision_recall",
-        } & set(self.metrics):
+            one_of("--metrics", metric, METRICS)
+        one_of("--labels", self.labels, ("drawn", "balanced", "data"))
+        one_of("--protocol", self.protocol, ("reference", "adm"))
+        if (self.data is None) == (self.stats is None) and COMPARING & set(self.metrics):
             raise ValueError("give either --data or --stats, to compare with")
         if self.data is None and {"kid", "precision_recall"} & set(self.metrics):
             raise ValueError("kid and precision_recall need real images: --data")
         if self.data is None and self.labels == "data":
             raise ValueError("--labels data needs --data")
 
-
-def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} must be {', '.join(allowed)}, not {value!r}")
+    def to_dict(self) -> dict[str, Any]:
+        """As files have it: schedules are texts such as 0:4,0.5:12."""
+        return {**asdict(self), "depth_schedules": [*map(show_schedule, self.depth_schedules)]}

@@ -19,17 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from odelt_fast.checks import show_memory, show_seconds
 from odelt_fast.evaluation.results import higher_is_better
-from odelt_fast.planning.profile import Measurement, Operation, Profile, profile_command
+from odelt_fast.operation import Operation
+from odelt_fast.planning.profile import Measurement, Profile, profile_command
 from odelt_fast.planning.quality import Quality, Value
 
 
 @dataclass(frozen=True)
-class Point:
-    """A candidate: an operation, what it costs for `batch` images, and what it is worth.
+class Candidate:
+    """An operation, what it costs for `batch` images, and what it is worth.
 
     latency: seconds. memory: peak bytes (None: not known). Both were measured with `measured_batch`
     images, which is `batch` or the next larger one that was measured: then they are upper bounds.
@@ -53,6 +54,11 @@ class Point:
         """Whether latency and memory are those of a larger batch."""
         return self.measured_batch != self.batch
 
+    @property
+    def bytes(self) -> float:
+        """Peak memory, which counts as the most there can be where it is not known."""
+        return math.inf if self.memory is None else self.memory
+
     def cost(self) -> str:
         """Latency and memory for people."""
         least = "at most " if self.is_bound else ""
@@ -61,24 +67,30 @@ class Point:
         memory = "" if self.memory is None else f" and {show_memory(self.memory)}"
         return f"{least}{show_seconds(self.latency)}{memory} for {images}{measured}"
 
+    def excess(self, max_latency: float | None, max_memory: float | None) -> float:
+        """The factor by which it exceeds the tighter of its limits; at most 1 within them."""
+        latency = 0.0 if max_latency is None else self.latency / max_latency
+        return max(latency, 0.0 if max_memory is None else self.bytes / max_memory)
+
 
 @dataclass(frozen=True)
 class Choice:
     """The best candidate within the budget, and why it was taken, in one line."""
 
-    point: Point
+    candidate: Candidate
     why: str
 
     @property
     def operation(self) -> Operation:
-        return self.point.operation
+        """How to sample."""
+        return self.candidate.operation
 
 
 class BudgetError(ValueError):
     """No candidate is within the budget. nearest: the one that exceeds it by the smallest
     factor."""
 
-    def __init__(self, message: str, nearest: Point) -> None:
+    def __init__(self, message: str, nearest: Candidate) -> None:
         super().__init__(message)
         self.nearest = nearest
 
@@ -92,20 +104,74 @@ def candidates(
     guidance_scale: float | None = None,
     metric: str | None = None,
     weights: str | None = None,
-) -> list[Point]:
-    """What may be chosen for `batch` images, best first (of equal ones the faster first). Never
-    empty.
+) -> list[Candidate]:
+    """What may be chosen for a batch of images.
 
     A batch that was not measured takes the latency and memory of the next larger one as upper
     bounds: fewer images are no more work in any part of the computation. Batches above the largest
-    measured one are not extrapolated. precision: one of `profiles.PRECISIONS`; the quality that was
-    measured in one dtype stands for all but fp8, which is lossy: it has no quality here. weights:
-    SHA-256 of the model, for adaptive solvers (None: measurements of any weights are taken). The
-    caller sees to it that profile and table belong to the machine and the model (`Profile.check`,
-    `Quality.check`; `evidence.find_evidence` does).
+    measured one are not extrapolated. The quality that was measured in one dtype stands for all but
+    fp8, which is lossy: it has no quality here. The caller sees to it that profile and table belong
+    to the machine and the model (`evidence.find_evidence` does).
 
-    ValueError if nothing fits, naming what was measured.
+    Args:
+        profile: what operations cost.
+        quality: what they are worth (None: not measured).
+        batch: images.
+        precision: one of `profile.PRECISIONS`.
+        guidance_scale: w; only what was evaluated at it is a candidate.
+        metric: what counts (None: the first of the table).
+        weights: SHA-256 of the model, for adaptive solvers (None: measurements of any are taken).
+
+    Returns:
+        The candidates, best first, of equal ones the faster first; never none.
+
+    Raises:
+        ValueError: if nothing fits, naming what was measured.
     """
+    name = None if quality is None else quality.metric(metric)
+    found = []
+    for operation, m in _measured(profile, batch, precision, guidance_scale, weights).items():
+        value, dtype = None, None
+        if quality is not None:
+            value, dtype = quality.of(operation, name), quality.dtype
+            if value is None or precision == "fp8":
+                continue
+            score = value.mean if higher_is_better(str(name)) else -value.mean
+        elif operation.solver in ("euler", "fixed:euler") and operation.depth is not None:
+            score = profile.config.live_blocks(operation.depth) * m.evaluations
+        else:
+            continue
+        costs = m.latency, m.peak_memory, m.evaluations
+        found.append(Candidate(operation, batch, m.batch, *costs, value, name, dtype, score))
+    if not found and quality is None:
+        raise ValueError(
+            "without a table of quality only equal steps of euler can be ordered, and the profile"
+            " has none: measure with it"
+        )
+    if not found:
+        assert quality is not None
+        raise ValueError(
+            f"{quality.path} has no quality of what the profile has in"
+            f" {_kind(precision, guidance_scale)}: it is never guessed; run odelt-fast evaluate"
+            " on it"
+        )
+
+    def place(candidate: Candidate) -> tuple[float, float, float]:
+        memory = -1 if candidate.memory is None else candidate.memory
+        return -candidate.score, candidate.latency, memory
+
+    return sorted(found, key=place)
+
+
+def _measured(
+    profile: Profile,
+    batch: int,
+    precision: str,
+    guidance_scale: float | None,
+    weights: str | None,
+) -> dict[Operation, Measurement]:
+    """Operations at this guidance scale, each with what it costs in the smallest batch that bounds
+    `batch`."""
     command = f"{profile_command(profile.model)} --dtypes {precision}"
     if guidance_scale not in (None, 1):
         command += f" --guidance-scale {guidance_scale:g}"
@@ -115,143 +181,80 @@ def candidates(
         if m.precision == precision and m.holds_for(guidance_scale, weights)
     ]
     if not fitting:
-        known = (
-            ", ".join(sorted({_asked(m.precision, m.guidance_scale) for m in profile.measurements}))
-            or "nothing"
-        )
+        kinds = {_kind(m.precision, m.guidance_scale) for m in profile.measurements}
         raise ValueError(
-            f"the profile has {known}, not {_asked(precision, guidance_scale)}: measure it with"
-            f" {command}"
+            f"the profile has {', '.join(sorted(kinds)) or 'nothing'}, not"
+            f" {_kind(precision, guidance_scale)}: measure it with {command}"
         )
-    measured = sorted({m.batch for m in fitting if m.batch >= batch})
-    if not measured:
-        sizes = ", ".join(str(size) for size in sorted({m.batch for m in fitting}))
+    bounding = [m for m in fitting if m.batch >= batch]
+    if not bounding:
+        sizes = ", ".join(map(str, sorted({m.batch for m in fitting})))
         raise ValueError(
             f"a batch of {batch} was not measured, nor a larger one, only {sizes}: {command}"
             f" --batches {batch}"
         )
-    by_operation: dict[Operation, Measurement] = {}
-    for measurement in sorted(fitting, key=lambda m: m.batch):
-        if measurement.batch >= batch:
-            by_operation.setdefault(measurement.operation, measurement)
-    name = None if quality is None else quality.metric(metric)
-    found = []
-    for operation, m in by_operation.items():
-        value = (
-            None
-            if quality is None or precision == "fp8"
-            else quality.of(operation, guidance_scale, name)
-        )
-        if quality is None:
-            if operation.solver not in ("euler", "fixed:euler") or operation.schedule:
-                continue
-            score = (
-                float(profile.config.live_blocks(profile.config.check_depth(operation.depth)))
-                * m.evaluations
-            )
-        elif value is None:
-            continue
-        else:
-            score = value.mean if higher_is_better(str(name)) else -value.mean
-        dtype = None if quality is None else quality.dtype
-        found.append(
-            Point(
-                operation,
-                batch,
-                m.batch,
-                m.latency,
-                m.peak_memory,
-                m.evaluations,
-                value,
-                name,
-                dtype,
-                score,
-            )
-        )
-    if not found:
-        if quality is None:
-            raise ValueError(
-                "without a table of quality only equal steps of euler can be ordered, and the"
-                " profile has none: measure with it"
-            )
-        raise ValueError(
-            f"{quality.path} has no quality of what the profile has in"
-            f" {_asked(precision, guidance_scale)}: it is never guessed; run odelt-fast evaluate"
-            " on it"
-        )
-    return sorted(
-        found,
-        key=lambda point: (
-            -point.score,
-            point.latency,
-            -1 if point.memory is None else point.memory,
-        ),
-    )
+    smallest: dict[Operation, Measurement] = {}
+    for m in sorted(bounding, key=lambda m: m.batch):
+        smallest.setdefault(replace(m.operation, guidance_scale=guidance_scale), m)
+    return smallest
 
 
-def frontier(points: Iterable[Point], *, with_memory: bool = False) -> list[Point]:
-    """The points that no other one beats: none is at least as good and as fast (with_memory: and as
-    small), and better in one. By latency.
+def frontier(found: Iterable[Candidate], *, with_memory: bool = False) -> list[Candidate]:
+    """The candidates that no other one beats: none is at least as good and as fast (with_memory:
+    and as small), and better in one. By latency.
 
-    Of points that are equal in all of that the first is kept. Memory that is not known counts as
-    the most there can be.
+    Of candidates that are equal in all of that the first is kept.
     """
-    kept: list[Point] = []
-    order = sorted(points, key=lambda point: (point.latency, -point.score, _bytes(point)))
-    for point in order:  # whoever beats a point comes before it
-        memory = _bytes(point)
-        beaten = any(
-            other.score >= point.score and (not with_memory or _bytes(other) <= memory)
+    kept: list[Candidate] = []
+    # Whoever beats a candidate comes before it.
+    for each in sorted(found, key=lambda each: (each.latency, -each.score, each.bytes)):
+        if not any(
+            other.score >= each.score and (not with_memory or other.bytes <= each.bytes)
             for other in kept
-        )
-        if not beaten:
-            kept.append(point)
+        ):
+            kept.append(each)
     return kept
 
 
 def best(
-    points: Sequence[Point], max_latency: float | None = None, max_memory: float | None = None
+    found: Sequence[Candidate], max_latency: float | None = None, max_memory: float | None = None
 ) -> Choice:
-    """The best of the candidates within the budget: seconds for the batch, bytes at the peak (None:
-    no limit).
+    """The best of the candidates within the budget.
 
-    `points` as `candidates` orders them. Errors: BudgetError where there is none, with the
-    candidate that is nearest: the one for which the larger of the two factors, by which it exceeds
-    its limit, is the smallest. ValueError for limits that are not above 0, for no candidates, and
-    for a limit on memory where none was measured.
+    Args:
+        found: as `candidates` orders them.
+        max_latency: seconds for the batch (None: no limit).
+        max_memory: bytes at the peak (None: no limit).
+
+    Raises:
+        BudgetError: where none is within it, with the candidate that is nearest: the one for which
+            the larger of the two factors, by which it exceeds its limit, is the smallest.
+        ValueError: for limits that are not above 0, for no candidates, and for a limit on memory
+            where none was measured.
     """
     for name, limit in (("max_latency", max_latency), ("max_memory", max_memory)):
         if limit is not None and not (limit > 0 and math.isfinite(limit)):
             raise ValueError(f"{name} must be above 0, not {limit}")
-    if not points:
+    if not found:
         raise ValueError("there are no candidates to choose from")
-    if max_memory is not None and all(point.memory is None for point in points):
+    if max_memory is not None and all(each.memory is None for each in found):
         raise ValueError(
             "the profile says nothing of memory, which cannot be measured on this system: leave the"
             " limit on it out"
         )
-    budget = " and ".join(
-        text
-        for text, limit in (
-            (show_seconds(max_latency or 0), max_latency),
-            (show_memory(max_memory or 0), max_memory),
-        )
-        if limit is not None
-    )
-    within = [point for point in points if _excess(point, max_latency, max_memory) <= 1]
+    limits = [] if max_latency is None else [show_seconds(max_latency)]
+    limits += [] if max_memory is None else [show_memory(max_memory)]
+    budget = " and ".join(limits)
+    within = [each for each in found if each.excess(max_latency, max_memory) <= 1]
     if not within:
-        nearest = min(
-            points, key=lambda point: (_excess(point, max_latency, max_memory), point.latency)
-        )
+        nearest = min(found, key=lambda each: (each.excess(max_latency, max_memory), each.latency))
         raise BudgetError(
             f"nothing that was measured is within {budget}; the nearest is {nearest.operation}:"
             f" {nearest.cost()}",
             nearest,
         )
-    first = within[0]
-    among = f"of {len(within)} measured {'way' if len(within) == 1 else 'ways'}" + (
-        f" within {budget}" if budget else ""
-    )
+    first, ways = within[0], f"{len(within)} measured {'way' if len(within) == 1 else 'ways'}"
+    among = f"of {ways} within {budget}" if budget else f"of {ways}"
     if first.quality is None:
         reason = f"the most blocks times evaluations {among}; quality was not measured"
     else:
@@ -261,19 +264,6 @@ def best(
     return Choice(first, f"{first.operation}: {reason}; {first.cost()}")
 
 
-def _excess(point: Point, max_latency: float | None, max_memory: float | None) -> float:
-    """The factor by which the point exceeds the tighter of its limits; at most 1 within them."""
-    latency = 0.0 if max_latency is None else point.latency / max_latency
-    memory = 0.0 if max_memory is None else _bytes(point) / max_memory
-    return max(latency, memory)
-
-
-def _bytes(point: Point) -> float:
-    return math.inf if point.memory is None else point.memory
-
-
-def _asked(precision: str, scale: float | None) -> str:
-    return (
-        f"{precision}"
-        f" {'without guidance' if scale in (None, 1) else f'with guidance scale {scale:g}'}"
-    )
+def _kind(precision: str, scale: float | None) -> str:
+    guided = "without guidance" if scale in (None, 1) else f"with guidance scale {scale:g}"
+    return f"{precision} {guided}"

@@ -1,18 +1,19 @@
-"""Tables of quality: what each operation was measured to be worth, from the results of `odelt-fast
-evaluate`."""
+"""Tables of quality: what each operation is worth, by the results of `odelt-fast evaluate`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from odelt_fast.checks import number, shown, text, whole
 from odelt_fast.config import DiTConfig
+from odelt_fast.evaluation.operation_fields import read_operation
+from odelt_fast.evaluation.results import FORMAT
 from odelt_fast.evaluation.results import number as shown_with_spread
-from odelt_fast.files import read_object
-from odelt_fast.planning.profile import Operation, checked_schedule, effective_guidance
+from odelt_fast.files import one_line, read_object
+from odelt_fast.operation import Operation, effective_guidance
 
 FILE_NAME = "quality.json"  # in a model's folder: the results of its evaluation
 _LIMIT = 16 << 20  # bytes
@@ -30,11 +31,14 @@ class Value(NamedTuple):
 
 @dataclass(frozen=True)
 class Quality:
-    """Measured quality: (operation, guidance scale) -> metric -> value. metrics: their names, the
-    first the one that counts unless another is asked for. images: of each seed. config, weights: of
-    the model that was measured (weights None: not recorded)."""
+    """Measured quality: operation -> metric -> value.
 
-    rows: Mapping[tuple[Operation, float | None], Mapping[str, Value]]
+    metrics: their names, the first the one that counts unless another is asked for. images: of each
+    seed. config, weights: of the model that was measured (weights None: not recorded). dtype: what
+    it was measured in. path: where it was read.
+    """
+
+    rows: Mapping[Operation, Mapping[str, Value]]
     metrics: tuple[str, ...]
     images: int
     seeds: int
@@ -52,25 +56,22 @@ class Quality:
             )
         return self.metrics[0] if name is None else name
 
-    def of(
-        self, operation: Operation, guidance_scale: float | None = None, metric: str | None = None
-    ) -> Value | None:
-        """What was measured of exactly this operation at exactly this scale; None if nothing
-        was."""
-        row = self.rows.get((operation, effective_guidance(guidance_scale)))
+    def of(self, operation: Operation, metric: str | None = None) -> Value | None:
+        """What was measured of exactly this operation; None if nothing was."""
+        scale = effective_guidance(operation.guidance_scale)
+        row = self.rows.get(replace(operation, guidance_scale=scale))
         return None if row is None else row[self.metric(metric)]
 
-    def operations(self, guidance_scale: float | None = None) -> list[Operation]:
+    def operations(self, guidance_scale: float | None = None) -> tuple[Operation, ...]:
         """What was measured at this scale."""
         scale = effective_guidance(guidance_scale)
-        return [operation for operation, measured in self.rows if measured == scale]
+        return tuple(operation for operation in self.rows if operation.guidance_scale == scale)
 
     def check(self, config: DiTConfig, weights: str | None) -> None:
         """ValueError if it is the quality of another model. weights: SHA-256 of the model's files
-        (`measuring.model_hash`)."""
-        if self.config != config or (
-            self.weights is not None and weights is not None and self.weights != weights
-        ):
+        (`machine.model_hash`)."""
+        known = self.weights is not None and weights is not None
+        if self.config != config or (known and self.weights != weights):
             raise ValueError(
                 f"{self.path} is the quality of another model: measure this one's with odelt-fast"
                 " evaluate"
@@ -78,14 +79,20 @@ class Quality:
 
 
 def read_quality(path: str | Path) -> Quality:
-    """The table in the folder of an evaluation, or in its results.json. ValueError of one line for
-    anything else."""
+    """The table of quality that an evaluation is.
+
+    Args:
+        path: its folder, or its results.json.
+
+    Raises:
+        ValueError: of one line, for anything else.
+    """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     try:
         values = read_object(path, _LIMIT)
-        if values.get("format") != 1:
-            raise ValueError(f"its format is {shown(values.get('format'))}, not 1")
+        if values.get("format") != FORMAT:
+            raise ValueError(f"its format is {shown(values.get('format'))}, not {FORMAT}")
         settings, config, environment = (
             _object(values, name) for name in ("settings", "model", "environment")
         )
@@ -113,7 +120,7 @@ def read_quality(path: str | Path) -> Quality:
         ) from None
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{path} holds no results of odelt-fast evaluate: {' '.join(str(error).split())[:200]}"
+            f"{path} holds no results of odelt-fast evaluate: {one_line(error, 200)}"
         ) from None
 
 
@@ -124,33 +131,22 @@ def _object(values: Mapping[str, Any], name: str) -> dict[str, Any]:
     return found
 
 
-def _row(
-    row: Any, settings: Mapping[str, Any]
-) -> tuple[tuple[Operation, float | None], dict[str, Value]]:
+def _row(row: Any, settings: Mapping[str, Any]) -> tuple[Operation, dict[str, Value]]:
     if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict) or not row["metrics"]:
         raise ValueError(f"a row must have metrics, not {shown(row)}")
-    scale = row.get("guidance_scale")
-    scale = effective_guidance(
-        None if scale is None else number("guidance_scale", scale, -1e6, 1e6)
-    )
-    steps, tolerance = row.get("steps"), row.get("tolerance")
-    if settings.get("paper_guidance") is True and steps == 128 and scale not in (None, 0):
-        steps = 64  # which the paper counts as 128: each takes two evaluations
-    values = {text("metric", name): _value(name, spread) for name, spread in row["metrics"].items()}
-    operation = Operation(
-        row.get("depth"),
-        row.get("solver"),
-        steps,
-        tolerance,
-        checked_schedule(row.get("schedule", [])),
-    )  # type: ignore[arg-type]
-    return (operation, scale), values
+    operation = read_operation(row)
+    if (
+        settings.get("paper_guidance") is True
+        and operation.steps == 128
+        and operation.guidance_scale not in (None, 0)
+    ):
+        operation = replace(operation, steps=64)  # counted as 128: each takes two evaluations
+    metrics = row["metrics"].items()
+    return operation, {text("metric", name): _value(name, spread) for name, spread in metrics}
 
 
 def _value(name: str, spread: Any) -> Value:
     if not isinstance(spread, dict):
         raise ValueError(f"{shown(name)} must have a mean, not {shown(spread)}")
-    std = spread.get("std")
-    return Value(
-        number(name, spread.get("mean")), None if std is None else number(f"std of {name}", std, 0)
-    )
+    mean, std = number(name, spread.get("mean")), spread.get("std")
+    return Value(mean, None if std is None else number(f"std of {name}", std, 0))

@@ -25,7 +25,6 @@ import torch
 from odelt_fast import __version__
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation, effective_guidance
-from odelt_fast.planning.profile import Operation as MeasuredOperation
 from odelt_fast.sampling.decoder import Decoder
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.pictures import to_uint8
@@ -65,7 +64,7 @@ class RequestLimits:
 
 # (images, guidance scale, seconds) -> the best that takes no longer; ValueError, saying what the
 # nearest is, if nothing does.
-Plan = Callable[[int, float | None, float], MeasuredOperation]
+Plan = Callable[[int, float | None, float], Operation]
 _MARGIN = 1.15  # what is planned for takes up to 15 % longer than its profile says
 
 
@@ -247,7 +246,7 @@ class Service:
         alone = model.config.sampling == "consistency" and steps > 1
         return Key(operation, next(self._alone) if alone else 0)
 
-    def planned(self, images: int, guidance: float | None, seconds: float) -> MeasuredOperation:
+    def planned(self, images: int, guidance: float | None, seconds: float) -> Operation:
         """The best (l, T) for a deadline in so many seconds, after the work that waits."""
         if isinstance(self.plan, str):
             raise ValueError(f"a deadline needs depth, steps or solver beside it here: {self.plan}")

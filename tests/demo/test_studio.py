@@ -20,7 +20,7 @@ from odelt_fast.cli import main
 from odelt_fast.config import PRESETS
 from odelt_fast.demo.settings import STEPS, Dials, Setting, check_setting, solvers
 from odelt_fast.demo.studio import GRID_STEPS, Studio, measured_operations
-from odelt_fast.evaluation.evaluator import sample_depths_by_steps
+from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
 from odelt_fast.operation import Operation
 from odelt_fast.planning.quality import FILE_NAME, Value, read_quality
 from odelt_fast.sampling.pictures import to_uint8

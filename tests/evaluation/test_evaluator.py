@@ -156,7 +156,8 @@ def test_guided_steps_are_counted_as_the_paper_counts_them(model: str, tmp_path:
         (128, 128, 1.5),
         (1, 1, None),
     ]
-    plain = plan_cells(evaluation(model, guidance_scale=1.5, steps=(128,)), [2])
+    guided = evaluation(model, guidance_scale=1.5, steps=(128,), depths=(2,))
+    plain = plan_cells(guided, load_model(model).config)
     assert plain[0].sampler(load_model(model), settings).explain()["evaluations_per_image"] == 256
 
 
@@ -245,7 +246,7 @@ def test_finished_cells_are_kept_and_new_ones_added(model: str, tmp_path: Path) 
 
 def test_a_folder_has_one_run_at_a_time(model: str, tmp_path: Path) -> None:
     one, two = (Evaluator(evaluation(model), tmp_path, device="cpu", show=False) for _ in range(2))
-    with one._alone(), pytest.raises(ValueError, match="another evaluation is running"):
+    with one.folder.alone([]), pytest.raises(ValueError, match="another evaluation is running"):
         two.run()
 
 
@@ -280,7 +281,7 @@ def test_damaged_batches_are_named(tmp_path: Path) -> None:
             {"data": None, "stats": "missing.npz", "metrics": ("frechet",)},
             "missing.npz is no statistics file",
         ),
-        ({"metrics": ("fid",)}, "--metrics must be frechet"),
+        ({"metrics": ("fid",)}, "--metrics must be one of frechet"),
         ({"paper_guidance": True}, "--paper-guidance needs"),
         ({"tolerances": (0.0,)}, "--tolerances must be above 0"),
         ({"labels": "all"}, "--labels must be"),

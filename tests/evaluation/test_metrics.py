@@ -18,14 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from odelt_fast.evaluation.features import (
     BUNDLED,
-    SmallConfig,
-    SmallNetwork,
     bundled_for,
     load_features,
     quantized,
     resize_8_bit,
     resize_and_clip,
-    save_features,
 )
 from odelt_fast.evaluation.metrics import (
     Moments,
@@ -39,6 +36,7 @@ from odelt_fast.evaluation.metrics import (
     read_statistics,
     write_statistics,
 )
+from odelt_fast.evaluation.small_features import SmallConfig, SmallNetwork, save_features
 from odelt_fast.sampling.pictures import to_uint8
 from tests.helpers.metric_cases import features, inception_input, inception_weights, logits
 

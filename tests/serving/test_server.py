@@ -28,8 +28,9 @@ from odelt_fast import DiT, DiTConfig, deadline_planner, load_model
 from odelt_fast import operation as sampling
 from odelt_fast.cli import main
 from odelt_fast.commands.serve import Command, find_plan
-from odelt_fast.planning.evidence import this_machine
-from odelt_fast.planning.profile import Measurement, Operation, Profile, write_profile
+from odelt_fast.evaluation.machine import this_machine
+from odelt_fast.operation import Operation
+from odelt_fast.planning.profile import Measurement, Profile, write_profile
 from odelt_fast.sampling.decoder import Decoder
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
@@ -389,12 +390,12 @@ def test_more_connections_than_allowed_are_told_so(model: DiT) -> None:
 
 def test_a_deadline_chooses_depth_and_steps(model: DiT, tmp_path: Path) -> None:
     operations = {
-        Operation(4, steps=1): 1e-3,
-        Operation(12, steps=4): 50.0,
-        Operation(12, steps=8): 200.0,
+        Operation(depth=4, steps=1): 1e-3,
+        Operation(depth=12, steps=4): 50.0,
+        Operation(depth=12, steps=8): 200.0,
     }
     measured = [
-        Measurement(op, 8, "float32", None, cost, cost, cost, 5, float(op.steps or 0))
+        Measurement(op, 8, "float32", cost, cost, cost, 5, float(op.steps or 0))
         for op, cost in operations.items()
     ]
     path = tmp_path / "profile.json"
@@ -654,8 +655,8 @@ def test_a_missing_extra_is_named_in_one_line() -> None:
 def test_a_profile_that_deadlines_cannot_use_is_said_at_the_start(
     model: DiT, tmp_path: Path
 ) -> None:
-    operation, path = Operation(4, steps=1), tmp_path / "profile.json"
-    measured = Measurement(operation, 8, "bfloat16", None, 1e-3, 1e-3, 1e-3, 5, 1.0)
+    operation, path = Operation(depth=4, steps=1), tmp_path / "profile.json"
+    measured = Measurement(operation, 8, "bfloat16", 1e-3, 1e-3, 1e-3, 5, 1.0)
     write_profile(Profile(this_machine("cpu"), model.config, "digits", (measured,)), path)
     options = Command(dtype="float32")
     assert "--depth leaves out" in str(

@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,14 @@ import torch
 
 from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.checks import show_memory, show_seconds
+from odelt_fast.evaluation.machine import this_machine
+from odelt_fast.evaluation.measuring import timed
 from odelt_fast.evaluation.results import higher_is_better
-from odelt_fast.planning.evidence import Evidence, find_quality, this_machine
+from odelt_fast.operation import Operation
+from odelt_fast.planning.evidence import Evidence, find_quality
 from odelt_fast.planning.planner import BudgetError
-from odelt_fast.planning.profile import Measurement, Operation
-from odelt_fast.planning.profiler import Grid, Profiler, timed
+from odelt_fast.planning.profile import Measurement
+from odelt_fast.planning.profiler import Profiler
 from odelt_fast.sampling.sampler import Sampler
 
 TOLERANCE = 0.15
@@ -67,7 +71,7 @@ def brute_force(evidence: Evidence, metric: str, budget: Budget) -> tuple[float 
     assert evidence.quality is not None
     best, nearest = None, float("inf")
     for m in evidence.profile.measurements:
-        row = evidence.quality.rows.get((m.operation, None))
+        row = evidence.quality.rows.get(m.operation)
         if m.batch != budget.batch or row is None:
             continue
         memory = float("inf") if m.peak_memory is None else m.peak_memory
@@ -86,12 +90,13 @@ def brute_force(evidence: Evidence, metric: str, budget: Budget) -> tuple[float 
 def measure(model: Any, operation: Operation, batch: int, seconds: float) -> float:
     """Median seconds of a warm call, alone, not taking turns as in the profile: at least 5 of them,
     for so many seconds."""
-    sampler = Sampler(model, **operation.sampler_arguments(), batch_size=batch)
+    sampler = Sampler.of(model, operation, batch_size=batch)
     for seed in range(2):
-        timed(sampler, batch, seed)
+        sampler(batch, seed=seed)
     samples: list[float] = []
     while len(samples) < 5 or sum(samples) < seconds:
-        samples.append(timed(sampler, batch, len(samples)))
+        call = partial(sampler, batch, seed=len(samples))
+        samples.append(timed(call, model.device)[1])
     return statistics.median(samples)
 
 
@@ -112,10 +117,11 @@ def check(options: argparse.Namespace) -> int:
         if quality is None:
             raise ValueError(f"{options.model} has no table of quality: give --quality")
         batches = tuple(options.batches)
-        grid = Grid(tuple(quality.operations()), batches)
         evidence = Evidence(
             options.model,
-            profiler.run(grid, lambda line: print(line, flush=True)),
+            profiler.run(
+                quality.operations(), batches, report=lambda line: print(line, flush=True)
+            ),
             quality,
             profiler.weights,
         )
@@ -131,7 +137,7 @@ def check(options: argparse.Namespace) -> int:
     for budget in random_budgets(mine, options.budgets, options.seed):
         best, nearest = brute_force(evidence, metric, budget)
         try:
-            point = evidence.choose(budget.latency, budget.memory, batch=budget.batch).point
+            point = evidence.choose(budget.latency, budget.memory, batch=budget.batch).candidate
             assert point.quality is not None
             right = point.quality.mean == best and point.latency <= budget.latency
             right = right and (budget.memory is None or (point.memory or 0) <= budget.memory)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -90,7 +91,7 @@ def watched_run(settings: Evaluation, out: Path, journal: Path) -> Callable[[], 
         def watched_timed(
             self: Evaluator, sampler: Any, noise: Any, labels: Any, seed: int, first: int
         ) -> Any:
-            key = f"{sampler.depth}-{sampler.steps}-{seed}"
+            key = f"{sampler.operation.depth}-{sampler.operation.steps}-{seed}"
             if first < settings.num_images:
                 note("begun", key, first)
             return timed(self, sampler, noise, labels, seed, first)
@@ -98,9 +99,9 @@ def watched_run(settings: Evaluation, out: Path, journal: Path) -> Callable[[], 
         def watched_write(self: BatchFiles, batch: int, **arrays: Any) -> None:
             write(self, batch, **arrays)
             if "seconds" in arrays:
-                depth, _, steps, seed = self.folder.name.split("-")
-                key = f"{depth.removeprefix('l')}-{steps.removeprefix('T')}-{seed.removeprefix('seed')}"
-                note("written", key, self.images(batch).start)
+                found = re.fullmatch(r"l(\d+)-\w+-T(\d+)-seed(\d+)", self.folder.name)
+                assert found is not None
+                note("written", "-".join(found.groups()), self.images(batch).start)
 
         Evaluator._timed, BatchFiles.write = watched_timed, watched_write  # type: ignore[method-assign, assignment]
         run(settings, out)
