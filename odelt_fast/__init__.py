@@ -1,13 +1,9 @@
 """odelt-fast: train, sample and measure ODE_t(ODE_l) diffusion and flow transformers."""
 
 import importlib
-import logging
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-
-# What `auto` swallows is logged here; without a handler of the caller's own it stays silent.
-logging.getLogger("odelt_fast").addHandler(logging.NullHandler())
 
 _HOME = {
     "DiT": "model",
