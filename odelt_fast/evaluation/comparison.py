@@ -1,5 +1,4 @@
-"""Generated images against real ones: features and statistics of the real ones, and every metric of
-the generated ones."""
+"""Generated images against real ones: statistics of the real ones, metrics of the generated."""
 
 from __future__ import annotations
 
@@ -130,7 +129,7 @@ def compare(
     *,
     allow_few: bool = False,
 ) -> dict[str, float]:
-    """Every metric of `evaluation_settings.METRICS` that is wanted, by the name that tables show,
+    """Every metric of `settings.METRICS` that is wanted, by the name that tables show,
     from the batches of generated images.
 
     files hold `features` and, for inception_score and recognised, `logits` and `labels`. KID is

@@ -2,8 +2,8 @@
 
 `inception-v3` gives the FID of papers and needs weights that cannot be shipped. digits-features,
 mnist-features and cifar10-features are small classifiers that come with the package
-(benchmarks/train_features.py): distances in their features rank models of those data sets, carry
-their name everywhere, and are no FID.
+(`small_features`): distances in their features rank models of those data sets, carry their name
+everywhere, and are no FID.
 
 Two protocols turn images, float32 with data in [-1, 1], into a network's input. "reference": float
 images, bilinear to 299 x 299 without antialias, then clipped to [-1, 1], never rounded. "adm": 8
@@ -89,22 +89,26 @@ class FeatureNetwork:
 
 
 def resize_and_clip(images: Tensor, size: int = 299) -> Tensor:
-    """The reference's protocol: (B, C, H, W) -> (B, C, size, size): bilinear at pixel centres, no
-    antialias, then clipped to [-1, 1]."""
+    """The reference's protocol: (B, C, H, W) -> (B, C, size, size), bilinear at pixel centres.
+
+    Without antialias, then clipped to [-1, 1].
+    """
     return F.interpolate(
         images, size=(size, size), mode="bilinear", align_corners=False, antialias=False
     ).clamp(-1, 1)
 
 
 def quantized(images: Tensor) -> Tensor:
-    """(B, C, H, W) clipped to [-1, 1] -> whole numbers 0 to 255, as float32: `plots.to_uint8` on
-    the device."""
+    """(B, C, H, W) clipped to [-1, 1] -> whole numbers 0 to 255, as float32: `pictures.to_uint8`
+    on the device."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round()
 
 
 def resize_8_bit(images: Tensor, size: int = 299) -> Tensor:
-    """ADM's protocol: 8 bits, TensorFlow 1's bilinear (pixel i of the output is at i * H / size of
-    the input), (x - 128) / 128."""
+    """ADM's protocol: (B, C, H, W) -> (B, C, size, size), 8 bits, then (x - 128) / 128.
+
+    TensorFlow 1's bilinear: pixel i of the output is at i * H / size of the input.
+    """
     pixels = quantized(images)
     for dim in (2, 3):
         length = pixels.shape[dim]

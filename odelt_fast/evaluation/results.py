@@ -1,5 +1,4 @@
-"""Results of `odelt-fast evaluate`: the rows of its tables, from JSON to Markdown shaped like
-Tables 2 and 3 of the paper."""
+"""Results of `odelt-fast evaluate`: rows of cells, and Markdown shaped like Tables 2 and 3."""
 
 from __future__ import annotations
 

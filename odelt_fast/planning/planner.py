@@ -1,5 +1,4 @@
-"""Budget -> (l, T, solver): the best of what was measured, within a latency and an amount of
-memory.
+"""Budget -> (l, T, solver): the best of what was measured within a latency and a memory.
 
 What an operation costs comes from a profile (`odelt-fast profile`), what it is worth from a table
 of quality (`odelt-fast evaluate`). Nothing is estimated: with a table, only operations whose

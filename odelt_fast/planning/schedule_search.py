@@ -1,5 +1,4 @@
-"""Depth schedules of two levels: l early in the trajectory, another l late; which of them are worth
-having, by measurement.
+"""Depth schedules of two levels, one l early and another late: which are worth having.
 
 For a fixed T, a step costs what its depth costs; whether the blocks of the early or of the late
 steps matter more is a question to the trained model. Every switch between two steps and every pair
