@@ -135,12 +135,14 @@ def moments_of(parts: Iterable[np.ndarray], dimensions: int) -> Moments:
 
 
 def frechet_distance(a: Statistics, b: Statistics, offset: float = OFFSET) -> float:
-    """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr((S_a + e I)(S_b + e I))^(1/2), e = offset: the
-    reference's, which other FIDs call with e = 0.
+    """|m_a - m_b|^2 + tr S_a + tr S_b - 2 tr((S_a + e I)(S_b + e I))^(1/2), e = offset.
 
-    The trace of the root is the sum of the roots of the eigenvalues of R^T (S_b + e I) R with R R^T
-    = S_a + e I: the eigenvalues of the product, but of a symmetric matrix, so that they are real
-    and, rounding aside, not negative. ValueError for statistics of two widths.
+    It is the reference's; other FIDs have e = 0. The trace of the root is the sum of the roots of
+    the eigenvalues of R^T (S_b + e I) R with R R^T = S_a + e I: the eigenvalues of the product, but
+    of a symmetric matrix, so that they are real and, rounding aside, not negative.
+
+    Raises:
+        ValueError: for statistics of two widths.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -166,10 +168,20 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation, over random subsets of both, of the unbiased MMD^2 with the
-    kernel (x y / D + 1)^3.
+    """KID: the unbiased MMD^2 with the kernel (x y / D + 1)^3, of random subsets.
 
-    ValueError for fewer images than `subset_size`, and for features of two widths.
+    Args:
+        generated: features (N, D).
+        real: features (M, D).
+        subsets: how many are drawn of both.
+        subset_size: rows of each.
+        seed: of the draws.
+
+    Returns:
+        Mean and standard deviation over the subsets.
+
+    Raises:
+        ValueError: for fewer images than `subset_size`, and for features of two widths.
     """
     generated, real = _pair(generated, real)
     if min(len(generated), len(real)) < subset_size:
@@ -201,10 +213,13 @@ def _unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def precision_recall(
     generated: np.ndarray, real: np.ndarray, *, neighbours: int = 3
 ) -> tuple[float, float]:
-    """Kynkaanniemi et al. 2019: the share of generated images within the k-th-neighbour ball of
-    some real image, and the reverse.
+    """Precision and recall of Kynkaanniemi et al. 2019, from features (N, D) and (M, D).
 
-    ValueError for k images or fewer, and for features of two widths.
+    Precision is the share of generated images within the k-th-neighbour ball of some real image,
+    recall the reverse.
+
+    Raises:
+        ValueError: for k images or fewer, and for features of two widths.
     """
     generated, real = _pair(generated, real)
     if min(len(generated), len(real)) <= neighbours:
@@ -240,12 +255,21 @@ def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def inception_score(
     parts: Iterable[np.ndarray], count: int, *, splits: int = 10
 ) -> tuple[float, float]:
-    """exp of the mean KL divergence of p(class | image) from its mean over the images; mean and
-    standard deviation over `splits` parts.
+    """exp of the mean KL divergence of p(class | image) from its mean over the images.
 
-    logits (n, K) come in parts, `count` rows in all, and are split in their order: independent
-    images need no shuffling. In each split the score is exp(mean_i sum_k p_ik log p_ik - sum_k q_k
-    log q_k) with q the mean of p. ValueError for fewer images than splits.
+    In each split the score is exp(mean_i sum_k p_ik log p_ik - sum_k q_k log q_k) with q the mean
+    of p; independent images need no shuffling.
+
+    Args:
+        parts: logits (n, K), in the order in which they are split.
+        count: rows of all parts.
+        splits: how many scores there are.
+
+    Returns:
+        Mean and standard deviation of the scores.
+
+    Raises:
+        ValueError: for fewer images than splits.
     """
     if count < splits:
         raise ValueError(f"an inception score of {splits} splits needs as many images, not {count}")
