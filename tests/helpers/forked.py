@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 
 def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
@@ -30,6 +31,8 @@ def start(work: Callable[[], None], processes: int, log: Path) -> list[int]:
                 os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
                 # The threads of the parent's pool are not in the child, which would wait for them.
                 torch.set_num_threads(1)
+                # A run in the parent may have settled that it is alone.
+                AcceleratorState._reset_state(reset_partial_state=True)
                 if processes > 1:
                     ranks = {
                         "RANK": rank,
