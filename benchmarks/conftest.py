@@ -12,6 +12,11 @@ from benchmarks.ceilings import measure_ceilings
 from benchmarks.measure import device_record
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """None: measurements run alone."""
+    return 0
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,5 @@
-"""What several test files share: the native operators, built from their sources once a session."""
+"""What all test files share: processes that run them, an empty cache, and the native operators,
+built from their sources once."""
 
 from __future__ import annotations
 
@@ -10,6 +11,16 @@ import pytest
 
 _GIVEN = os.environ.get("ODELT_FAST_CACHE")
 os.environ["ODELT_FAST_STRICT"] = "1"  # `auto` hides no fault of our own from a test
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one core for each process
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Whole folders are divided between processes, file by file; single files run in this one."""
+    if not all(Path(argument).is_dir() for argument in config.args):
+        return 0
+    cores = min(os.cpu_count() or 1, 4)
+    return cores if cores > 1 else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +33,10 @@ def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache folder of the session's own, or that which the environment names."""
+    """A cache folder of the session's own, one for all its processes, or that which the environment
+    names."""
+    if not _GIVEN and "PYTEST_XDIST_WORKER" in os.environ:
+        return tmp_path_factory.getbasetemp().parent / "native"
     return Path(_GIVEN or tmp_path_factory.mktemp("native"))
 
 
