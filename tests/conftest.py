@@ -4,6 +4,7 @@ built from their sources once."""
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ _GIVEN = os.environ.get("ODELT_FAST_CACHE")
 os.environ["ODELT_FAST_STRICT"] = "1"  # `auto` hides no fault of our own from a test
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one core for each process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist has it ignored
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -39,7 +39,7 @@ _INSERTED = {
     ),
     "a circle of objectives": (
         "train/objectives/targets.py",
-        "from odelt_fast.train.objectives import reflow",
+        "from odelt_fast.train.objectives import shortcut",
         "no circles",
     ),
     "a command that imports another": (
