@@ -37,8 +37,8 @@ CARRIED_CODE = {
     "pipeline.py": "OdeltPipeline",
     "transformer/odelt_fast.pipeline.py": "OdeltTransformer",
 }
-_CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, custom_pipeline=here,\
- trust_remote_code=True)."""
+_CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, \
+custom_pipeline=here, trust_remote_code=True)."""
 
 from odelt_fast.pipeline import {name}
 

@@ -30,8 +30,18 @@ MEMORY = (
     160 << 20
 )  # bytes beyond what the process had before the first case: the files here are below 2 MB
 SECONDS = 20  # per case; the slowest, a million opcodes, take about one
-CONFIG = {"image_size": 2, "channels": 1, "patch_size": 1, "hidden_size": 4, "depth": 1, "depth_min": 1, "depth_group": 1, "num_heads": 1,
-          "mlp_ratio": 1.0, "num_classes": 1}  # fmt: skip
+CONFIG = {
+    "image_size": 2,
+    "channels": 1,
+    "patch_size": 1,
+    "hidden_size": 4,
+    "depth": 1,
+    "depth_min": 1,
+    "depth_group": 1,
+    "num_heads": 1,
+    "mlp_ratio": 1.0,
+    "num_classes": 1,
+}
 FORBIDDEN = frozenset(
     [
         "exec",
@@ -365,22 +375,55 @@ def hostile_pickle(draw: random.Random, attack: bytes) -> bytes:
         array(shape, dtype(text("f4"), text("<"), draw.choice(states)), data),
         array(shape, draw.choice((attack, named("numpy", "float32"), text("f4"), b"N")), data),
         array(shape, dtype(), draw.choice(contents)),
-        call("numpy._core.numeric", "_frombuffer", data, dtype(), integer(giant) + b"\x85", draw.choice((text("C"), text("K"), attack))),
-        call("numpy._core.numeric", "_frombuffer", data, dtype(), shape, text("K"), draw.choice((b")", integer(giant) + b"\x85"))),
-        call("numpy._core.multiarray", "scalar", dtype(draw.choice((text("f4"), text("O")))), attack),
+        call(
+            "numpy._core.numeric",
+            "_frombuffer",
+            data,
+            dtype(),
+            integer(giant) + b"\x85",
+            draw.choice((text("C"), text("K"), attack)),
+        ),
+        call(
+            "numpy._core.numeric",
+            "_frombuffer",
+            data,
+            dtype(),
+            shape,
+            text("K"),
+            draw.choice((b")", integer(giant) + b"\x85")),
+        ),
+        call(
+            "numpy._core.multiarray", "scalar", dtype(draw.choice((text("f4"), text("O")))), attack
+        ),
         draw.choice((b"\x8e", b"\x8d", b"\x96", b"\x95")) + size + b"abc",
-        draw.choice((b"B", b"X", b"T", b"\x8b")) + draw.choice((b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80")) + b"abc",
+        draw.choice((b"B", b"X", b"T", b"\x8b"))
+        + draw.choice((b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80"))
+        + b"abc",
         b"\x8b" + struct.pack("<I", 5000) + b"\x7f" * 5000,
         b"r\xff\xff\xff\xff" + b"j\xff\xff\xff\x7f",
         # Nested doubling: 2^n leaves in a few bytes per level, as tuples, lists, dicts, keys and in
         # themselves.
         b")" + b"2\x86" * draw.choice((10, 60, 3000)),
-        b"]\x94" + b"".join(b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e\x94" for i in range(draw.randint(10, 200))),
-        b"}\x94" + b"".join(b"}(X\x01\x00\x00\x00ah" + bytes([i]) + b"X\x01\x00\x00\x00bh" + bytes([i]) + b"u\x94" for i in range(40)),
+        b"]\x94"
+        + b"".join(
+            b"](h" + bytes([i]) + b"h" + bytes([i]) + b"e\x94" for i in range(draw.randint(10, 200))
+        ),
+        b"}\x94"
+        + b"".join(
+            b"}(X\x01\x00\x00\x00ah" + bytes([i]) + b"X\x01\x00\x00\x00bh" + bytes([i]) + b"u\x94"
+            for i in range(40)
+        ),
         b"}" + b")" + b"2\x86" * 50 + b"Ns",
-        b"}]Ns", b"}}Ns", b"}" + attack + b"Ns", b"}\x94X\x01\x00\x00\x00ah\x00s", b"]\x94h\x00a",
-        b"\x94".join([dictionary({str(i): b"}" for i in range(200)})] + [b"0" + dictionary({str(i): b"h\x00" for i in range(200)})] * 3),
-    ]  # fmt: skip
+        b"}]Ns",
+        b"}}Ns",
+        b"}" + attack + b"Ns",
+        b"}\x94X\x01\x00\x00\x00ah\x00s",
+        b"]\x94h\x00a",
+        b"\x94".join(
+            [dictionary({str(i): b"}" for i in range(200)})]
+            + [b"0" + dictionary({str(i): b"h\x00" for i in range(200)})] * 3
+        ),
+    ]
     if draw.random() < 0.004:
         deep = draw.choice((1000, 1_000_000))
         pair = b"X\x01\x00\x00\x00a}"
@@ -397,8 +440,15 @@ def hostile_pickle(draw: random.Random, attack: bytes) -> bytes:
             b"}" + pair * (deep // 10) + b"s" * (deep // 10),
         ]
     value = draw.choice(values)
-    tree = draw.choice((b"}" + text("params_ema") + value + b"s", value, b"}" + text("train_state") + value + b"s", b"(" + value + b"t",
-                        b"}" + text("params_ema") + call("flax.core.frozen_dict", "FrozenDict", value) + b"s"))  # fmt: skip
+    tree = draw.choice(
+        (
+            b"}" + text("params_ema") + value + b"s",
+            value,
+            b"}" + text("train_state") + value + b"s",
+            b"(" + value + b"t",
+            b"}" + text("params_ema") + call("flax.core.frozen_dict", "FrozenDict", value) + b"s",
+        )
+    )
     return b"\x80" + bytes([draw.choice((2, 4, 5, 5, 5))]) + tree + b"."
 
 
