@@ -171,13 +171,12 @@ class Studio:
 def measured_operations(config: DiTConfig, table: Quality, metric: str) -> dict[Operation, Value]:
     """Of what an evaluation measured, what the page offers, the cheapest first, with its
     quality."""
-    found = {}
-    for measured, values in table.rows.items():
-        steps, tolerance = measured.steps, measured.tolerance
-        on_dials = steps in STEPS or tolerance in TOLERANCES
-        if on_dials and measured.solver in solvers(config) and measured.depth is not None:
-            scale = measured.guidance_scale
-            operation = offered(measured.depth, steps, measured.solver, tolerance, scale)
-            found[operation] = values[metric]
+    found = {
+        operation: values[metric]
+        for operation, values in table.rows.items()
+        if operation.depth is not None
+        and operation.solver in solvers(config)
+        and (operation.steps in STEPS or operation.tolerance in TOLERANCES)
+    }
     cost = {operation: (operation.depth or 0) * (operation.steps or 16) for operation in found}
     return {operation: found[operation] for operation in sorted(found, key=cost.__getitem__)}
