@@ -85,8 +85,9 @@ def adaptive_step_update_reference(
     control.copy_(torch.stack(decided))
     counters.copy_(torch.stack([*counts, evaluations]))
     running.copy_((counters[0] == RUNNING).any())
-    for target, value in zip((step, times), first_attempt(control, nodes, rules)):
-        target.copy_(value)
+    following, at, _ = first_attempt(control, nodes, rules)
+    step.copy_(following)
+    times.copy_(at)
 
 
 @torch.library.custom_op(
@@ -116,13 +117,13 @@ def adaptive_step_update(
             f"x must be (B, ...), B up to {MOST_SAMPLES}, in a floating dtype, not {tuple(x.shape)}"
             f" in {x.dtype}"
         )
-    weights, f64 = (count - (not fsal),), torch.float64
+    f64, weighed = torch.float64, (count - (not fsal),)
     _check(
         x=(x, x.shape, x.dtype), x_new=(x_new, x.shape, x.dtype),
         stages=(stages, (count, *x.shape), x.dtype), control=(control, (5, batch), f64),
         counters=(counters, (4, batch), torch.int64), step=(step, (batch,), f64),
         times=(times, (count, batch), f64), running=(running, (1,), torch.int32),
-        nodes=(nodes, (count,), f64), error=(error, weights, f64), error3=(error3, weights, f64),
+        nodes=(nodes, (count,), f64), error=(error, weighed, f64), error3=(error3, weighed, f64),
         rules=(rules, (11,), f64),
     )  # fmt: skip
     if not x.numel():
@@ -130,20 +131,20 @@ def adaptive_step_update(
     values, last_stage = x[0].numel(), count - 1
     chunks = triton.cdiv(values, _CHUNK)
     squares, squares3 = (
-        torch.empty((batch, chunks), dtype=torch.float64, device=x.device) for _ in range(2)
+        None if weights is None else torch.empty((batch, chunks), dtype=f64, device=x.device)
+        for weights in (error, error3)
     )
     faults = torch.empty((batch, chunks), dtype=torch.int32, device=x.device)
     taken = torch.empty((batch,), dtype=torch.int32, device=x.device)
-    squares3_or_none = None if error3 is None else squares3
     block = triton.next_power_of_2(batch)
     with torch.cuda.device_of(x):
         norm_kernel[(batch * chunks,)](
-            x, x_new, stages, error, error3, step, rules, squares, squares3_or_none, faults,
+            x, x_new, stages, error, error3, step, rules, squares, squares3, faults,
             values, last_stage, stages.stride(0), STAGES=len(error), **_norm_constants(x.dtype),
             num_warps=_WARPS,
         )  # fmt: skip
         decide_kernel[(1,)](
-            squares, squares3_or_none, faults, control, counters, step, times, nodes, rules, taken,
+            squares, squares3, faults, control, counters, step, times, nodes, rules, taken,
             running, batch, chunks, values, EVALUATIONS=len(error) - 1, NODES=count,
             SHARED=shared, FSAL=fsal, BLOCK=block, num_warps=_decide_warps(block),
         )  # fmt: skip
@@ -153,9 +154,7 @@ def adaptive_step_update(
         )  # fmt: skip
 
 
-@adaptive_step_update.register_fake
-def _(*_: Any) -> None:
-    return None
+adaptive_step_update.register_fake(lambda *_: None)
 
 
 def _norm_constants(dtype: torch.dtype) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
 from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import check_layer, check_tokens, rows
+from odelt_fast.kernels.rows import check_layer, check_tokens, like_first, rows
 
 _BLOCK_OUT, _BLOCK_D, _WARPS, _STAGES = 64, 64, 4, 4
 # (fewest tokens of all samples, tokens of a tile): small tiles spread a batch of one sample over
@@ -48,9 +47,8 @@ def final_euler_reference(
     step: float, guidance: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch."""
-    height, width = x.shape[2:]
     velocity = final_velocity_reference(
-        h, weight, bias, patch_size, height, width, x.dtype, guidance
+        h, weight, bias, patch_size, *x.shape[2:], x.dtype, guidance
     )
     return x + velocity * step
 
@@ -171,14 +169,12 @@ def final_euler(
     """
     if x.dim() != 4:
         raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
-    out = torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, h, weight, bias, out, patch_size, step, guidance)
     return out
 
 
-@final_euler.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+final_euler.register_fake(like_first)
 
 
 @torch.library.custom_op("odelt_fast::final_velocity", mutates_args=())
@@ -203,13 +199,7 @@ def final_velocity(
     return out
 
 
-@final_velocity.register_fake
-def _(
-    h: Tensor, weight: Tensor, bias: Tensor, patch_size: int,
-    height: int, width: int, dtype: torch.dtype, guidance: float | None = None,
-) -> Tensor:  # fmt: skip
-    batch = len(h) // (1 if guidance is None else 2)
-    return h.new_empty((batch, len(weight) // patch_size**2, height, width), dtype=dtype)
+final_velocity.register_fake(lambda *given: final_velocity_reference(*given).contiguous())
 
 
 def compile_cases() -> Iterator[CompileCase]:

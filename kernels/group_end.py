@@ -12,7 +12,6 @@ group) and three writes of (B, N, D), last_group_end three reads and two writes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from odelt_fast.kernels.compile_case import CompileCase
 from odelt_fast.kernels.norm_modulate import norm_modulate_reference
 from odelt_fast.kernels.residual_rows import Columns, GroupEnd, launch_residual, residual_kernel
-from odelt_fast.kernels.rows import row_cases
+from odelt_fast.kernels.rows import likes_first, row_cases
 
 
 def group_end_reference(
@@ -73,9 +72,7 @@ def group_end(
     return xr, out_vr, h
 
 
-@group_end.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape)
+group_end.register_fake(likes_first(3))
 
 
 @torch.library.custom_op("odelt_fast::last_group_end", mutates_args=())
@@ -89,9 +86,7 @@ def last_group_end(
     return out_vr, h
 
 
-@last_group_end.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape)
+last_group_end.register_fake(likes_first(2))
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -84,13 +84,8 @@ def launch_linear(
     pointers = [out if part is None else _rows(part) for part in parts]
     _, residual, gate, _, _ = pointers
     strides = residual.stride(0), gate.stride(0) if len(gate) > 1 else 0, rows // len(gate)
-    constants = _constants(
-        tile,
-        gelu=epilogue.activation == "gelu",
-        bias=epilogue.bias is not None,
-        gated=epilogue.gate is not None,
-        scaled=x_scale is not None,
-    )
+    parts_on = (part is not None for part in (epilogue.bias, epilogue.gate, x_scale))
+    constants = _constants(tile, epilogue.activation == "gelu", *parts_on)
     constants |= launch_options(x.device, tile.num_warps, tile.num_stages)
     tiles = tile.count(rows, columns)
     with torch.cuda.device_of(x):
@@ -111,9 +106,9 @@ def launch_linear(
 
 
 def _constants(tile: Tile, gelu: bool, bias: bool, gated: bool, scaled: bool) -> dict[str, Any]:
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
     parts = {"GELU": gelu, "BIAS": bias, "GATED": gated, "SCALED": scaled}
-    return {**blocks, "GROUP_M": tile.group_m, **parts}
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k}
+    return parts | blocks | {"GROUP_M": tile.group_m}
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -219,14 +214,7 @@ def _default_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == FP8 else x.dtype
 
 
-@linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none",
-    gate: Tensor | None = None, residual: Tensor | None = None,
-    x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
-    out_dtype: torch.dtype | None = None, workspace: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or _default_dtype(x))
+linear.register_fake(lambda *given: linear_reference(*given).contiguous())
 
 
 def compile_cases() -> Iterator[CompileCase]:

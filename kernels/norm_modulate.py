@@ -7,7 +7,6 @@ D) in x's dtype. Arithmetic is float32. Bytes: one read and one write of (B, N, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from odelt_fast.kernels.rows import (
     check_modulation,
     check_tokens,
     empty_rows,
+    like_first,
     load_columns,
     load_rows,
     modulate,
@@ -76,15 +76,14 @@ def launch_norm(
     require_device("norm_modulate", x, modulation)
     x, modulation = rows(x), rows(modulation)
     batch, tokens, size = x.shape
-    launch = row_launch(size)
+    blocks, warps = row_launch(size)
     out, scales = empty_rows(x, float8)
     if out.numel():
         with torch.cuda.device_of(x):
-            _forward_kernel[(batch * triton.cdiv(tokens, launch.rows),)](
+            _forward_kernel[(batch * triton.cdiv(tokens, blocks["ROWS"]),)](
                 x, modulation, out, scales, tokens,
                 *token_strides(x), row_stride(modulation), shift_column, scale_column,
-                LAYER_NORM_EPS, D=size, BLOCK=launch.block, ROWS=launch.rows,
-                **launch_options(x.device, launch.warps),
+                LAYER_NORM_EPS, **blocks, **launch_options(x.device, warps),
             )  # fmt: skip
     return out, scales
 
@@ -107,9 +106,7 @@ def norm_modulate(x: Tensor, modulation: Tensor, shift_column: int, scale_column
     return launch_norm(x, modulation, shift_column, scale_column)[0]
 
 
-@norm_modulate.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+norm_modulate.register_fake(like_first)
 
 
 def compile_cases() -> Iterator[CompileCase]:

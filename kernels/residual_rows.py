@@ -5,7 +5,7 @@ Its launcher returns new, contiguous tensors, those that are made alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,8 +30,7 @@ from odelt_fast.kernels.rows import (
 )
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """Where gate, shift and scale lie: D columns each of packed modulations (B or 1, K)."""
 
     gates: Tensor
@@ -41,8 +40,7 @@ class Columns:
     scale_column: int
 
 
-@dataclass(frozen=True)
-class GroupEnd:
+class GroupEnd(NamedTuple):
     """What the end of a depth group adds to: xr None in the last group, vr None in the first.
 
     steps (B or 1,) float32, None: 1.
@@ -98,12 +96,11 @@ def launch_residual(
     x: Tensor, y: Tensor, columns: Columns, end: GroupEnd | None = None, float8: bool = False
 ) -> list[Tensor]:
     """[x', h], at a group's end [xr', vr', h], at the last one's [vr', h]; float8: h and scales."""
-    xr, vr, steps = (end.xr, end.vr, end.steps) if end else (None, None, None)
+    xr, vr, steps = end or GroupEnd(None, None, None)
     for name, tensor in (("x", x), ("y", y), ("xr", xr), ("vr", vr)):
         if tensor is not None:
             check_tokens(name, tensor, like=x)
-    gates, modulation = columns.gates, columns.modulation
-    gate, *norm = columns.gate_column, columns.shift_column, columns.scale_column
+    gates, gate, modulation, *norm = columns
     check_modulation("gates", gates, x, gate)
     check_modulation("modulation", modulation, x, *norm)
     if steps is not None and (
@@ -116,17 +113,17 @@ def launch_residual(
     x, y, gates, modulation = rows(x), rows(y), rows(gates), rows(modulation)
     xr, vr = (None if tensor is None else rows(tensor) for tensor in (xr, vr))
     batch, tokens, size = x.shape
-    launch = row_launch(size)
+    blocks, warps = row_launch(size)
     out, scales = empty_rows(x, float8)
     out_x = torch.empty_like(out, dtype=x.dtype) if not end or xr is not None else None
     out_vr = torch.empty_like(out, dtype=x.dtype) if end else None
     if out.numel():
         with torch.cuda.device_of(x):
-            residual_kernel[(batch * triton.cdiv(tokens, launch.rows),)](
+            residual_kernel[(batch * triton.cdiv(tokens, blocks["ROWS"]),)](
                 x, y, xr, vr, gates, modulation, steps, out_x, out_vr, out, scales, tokens,
                 *token_strides(x), *token_strides(y), *token_strides(xr), *token_strides(vr),
                 row_stride(gates), row_stride(modulation), row_stride(steps),
-                gate, *norm, LAYER_NORM_EPS, D=size, BLOCK=launch.block, ROWS=launch.rows,
-                GROUP_END=end is not None, **launch_options(x.device, launch.warps),
+                gate, *norm, LAYER_NORM_EPS, **blocks, GROUP_END=end is not None,
+                **launch_options(x.device, warps),
             )  # fmt: skip
     return [made for made in (out_x, out_vr, out, scales) if made is not None]

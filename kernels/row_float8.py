@@ -18,6 +18,7 @@ from odelt_fast.kernels.group_end import group_end_reference
 from odelt_fast.kernels.norm_modulate import launch_norm, norm_modulate_reference
 from odelt_fast.kernels.quantize import FP8, quantize_rows_reference
 from odelt_fast.kernels.residual_rows import Columns, GroupEnd, launch_residual
+from odelt_fast.kernels.rows import like_first
 
 
 def norm_modulate_float8_reference(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def group_end_float8_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor,
     return xr, vr, *quantize_rows_reference(h)
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
@@ -51,9 +52,7 @@ def norm_modulate_float8(
     return q, scales
 
 
-@norm_modulate_float8.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _empty(x)
+norm_modulate_float8.register_fake(_fake)
 
 
 @torch.library.custom_op("odelt_fast::gated_residual_float8", mutates_args=())
@@ -67,9 +66,7 @@ def gated_residual_float8(
     return total, q, scales
 
 
-@gated_residual_float8.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_empty(x)
+gated_residual_float8.register_fake(lambda x, *_: (like_first(x), *_fake(x)))
 
 
 @torch.library.custom_op("odelt_fast::group_end_float8", mutates_args=())
@@ -83,6 +80,4 @@ def group_end_float8(
     return xr, out_vr, q, scales
 
 
-@group_end_float8.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), *_empty(x)
+group_end_float8.register_fake(lambda x, *_: (like_first(x), like_first(x), *_fake(x)))

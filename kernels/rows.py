@@ -7,8 +7,7 @@ all), from which a kernel takes shift, scale and gate by column offset.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,44 +18,26 @@ from torch import Tensor
 from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
 from odelt_fast.kernels.quantize import FP8, quantize_tile
 
-
-@dataclass(frozen=True)
-class RowLaunch:
-    """Columns of a tile (a power of two), its tokens, warps."""
-
-    block: int
-    rows: int
-    warps: int
+MAX_COLUMNS = 8192
 
 
-# 16 values a thread keep four loads of 16 bytes in flight in 16-bit dtypes without spilling in the
-# widest kernel (group end: 4 inputs).
-_LAUNCHES = (
-    RowLaunch(16, 32, 1),
-    RowLaunch(32, 32, 2),
-    RowLaunch(64, 32, 4),
-    RowLaunch(128, 16, 4),
-    RowLaunch(256, 8, 4),
-    RowLaunch(512, 4, 4),
-    RowLaunch(1024, 2, 4),
-    RowLaunch(2048, 1, 4),
-    RowLaunch(4096, 1, 8),
-    RowLaunch(8192, 1, 16),
-)
+def row_launch(size: int) -> tuple[dict[str, int], int]:
+    """(constants, warps) of a launch for rows of `size` values.
 
-
-def row_launch(size: int) -> RowLaunch:
-    """Launch parameters for rows of `size` values.
+    A tile is 2048 values, at most 32 rows and at least one, with 16 values a thread: they keep four
+    loads of 16 bytes in flight in 16-bit dtypes without spilling in the widest kernel (group end: 4
+    inputs).
 
     Raises:
         ValueError: above 8192 values, where a row no longer fits one program's registers.
     """
-    for launch in _LAUNCHES:
-        if size <= launch.block:
-            return launch
-    raise ValueError(
-        f"rows of {size} values are too wide for the row kernels: at most {_LAUNCHES[-1].block}"
-    )
+    if size > MAX_COLUMNS:
+        raise ValueError(
+            f"rows of {size} values are too wide for the row kernels: at most {MAX_COLUMNS}"
+        )
+    block = max(16, triton.next_power_of_2(size))
+    count = min(32, max(1, 2048 // block))
+    return {"D": size, "BLOCK": block, "ROWS": count}, block * count // 512
 
 
 def check_tokens(name: str, x: Tensor, like: Tensor | None = None) -> None:
@@ -104,8 +85,8 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def token_strides(x: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if x is None else (x.stride(0), x.stride(1))
+def token_strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if x is None else x.stride()[:2]
 
 
 def row_stride(table: Tensor | None) -> int:
@@ -115,10 +96,20 @@ def row_stride(table: Tensor | None) -> int:
 
 def empty_rows(x: Tensor, float8: bool) -> tuple[Tensor, Tensor | None]:
     """An output (B, N, D) in x's dtype and None, or in float8 and its scales (B, N) float32."""
-    out = torch.empty(tuple(x.shape), dtype=FP8 if float8 else x.dtype, device=x.device)
     if not float8:
-        return out, None
-    return out, torch.empty(tuple(x.shape[:2]), dtype=torch.float32, device=x.device)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device), None
+    scales = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    return torch.empty(x.shape, dtype=FP8, device=x.device), scales
+
+
+def like_first(x: Tensor, *_: Any) -> Tensor:
+    """The fake implementation of an operator whose result is like its first argument."""
+    return x.new_empty(x.shape)
+
+
+def likes_first(count: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The same for `count` results."""
+    return lambda x, *_: tuple(like_first(x) for _ in range(count))
 
 
 @triton.jit
@@ -171,17 +162,16 @@ def row_cases(name: str, fn: Any, **constants: object) -> Iterator[CompileCase]:
     constants: beside those of the launch; None for a pointer that is absent. Without scales = None
     `out` is float8, which needs sm_89.
     """
-    tensors = ("x", "y", "xr", "vr", "gates", "modulation", "out", "out_x", "out_vr")
+    tensors = ("x", "y", "xr", "vr", "gates", "modulation", "out_x", "out_vr")
     constants = {"PDL": False, **constants}
-    for dtype in (torch.bfloat16,) if constants["PDL"] else DTYPES:
-        kind = DTYPES[dtype]
-        types = dict.fromkeys(tensors, f"*{kind}") | dict.fromkeys(("steps", "scales"), "*fp32")
-        types |= {"eps": "fp32"} | ({} if "scales" in constants else {"out": "*fp8e4nv"})
-        options = {} if "scales" in constants else {"arches": (90, 100)}
+    float8 = "scales" not in constants
+    options = {"arches": (90, 100)} if float8 else {}
+    for kind in ("bf16",) if constants["PDL"] else DTYPES.values():
+        types = dict.fromkeys(tensors, f"*{kind}") | {"out": "*fp8e4nv" if float8 else f"*{kind}"}
+        types |= dict.fromkeys(("steps", "scales"), "*fp32") | {"eps": "fp32"}
         for size in WIDTHS:
-            launch = row_launch(size)
+            blocks, warps = row_launch(size)
             yield kernel_case(
-                f"{name}/{kind}/{size}", fn, types,
-                {"D": size, "BLOCK": launch.block, "ROWS": launch.rows, **constants},
-                ("tokens", "step_row"), num_warps=launch.warps, **options,
+                f"{name}/{kind}/{size}", fn, types, blocks | constants, ("tokens", "step_row"),
+                num_warps=warps, **options,
             )  # fmt: skip

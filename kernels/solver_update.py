@@ -9,7 +9,6 @@ the used stages and x, writes x'.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
 from odelt_fast.kernels.device import require_device
+from odelt_fast.kernels.rows import like_first
 
 STATES = {**DTYPES, torch.float64: "fp64"}
 _BLOCK, _WARPS = 1024, 4
@@ -110,7 +110,7 @@ def combine_stages(x: Tensor, stages: Tensor, coefficients: Tensor, step: Tensor
     used = stages[:count]
     used = used if used[0].is_contiguous() else used.contiguous()
     x, coefficients, step = x.contiguous(), coefficients.contiguous(), step.contiguous()
-    out = torch.empty(tuple(x.shape), dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         values = x[0].numel()
         with torch.cuda.device_of(x):
@@ -121,9 +121,7 @@ def combine_stages(x: Tensor, stages: Tensor, coefficients: Tensor, step: Tensor
     return out
 
 
-@combine_stages.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape)
+combine_stages.register_fake(like_first)
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -144,6 +144,6 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 def test_a_row_too_wide_for_one_program_is_refused() -> None:
-    assert row_launch(8192).block == 8192
+    assert row_launch(8192)[0]["BLOCK"] == 8192
     with pytest.raises(ValueError, match="at most 8192"):
         row_launch(8193)
