@@ -64,8 +64,8 @@ def adaptive_step_update_reference(
     fixed = StepRules(*rules.tolist())
     column = (-1, *[1] * (x.dim() - 1))
     d = step.to(x.dtype).view(column)
-    status, accepted, rejected, evaluations = counters
-    is_running, last = status == RUNNING, first_attempt(control, nodes, rules)[2]
+    counts, last = Counts(*counters), first_attempt(control, nodes, rules)[2]
+    is_running = counts.status == RUNNING
 
     def combination(weights: Tensor) -> Tensor:
         terms = [weight * k for weight, k in zip(weights.tolist(), stages) if weight]
@@ -78,12 +78,12 @@ def adaptive_step_update_reference(
     taken = (norm <= 1) & is_running
     x.copy_(torch.where(taken.view(column), x_new, x))
     stages[0] = torch.where(taken.view(column), stages[-1], stages[0])
-    evaluations = evaluations + is_running * (len(error) - 1) + (taken & ~last & (not fsal))
+    evaluations = is_running * (len(error) - 1) + (taken & ~last & (not fsal))
+    counts = counts._replace(evaluations=counts.evaluations + evaluations)
     k_finite = stages[0].isfinite().flatten(1).all(1)
-    counts = Counts(status, accepted, rejected)
     decided, counts = decide(Control(*control), counts, norm, finite, k_finite, fixed, shared)
     control.copy_(torch.stack(decided))
-    counters.copy_(torch.stack([*counts, evaluations]))
+    counters.copy_(torch.stack(counts))
     running.copy_((counters[0] == RUNNING).any())
     following, at, _ = first_attempt(control, nodes, rules)
     step.copy_(following)

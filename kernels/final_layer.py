@@ -47,8 +47,9 @@ def final_euler_reference(
     step: float, guidance: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch."""
+    height, width = x.shape[2:]
     velocity = final_velocity_reference(
-        h, weight, bias, patch_size, *x.shape[2:], x.dtype, guidance
+        h, weight, bias, patch_size, height, width, x.dtype, guidance
     )
     return x + velocity * step
 

@@ -17,19 +17,17 @@ from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
 
 class AdaptiveTrajectory:
-    """x at t1 from x at t0: `trajectory(x, labels)` -> (x (B, C, H, W), counters (4, B)), by steps
-    that the samples choose.
+    """x at t = 1 from x at t = 0, by steps that the samples choose: `trajectory(x, labels)` ->
+    (x (B, C, H, W), counters (4, B)).
 
     x (B, C, H, W) float32; labels as for `Trajectory`. counters int64: status, accepted, rejected,
     evaluations (`Solution`). Calling it launches the steps one by one; `CapturedSolve` is its form
     as CUDA graphs. operation: with an adaptive solver and one depth.
     """
 
-    def __init__(
-        self, engine: Engine, operation: Operation, t0: float = 0.0, t1: float = 1.0
-    ) -> None:
+    def __init__(self, engine: Engine, operation: Operation) -> None:
         self.engine, self.operation, self.guidance = engine, operation, operation.mixing_scale
-        self.tableau, self.limits, self.t0, self.t1 = operation.tableau, operation.limits, t0, t1
+        self.tableau, self.limits = operation.tableau, operation.limits
         self.log2_steps = operation.step_index(engine.config.sampling)
         self.depth = engine.max_depth if operation.depth is None else operation.depth
         with torch.inference_mode(False), torch.no_grad():
@@ -39,7 +37,7 @@ class AdaptiveTrajectory:
     def key(self) -> tuple[object, ...]:
         """What two trajectories share that make the same launches for the same shapes and
         guidance."""
-        return (self.tableau.name, self.limits, self.t0, self.t1, self.log2_steps, self.depth)
+        return (self.tableau.name, self.limits, self.log2_steps, self.depth)
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         solve = self.prepare(x, labels)
@@ -62,13 +60,10 @@ class AdaptiveTrajectory:
                 condition = torch.cat([condition, condition])
             final = condition + engine.weights.label_embed(chosen)
             tables = engine.modulations(final + engine.length_rows(depth), final, depth)
-            output = engine.velocity(state, *tables, depth, guidance)
+            output = engine.velocity(state, tables, depth, guidance)
             return probability_flow_velocity(output, state, t) if predicts_noise else output
 
-        span = self.t0, self.t1
-        return DeviceAdaptive(
-            field, x, self.log2_steps, self.tableau, self.limits, span, engine.ops
-        )
+        return DeviceAdaptive(field, x, self.log2_steps, self.tableau, self.limits, ops=engine.ops)
 
     def evaluations(self, attempts: int) -> int:
         """Of the velocity, in a solve of that many attempted steps."""

@@ -148,14 +148,14 @@ class CpuNetwork:
                 px, ph = x[part], h[part]
                 ending = px if last else ph  # in rows
                 middle, y, qkv = (memory[: len(px)] for memory in (work.middle, work.y, work.qkv))
-                self._linear(index, "qkv", ph, biases["qkv"], out=qkv)
+                self._linear(index, "qkv", ph, qkv, biases["qkv"])
                 attended = ph if qkv.dim() == 5 else ph.view_as(px)
-                self._attend(qkv, out=attended)
-                self._linear(index, "attention_out", attended, None, out=y)
+                self._attend(qkv, attended)
+                self._linear(index, "attention_out", attended, y)
                 columns = Modulation(modulation, 2 * size, modulation, 3 * size, 4 * size)
                 states = px, y, biases["attention_out"]
                 cpu_ops.gated_residual(*states, columns, out_x=middle, out=ph)
-                self._mlp(index, ph, work.hidden, out=y)
+                self._mlp(index, ph, work.hidden, y)
                 columns = Modulation(modulation, 5 * size, following, 0, size)
                 states = middle, y, biases["mlp_out"]
                 if not ends_group:
@@ -167,7 +167,7 @@ class CpuNetwork:
                     cpu_ops.group_end(*states, inner, columns, (xr, vr, ending))
 
     def _linear(
-        self, index: int, name: str, x: Tensor, bias: Tensor | None, *, out: Tensor
+        self, index: int, name: str, x: Tensor, out: Tensor, bias: Tensor | None = None
     ) -> None:
         """out = x W^T + bias; W is that of a layer of block `index`, x and out (n, N, columns) or
         in tiles."""
@@ -189,7 +189,7 @@ class CpuNetwork:
         cpu_ops.linear(condition, self._packed[index]["modulation"], layer.bias, out=out)
         return out.float()
 
-    def _mlp(self, index: int, x: Tensor, hidden: Tensor | None, *, out: Tensor) -> None:
+    def _mlp(self, index: int, x: Tensor, hidden: Tensor | None, out: Tensor) -> None:
         """out is what the two layers make of x without the second bias; x and out (n, N, D) or in
         tiles."""
         bias = self._biases[index]["mlp_in"]
@@ -197,11 +197,11 @@ class CpuNetwork:
             first, second = (self._packed[index][name] for name in ("mlp_in", "mlp_out"))
             return cpu_ops.mlp(x.flatten(0, 1), first, bias, second, out=out.flatten(0, 1))
         hidden = hidden[: len(x)]
-        self._linear(index, "mlp_in", x, None, out=hidden)
+        self._linear(index, "mlp_in", x, hidden)
         cpu_ops.bias_gelu_(hidden, bias)
-        self._linear(index, "mlp_out", hidden, None, out=out)
+        self._linear(index, "mlp_out", hidden, out)
 
-    def _attend(self, qkv: Tensor, *, out: Tensor) -> None:
+    def _attend(self, qkv: Tensor, out: Tensor) -> None:
         """Attention of packed qkv (B, N, 3*D) into out (B, N, D), or both in tiles."""
         heads, dim = self.model.config.num_heads, self.dim
         if qkv.dim() == 5 or self._attends(qkv.shape[1]):

@@ -18,7 +18,8 @@ from odelt_fast.engine.native.while_graph import WhileGraph, while_graph_unavail
 from odelt_fast.files import one_line
 from odelt_fast.solvers.adaptive import AdaptiveSteps, State
 from odelt_fast.solvers.options import Limits
-from odelt_fast.solvers.solution import RUNNING, Field, Solution, check_times
+from odelt_fast.solvers.solution import Field, Solution, check_times
+from odelt_fast.solvers.step_control import RUNNING, Control, Counts
 from odelt_fast.solvers.tableau import Tableau
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,10 @@ class DeviceAdaptive:
         self.control = torch.zeros(5, batch, dtype=torch.float64, device=device)
         self.counters = torch.zeros(4, batch, dtype=torch.int64, device=device)
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.state = State(self.x, self.stages[0], *self.control, *self.counters)
+        counts = Counts(*self.counters)
+        self.state = State(self.x, self.stages[0], Control(*self.control), counts)
         if self.ops:
-            self._prepare_fused(self.ops)
+            self._prepare_fused()
 
     def start(self) -> None:
         """Sets out from x0: the first velocity and the size of the first step (two evaluations)."""
@@ -93,7 +95,7 @@ class DeviceAdaptive:
     def attempt(self) -> None:
         """One attempted step of every running sample."""
         if self.ops:
-            self._fused_attempt(self.ops)
+            self._fused_attempt()
         else:
             self._write(self.steps.attempt(self.state))
 
@@ -107,11 +109,12 @@ class DeviceAdaptive:
         return self.counters[1:3].sum(0).max()
 
     def _write(self, state: State) -> None:
-        for held, new in zip(self.state, state, strict=True):
-            held.copy_(new)
-        self.flag.copy_((state.status == RUNNING).any())
+        held, new = ((each.x, each.k, *each.control, *each.counts) for each in (self.state, state))
+        for target, value in zip(held, new, strict=True):
+            target.copy_(value)
+        self.flag.copy_((state.counts.status == RUNNING).any())
 
-    def _prepare_fused(self, ops: SimpleNamespace) -> None:
+    def _prepare_fused(self) -> None:
         """What the kernels read beside the state: the tableau, the rules of the step sizes, and the
         step and times of the next attempt."""
         tableau, steps, batch = self.tableau, self.steps, len(self.x)
@@ -129,7 +132,8 @@ class DeviceAdaptive:
         self.step = self.control.new_zeros(batch)
         self.times = self.control.new_zeros((len(nodes), batch))
 
-    def _fused_attempt(self, ops: SimpleNamespace) -> None:
+    def _fused_attempt(self) -> None:
+        ops: Any = self.ops
         stages, x_new = self.stages, self.x
         for i, row in enumerate(self.rows, 1):
             x_new = ops.combine_stages(self.x, stages[:i], row, self.step)

@@ -37,6 +37,7 @@ from odelt_fast.engine.tuning import fastest, read_tuning
 from odelt_fast.engine.weights import LAYERS, Layer, PreparedWeights
 from odelt_fast.model import DiT, position_table
 
+Tables = tuple[Tensor, Tensor]  # modulations: of the blocks (R, live*6*D), the final layer (R, 2*D)
 ROW_LAUNCHES, ENDS_LAUNCHES = 7, 3
 
 logger = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Engine:
         index = depths if isinstance(depths, int) else torch.tensor(depths, device=self.device)
         return self.weights.length_embed[index]
 
-    def modulations(self, blocks: Tensor, final: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def modulations(self, blocks: Tensor, final: Tensor, depth: int) -> Tables:
         """Modulation of all blocks live at `depth` (R, live*6*D) and of the final layer (R, 2*D),
         from their conditions (R, D)."""
         columns = 6 * self.config.hidden_size * self.config.live_blocks(depth)
@@ -167,32 +168,21 @@ class Engine:
             log2_steps = log2_steps.reshape(-1).float()
         final = self.condition(t.reshape(-1).float(), log2_steps) + self.weights.label_embed(y)
         tables = self.modulations(final + self.length_rows(depth), final, depth)
-        return self.velocity(x, *tables, depth)
+        return self.velocity(x, tables, depth)
 
     def velocity(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        final_modulation: Tensor,
-        depth: int,
-        guidance: float | None = None,
+        self, x: Tensor, tables: Tables, depth: int, guidance: float | None = None
     ) -> Tensor:
-        """v (B, C, H, W) in x's dtype, from modulations of B rows or 1; with guidance from 2B rows,
+        """v (B, C, H, W) in x's dtype, from modulations of B rows or 1; with guidance of 2B rows,
         labels first, or 1."""
-        h = self._hidden(x, modulation, final_modulation, depth, guidance)
+        h = self._hidden(x, tables, depth, guidance)
         return self.ops.final_velocity(h, *self._projection, *x.shape[2:], x.dtype, guidance)
 
     def euler_step(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        final_modulation: Tensor,
-        depth: int,
-        step: float,
-        guidance: float | None = None,
+        self, x: Tensor, tables: Tables, depth: int, step: float, guidance: float | None = None
     ) -> Tensor:
         """x + step*v in x's dtype; for the rest see `velocity`."""
-        h = self._hidden(x, modulation, final_modulation, depth, guidance)
+        h = self._hidden(x, tables, depth, guidance)
         return self.ops.final_euler(x, h, *self._projection, step, guidance)
 
     @property
@@ -200,18 +190,12 @@ class Engine:
         final = self.weights.final
         return final.weight, final.bias, self.config.patch_size
 
-    def _hidden(
-        self,
-        state: Tensor,
-        modulation: Tensor,
-        final_modulation: Tensor,
-        depth: int,
-        guidance: float | None,
-    ) -> Tensor:
+    def _hidden(self, state: Tensor, tables: Tables, depth: int, guidance: float | None) -> Tensor:
         """What the final projection sees: (B or 2B, N, D), the inner ODE's vr after the final
         layer's LayerNorm + modulate."""
         config, ops, size = self.config, self.ops, self.config.hidden_size
         live, patch = config.live_blocks(depth), self.weights.patch
+        modulation, final_modulation = tables
         if guidance is not None:
             state = torch.cat([state, state])
         positions, vr = self.positions(*state.shape[2:]), None
@@ -272,20 +256,15 @@ class Engine:
             allowed = ["cublas", "triton"]
             # cuBLAS's row-wise float8 product makes bfloat16, wants multiples of 16 and Hopper, and
             # has no GELU.
-            if layer.scale is not None and (
-                self.dtype != torch.bfloat16
-                or activation != "none"
-                or columns % 16
-                or inner % 16
-                or self.capability < (9, 0)
-            ):
+            fits = self.dtype == torch.bfloat16 and not (columns % 16 or inner % 16)
+            fits &= activation == "none" and self.capability >= (9, 0)
+            if layer.scale is not None and not fits:
                 allowed = ["triton"]
-            shape: dict[str, object] = {
-                "dtype": _name(layer.weight.dtype),
-                "activation": activation,
-            }
-            shape |= {"operator": "linear", "columns": columns, "inner": inner}
-            self._choices[key] = fastest(self.measured, allowed, rows, **shape) or allowed[0]
+            choice = fastest(
+                self.measured, allowed, rows, operator="linear", dtype=_name(layer.weight.dtype),
+                activation=activation, columns=columns, inner=inner,
+            )  # fmt: skip
+            self._choices[key] = choice or allowed[0]
         return self._choices[key]
 
     def _attend(self, qkv: Tensor) -> Tensor:
@@ -302,9 +281,10 @@ class Engine:
         if key not in self._choices:
             each = self.device, self.dtype, self.head_dim
             allowed = [name for name in ATTENTIONS[1:] if not attention_unavailable(name, *each)]
-            shape: dict[str, object] = {"dtype": _name(self.dtype), "head_dim": self.head_dim}
-            shape |= {"operator": "attention", "heads": self.config.num_heads, "tokens": tokens}
-            choice = fastest(self.measured, allowed, samples, **shape) or "sdpa"
+            choice = fastest(
+                self.measured, allowed, samples, operator="attention", dtype=_name(self.dtype),
+                head_dim=self.head_dim, heads=self.config.num_heads, tokens=tokens,
+            ) or "sdpa"  # fmt: skip
             reason = self._try_attention(choice, tokens)
             if reason:
                 logger.info("attention %s is fastest here and cannot run: %s", choice, reason)

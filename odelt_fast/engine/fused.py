@@ -32,7 +32,8 @@ from odelt_fast.engine.trajectory import Trajectory
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
-from odelt_fast.solvers.solution import DONE, NON_FINITE, BatchResult, Solution
+from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
+from odelt_fast.solvers.step_control import DONE, NON_FINITE
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +41,11 @@ logger = logging.getLogger(__name__)
 # 0.2 ms), and a graph only holds memory.
 GRAPH_TOKENS = 2**16
 
-_ENGINES: weakref.WeakKeyDictionary[
-    DiT, dict[tuple[str, str | None], tuple[Engine, GraphCache | None]]
-] = weakref.WeakKeyDictionary()
+Prepared = tuple[Engine, GraphCache | None]
+_ENGINES = weakref.WeakKeyDictionary[DiT, dict[tuple[str, str | None], Prepared]]()
 
 
-def shared_engine(
-    model: DiT, attention: str = "auto", precision: str | None = None
-) -> tuple[Engine, GraphCache | None]:
+def shared_engine(model: DiT, attention: str = "auto", precision: str | None = None) -> Prepared:
     """The engine of this model and its graphs, made where there is none or the weights have
     changed; ValueError if it cannot run."""
     engines = _ENGINES.setdefault(model, {})
@@ -78,10 +76,7 @@ class Fused:
     """
 
     def __init__(
-        self,
-        source: Callable[[], tuple[Engine, GraphCache | None]],
-        operation: Operation,
-        strict: bool = False,
+        self, source: Callable[[], Prepared], operation: Operation, strict: bool = False
     ) -> None:
         self.source, self.operation, self.strict = source, operation, strict
         self.graphs_off: str | None = None
@@ -131,8 +126,8 @@ class Fused:
         self,
         x: Tensor,
         labels: np.ndarray,
-        fresh: Callable[[int], Tensor] | None = None,
-        progress: Callable[[int], None] | None = None,
+        fresh: Noise | None = None,
+        progress: Hook | None = None,
     ) -> BatchResult:
         """One batch from t = 0 to 1: x float32, a new tensor on the engine's device.
 
@@ -265,7 +260,7 @@ def choose_fused(
             only it has.
     """
 
-    def source() -> tuple[Engine, GraphCache | None]:
+    def source() -> Prepared:
         # Asked again when the weights have changed: the model may have been moved.
         unavailable = availability.fused_unavailable(model)
         if unavailable:
@@ -287,11 +282,8 @@ def choose_fused(
             reason = one_line(error)
         if backend == "fused":
             raise ValueError(f"backend 'fused' cannot run here: {reason}")
-    for option, value, plain in (
-        ("attention", attention, ("auto", "sdpa")),
-        ("precision", precision, (None,)),
-    ):
-        if value not in plain:
+    for option, value in ("attention", attention), ("precision", precision):
+        if value not in ("auto", "sdpa", None):
             raise ValueError(
                 f"{option} {value!r} is for the fused backend, which does not run: {reason}"
             )

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from odelt_fast.engine.engine import Engine
+from odelt_fast.engine.engine import Engine, Tables
 from odelt_fast.operation import Operation
 from odelt_fast.solvers.fixed import integrate_fixed, predict_and_renoise
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
@@ -86,7 +86,7 @@ class Trajectory:
 
         def field(t: float, state: Tensor, log2_steps: int) -> Tensor:
             i, (tables, depth) = next(evaluations)
-            output = engine.velocity(state, *tables, depth, guidance)
+            output = engine.velocity(state, tables, depth, guidance)
             if not predicts_noise:
                 return output
             return probability_flow_velocity(output, state, self.evaluation_times[i : i + 1])
@@ -102,7 +102,7 @@ class Trajectory:
         else:
             for i, (tables, depth) in evaluations:
                 step = self.times[i + 1] - self.times[i]
-                x = engine.euler_step(x, *tables, depth, step, guidance)
+                x = engine.euler_step(x, tables, depth, step, guidance)
         return x, torch.isfinite(x).flatten(1).all(1)
 
     def _steps_at_once(self, rows: int) -> int:
@@ -110,14 +110,13 @@ class Trajectory:
         columns = 6 * self.engine.config.hidden_size * blocks
         return max(1, TABLE_BYTES // (rows * columns * self.engine.dtype.itemsize))
 
-    def _modulations(self, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _modulations(self, labels: Tensor) -> Iterator[Tables]:
         """Modulation of the blocks (R, live*6*D) and of the final layer (R, 2*D) at each
         evaluation, for labels (R,)."""
         rows, count, depth = len(labels), self._steps_at_once(len(labels)), max(self.depths)
         embedded = self.engine.weights.label_embed(labels)
         for start in range(0, self.evaluations, count):
-            conditions = (self.conditions[:, start : start + count, None] + embedded).flatten(
-                1, 2
-            )  # (2, steps*R, D)
-            blocks, final = self.engine.modulations(conditions[0], conditions[1], depth)
+            conditions = self.conditions[:, start : start + count, None] + embedded
+            both = conditions.flatten(1, 2)  # (2, steps*R, D)
+            blocks, final = self.engine.modulations(both[0], both[1], depth)
             yield from zip(blocks.split(rows), final.split(rows), strict=True)

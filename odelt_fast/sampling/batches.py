@@ -5,21 +5,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from odelt_fast.model import DiT
-from odelt_fast.solvers.solution import (
-    DONE,
-    MAX_STEPS,
-    NON_FINITE,
-    STATUSES,
-    BatchResult,
-    Solution,
-)
+from odelt_fast.solvers.solution import BatchResult, Solution
+from odelt_fast.solvers.step_control import DONE, MAX_STEPS, NON_FINITE, STATUSES
 
 if TYPE_CHECKING:
     from odelt_fast.sampling.sampler import Sampler
@@ -78,12 +71,7 @@ class Batches:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None:
             self.sampler.say_fallbacks()
             return False
@@ -166,12 +154,9 @@ class Batches:
         bad = [str(self.done + row) for row, each in enumerate(status) if each == worst]
         names = f"{', '.join(bad[:8])}{', ...' if len(bad) > 8 else ''} of {self.count}"
         if worst == NON_FINITE:
-            half = self.sampler.model.dtype == torch.float16
-            advice = (
-                "use bfloat16 or float32"
-                if half
-                else "check the weights, the guidance scale and the noise"
-            )
+            advice = "check the weights, the guidance scale and the noise"
+            if self.sampler.model.dtype == torch.float16:
+                advice = "use bfloat16 or float32"
             raise ValueError(f"samples are not finite (images {names}): {advice}")
         how, reason = self.sampler.operation, "cannot make its steps small enough"
         advice = "raise rtol and atol"

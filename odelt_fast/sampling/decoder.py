@@ -145,17 +145,14 @@ def load_decoder(
         raise ValueError(
             "decoding latents needs diffusers: pip install 'odelt-fast[diffusers]'"
         ) from None
-    kinds: dict[str, Any] = {
-        "AutoencoderKL": diffusers.AutoencoderKL,
-        "AutoencoderTiny": diffusers.AutoencoderTiny,
-    }
+    kinds = ("AutoencoderKL", "AutoencoderTiny")
     try:
         folder = _find_folder(str(name_or_path))
         kind = json.loads((folder / "config.json").read_text()).get("_class_name")
         if kind not in kinds:
             raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
         local = {"use_safetensors": True, "local_files_only": True}
-        autoencoder = kinds[kind].from_pretrained(folder, **local)
+        autoencoder = getattr(diffusers, kind).from_pretrained(folder, **local)
         autoencoder.encoder = autoencoder.quant_conv = None
         autoencoder = autoencoder.eval().requires_grad_(False).to(device, dtype or torch.float32)
         return Decoder(autoencoder, str(name_or_path), batch_size)

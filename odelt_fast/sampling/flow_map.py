@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,14 +18,15 @@ from torch import Tensor
 from odelt_fast.checks import check_seed, whole
 from odelt_fast.operation import step_index
 from odelt_fast.sampling.batches import Batches, evaluating
+from odelt_fast.sampling.host import on_each_step
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
-from odelt_fast.solvers.solution import STATUSES, BatchResult, Solution
+from odelt_fast.solvers.solution import BatchResult, Hook, Solution
+from odelt_fast.solvers.step_control import STATUSES
 
 Labels = int | Sequence[int] | np.ndarray | Tensor | None
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def trajectory(
     seed: int = 0,
     *,
     noise: Tensor | None = None,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Solution:
     """What `sampler(num_images, labels, seed)` draws, as its `x`, with its states at `times`
     (rising, in [0, 1]) as its `trajectory` (S, N, C, H, W).
@@ -71,7 +72,7 @@ def trajectory(
 
 
 def invert(
-    sampler: Sampler, images: Tensor, labels: Labels = None, *, progress: Progress | None = None
+    sampler: Sampler, images: Tensor, labels: Labels = None, *, progress: Hook | None = None
 ) -> Inversion:
     """Carries images (N, C, H, W) in [-1, 1] (or latents) from t = 1 to the noise at t = 0 and back
     again.
@@ -95,7 +96,7 @@ def interpolate(
     frames: int = 8,
     label: int | None = None,
     *,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Tensor:
     """Images (frames, C, H, W) of noise on the great circle from image 0 of seed_a to image 0 of
     seed_b, all with one label.
@@ -138,7 +139,7 @@ def flow(
     *,
     save_at: Sequence[float] = (),
     log2_steps: int | None = None,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Solution:
     """States at t1 of x (N, C, H, W) at t0, forward or backward, by the sampler's solver; float32,
     on the model's device.
@@ -161,7 +162,7 @@ def flow(
     batches = Batches(sampler, len(x), tuple(x.shape[1:]), end=t1)
     with evaluating(model), torch.no_grad():
         for rows in batches:
-            on_step = on_each_step(progress, rows)
+            on_step = on_each_step(progress, rows.stop - rows.start)
             with batches:
                 field = VelocityField(model, operation, chosen[rows], sampler.evaluate)
                 solution = solve(
@@ -172,13 +173,6 @@ def flow(
     solution = batches.solution
     record(sampler, time.perf_counter() - start, solution)
     return solution
-
-
-def on_each_step(progress: Progress | None, rows: slice) -> Callable[[int], None] | None:
-    """A solver's on_step that reports a step of all rows of a batch."""
-    if progress is None:
-        return None
-    return lambda _: progress(rows.stop - rows.start)
 
 
 def record(sampler: Sampler, seconds: float, *solutions: Solution) -> None:

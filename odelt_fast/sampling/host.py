@@ -13,7 +13,12 @@ from odelt_fast.operation import Operation
 from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.fixed import predict_and_renoise
-from odelt_fast.solvers.solution import BatchResult, Solution
+from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
+
+
+def on_each_step(progress: Hook | None, count: int) -> Hook | None:
+    """A solver's on_step that reports a step of the `count` images of a batch."""
+    return None if progress is None else lambda _: progress(count)
 
 
 class Host:
@@ -30,8 +35,8 @@ class Host:
         self,
         x: Tensor,
         labels: np.ndarray,
-        fresh: Callable[[int], Tensor] | None = None,
-        progress: Callable[[int], None] | None = None,
+        fresh: Noise | None = None,
+        progress: Hook | None = None,
     ) -> BatchResult:
         """One batch from t = 0 to 1 as `Fused.solve`; progress is called as steps are made."""
         device, operation = self.model.device, self.operation
@@ -40,10 +45,7 @@ class Host:
         field = VelocityField(self.model, operation, chosen, self.network)
         sampling = self.model.config.sampling
         index, steps = operation.step_index(sampling), operation.steps or 0
-
-        def on_step(_: int) -> None:
-            if progress:
-                progress(len(labels))
+        on_step = on_each_step(progress, len(labels))
 
         def noise(i: int) -> Tensor:
             assert fresh is not None

@@ -17,12 +17,13 @@ from odelt_fast.checks import check_seed, one_of, whole
 from odelt_fast.images import DigitsSource, EncodedImages, ImageSource
 from odelt_fast.operation import step_index
 from odelt_fast.sampling.batches import Batches, default_batch, evaluating
-from odelt_fast.sampling.flow_map import Labels, Progress, labels_of_data, on_each_step, record
+from odelt_fast.sampling.flow_map import Labels, labels_of_data, record
+from odelt_fast.sampling.host import on_each_step
 from odelt_fast.sampling.noise import image_noise
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
-from odelt_fast.solvers.solution import BatchResult, Field, Solution
+from odelt_fast.solvers.solution import BatchResult, Field, Hook, Solution
 
 PROBES = ("rademacher", "gaussian")
 
@@ -72,7 +73,7 @@ def log_likelihood(
     probe: str = "rademacher",
     seed: int = 0,
     first_image: int = 0,
-    progress: Progress | None = None,
+    progress: Hook | None = None,
 ) -> Likelihood:
     """log p(x | label) of images (N, C, H, W) at the sampler's depth, guidance and solver (dopri5
     at rtol = atol = 1e-5 does well).
@@ -117,7 +118,7 @@ def log_likelihood(
                 field = VelocityField(model, sampler.operation, chosen[rows])
                 augmented = with_divergence(field, shape, vectors)
                 state = torch.cat([x.flatten(1), x.new_zeros(len(x), columns)], 1)
-                on_step, how = on_each_step(progress, rows), sampler.operation
+                on_step, how = on_each_step(progress, len(x)), sampler.operation
                 solution = solve(augmented, state, index, how, t0=1.0, t1=0.0, on_step=on_step)
                 batches.add(BatchResult.of(solution, field.evaluations))
     record(sampler, time.perf_counter() - start, batches.solution)

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,7 @@ class Sampler:
     `operation` is how it samples, with the depth that it means for this model. `stats` holds, of
     the last call, images, evaluations (of the network, in all), evaluations_per_image and seconds;
     and, for each image, accepted and rejected steps, evaluations_needed (the rest of its batch may
-    have needed more) and status (`solvers.solution.STATUSES`).
+    have needed more) and status (`solvers.step_control.STATUSES`).
 
     Args:
         depth: number of active blocks l (None: all that are loaded).
@@ -105,35 +106,6 @@ class Sampler:
             time_grid=time_grid,
             depth_schedule=depth_schedule,
         )
-        self._prepare(model, operation, backend, batch_size, decoder, attention, precision)
-
-    @classmethod
-    def of(
-        cls,
-        model: DiT,
-        operation: Operation,
-        *,
-        backend: str = "auto",
-        batch_size: int | None = None,
-        decoder: Callable[[Tensor], Tensor] | None = None,
-        attention: str = "auto",
-        precision: str | None = None,
-    ) -> Sampler:
-        """The sampler of an operation; the other arguments as above."""
-        sampler = cls.__new__(cls)
-        sampler._prepare(model, operation, backend, batch_size, decoder, attention, precision)
-        return sampler
-
-    def _prepare(
-        self,
-        model: DiT,
-        operation: Operation,
-        backend: str,
-        batch_size: int | None,
-        decoder: Callable[[Tensor], Tensor] | None,
-        attention: str,
-        precision: str | None,
-    ) -> None:
         if not isinstance(model, DiT):
             raise ValueError(
                 f"model must be a DiT, as load_model returns, not {type(model).__name__}"
@@ -161,6 +133,11 @@ class Sampler:
                 f"the fused backend cannot run: {self.not_fused}; the model itself runs, which is"
                 " slower"
             )
+
+    @classmethod
+    def of(cls, model: DiT, operation: Operation, **options: Any) -> Sampler:
+        """The sampler of an operation; options: the other arguments, by name."""
+        return cls(model, **vars(operation), **options)
 
     def __call__(
         self,
@@ -203,9 +180,9 @@ class Sampler:
             for rows in batches:
                 owned = range(first_image + rows.start, first_image + rows.stop)
                 x = stack_noise(seed, owned, shape) if noise is None else noise[rows]
-                chosen = given[rows] if given is not None else None
-                if chosen is None:
-                    chosen = drawn_labels(seed, owned, config.num_classes)
+                chosen = (
+                    drawn_labels(seed, owned, config.num_classes) if given is None else given[rows]
+                )
                 self._batch = tuple(x.shape)
                 fresh = partial(stack_noise, seed, owned, shape, "renoise")
                 with batches:
@@ -230,9 +207,8 @@ class Sampler:
         """What really runs: backend and why no other, device, dtype, depth, live blocks, solver,
         steps, evaluations, attention, graph."""
         config, how = self.model.config, self.operation
-        shape = self._batch
-        if shape is None:
-            shape = (self.batch_size or 1, config.channels, config.image_size, config.image_size)
+        side = config.image_size
+        shape = self._batch or (self.batch_size or 1, config.channels, side, side)
         dtype = str(self.model.dtype).removeprefix("torch.")
         reasons = {} if self.fused else {"fused": self.not_fused}
         if self.backend != "compile":
@@ -242,16 +218,13 @@ class Sampler:
         if self.fused or self.backend == "compile":
             asked = f"backend {self.backend} was asked for"
             reasons["eager"] = "slower than fused" if self.backend == "auto" else asked
-        limits = {name: getattr(how, name) for name in ("rtol", "atol", "max_steps", "error_norm")}
-        depth = self.model.max_depth if how.depth is None else how.depth
-        native = isinstance(self.network, CpuNetwork)
-        evaluations = how.evaluations_per_image
-        if evaluations is None:
-            evaluations = self.stats.get("evaluations_per_image")
+        depth = how.depth or self.model.max_depth
+        native = {"native_operators": isinstance(self.network, CpuNetwork)}
+        evaluations = how.evaluations_per_image or self.stats.get("evaluations_per_image")
         about: dict[str, Any] = {
             "backend": "compile" if self.backend == "compile" else "eager",
             "not_taken": reasons,
-            **({"native_operators": native} if self.model.device.type == "cpu" else {}),
+            **(native if self.model.device.type == "cpu" else {}),
             "device": str(self.model.device),
             "dtype": dtype,
             "depth": "by schedule" if how.depth_schedule else how.depth,
@@ -259,7 +232,7 @@ class Sampler:
             "sampling": config.sampling,
             "solver": how.solver,
             "steps": "adaptive" if how.adaptive else how.steps,
-            **(limits if how.adaptive else {}),
+            **(asdict(how.limits) if how.adaptive else {}),
             "time_grid": how.time_grid,
             "step_index": how.step_index(config.sampling) if config.step_conditioned else 0,
             "guidance_scale": how.guidance_scale,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,6 @@ from torch import Tensor
 
 from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import (
-    DONE,
-    NON_FINITE,
-    RUNNING,
     Field,
     Hook,
     Solution,
@@ -29,7 +25,10 @@ from odelt_fast.solvers.solution import (
     hermite,
 )
 from odelt_fast.solvers.step_control import (
+    DONE,
     GROW,
+    NON_FINITE,
+    RUNNING,
     Control,
     Counts,
     StepRules,
@@ -42,21 +41,12 @@ from odelt_fast.solvers.tableau import Tableau
 
 
 class State(NamedTuple):
-    """A solve between two attempted steps. x, k (B, ...): state and velocity. (B,) float64: those
-    of `Control`. (B,) int64: status (RUNNING or one of STATUSES), accepted and rejected steps,
-    evaluations."""
+    """A solve between two attempted steps. x, k (B, ...): state and velocity."""
 
     x: Tensor
     k: Tensor
-    t: Tensor
-    h: Tensor
-    h_good: Tensor
-    previous: Tensor
-    grow: Tensor
-    status: Tensor
-    accepted: Tensor
-    rejected: Tensor
-    evaluations: Tensor
+    control: Control
+    counts: Counts
 
 
 class AdaptiveSteps:
@@ -84,15 +74,9 @@ class AdaptiveSteps:
                 f"solver {tableau.name} has no error estimate and cannot choose its steps: take"
                 " dopri5, tsit5, bosh3 or dop853"
             )
-        self.field, self.log2_steps, self.tableau, self.error = (
-            field,
-            log2_steps,
-            tableau,
-            tableau.error,
-        )
-        self.rules = StepRules.of(
-            tableau.error_order, t0, t1, limits.rtol, limits.atol, limits.max_steps
-        )
+        self.field, self.log2_steps = field, log2_steps
+        self.tableau, self.error = tableau, tableau.error
+        self.rules = StepRules.of(tableau.error_order, t0, t1, limits)
         self.span, self.order = abs(t1 - t0), tableau.error_order + 1
         self.shared = limits.error_norm == "batch"
         self.on_host, self.velocity_at_end = on_host, velocity_at_end
@@ -114,14 +98,14 @@ class AdaptiveSteps:
             h = self._first_size(t, x, k, status == RUNNING)
             h = h.clamp(min=min(self.rules.smallest, self.span))
         control = Control(t, h, h, torch.full_like(h, 1e-4), torch.full_like(h, GROW))
-        return State(x, k, *control, *Counts(status, none, none), evaluations)
+        return State(x, k, control, Counts(status, none, none, evaluations))
 
     def attempt(self, state: State) -> State:
         """Stages, error, acceptance, the next step size, and who has ended."""
         tableau, rules, shared = self.tableau, self.rules, self.shared
-        x, k, t, h, h_good, previous, grow, status, accepted, rejected, evaluations = state
-        running = status == RUNNING
-        step, t_new, last = proposed(t, h, rules.t1, rules.sign)
+        x, k, control, counts = state
+        t, running = control.t, counts.status == RUNNING
+        step, t_new, last = proposed(t, control.h, rules.t1, rules.sign)
         d, ks, x_new = column(step, x), [k], x
         for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
             x_new = x + d * combine(row, ks)
@@ -134,7 +118,7 @@ class AdaptiveSteps:
         norm = error_norm(error, error3, largest, running, rules, shared)
         finite, taken = finite_rows(x_new) & finite_rows(error), (norm <= 1) & running
         x = torch.where(column(taken, x), x_new, x)
-        evaluations = evaluations + running * (tableau.stages - 1)
+        evaluations = counts.evaluations + running * (tableau.stages - 1)
         k_new = ks[-1]
         if not tableau.fsal:
             needed = taken if self.velocity_at_end else taken & ~last
@@ -143,9 +127,9 @@ class AdaptiveSteps:
             if not self.on_host or needed.any():
                 k_new = self.velocity(torch.where(norm <= 1, t_new, t), x)
         k = torch.where(column(taken, x), k_new, k)
-        control, counts = Control(t, h, h_good, previous, grow), Counts(status, accepted, rejected)
-        control, counts = decide(control, counts, norm, finite, finite_rows(k), rules, shared)
-        return State(x, k, *control, *counts, evaluations)
+        counts = counts._replace(evaluations=evaluations)
+        decided = decide(control, counts, norm, finite, finite_rows(k), rules, shared)
+        return State(x, k, *decided)
 
     def velocity(self, t: Tensor, x: Tensor) -> Tensor:
         """The field at times t (B,), which are held between t0 and t1: rounding may take them
@@ -216,22 +200,16 @@ def integrate_adaptive(
     trajectory = torch.full((len(save), *x.shape), math.nan, dtype=x.dtype, device=x.device)
     trajectory[[i for i, s in enumerate(save) if s == t0]] = x
     attempts = 0
-    while (state.status == RUNNING).any():
+    while (state.counts.status == RUNNING).any():
         before, state = state, steps.attempt(state)
-        taken = state.accepted > before.accepted
+        taken = state.counts.accepted > before.counts.accepted
+        t, t_new, sign = before.control.t, state.control.t, steps.rules.sign
         for i, s in enumerate(save):
-            passed, left = (s - before.t) * steps.rules.sign, (s - state.t) * steps.rules.sign
-            inside = column(taken & (passed > 0) & (left <= 0), x)
-            size = state.t - before.t
-            share, d = column((s - before.t) / size, x), column(size, x)
+            inside = column(taken & ((s - t) * sign > 0) & ((s - t_new) * sign <= 0), x)
+            share, d = column((s - t) / (t_new - t), x), column(t_new - t, x)
             between = hermite(share, d, before.x, state.x, before.k, state.k)
             trajectory[i] = torch.where(inside, between, trajectory[i])
         attempts += 1
         if on_step:
             on_step(attempts)
-    return replace(solution_of(state), trajectory=trajectory if save else None)
-
-
-def solution_of(state: State) -> Solution:
-    """The result of a solve that has ended."""
-    return Solution(state.x, state.status, state.accepted, state.rejected, state.evaluations)
+    return Solution(state.x, *state.counts, trajectory if save else None)

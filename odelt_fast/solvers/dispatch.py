@@ -49,5 +49,7 @@ def solve(
         )
     if not how.adaptive:
         return integrate_fixed(field, x, times, log2_steps, how.tableau, on_step, save_at)
-    hooks: dict[str, Any] = {"on_step": on_step, "save_at": save_at}
-    return integrate_adaptive(field, x, log2_steps, how.tableau, how.limits, span=(t0, t1), **hooks)
+    return integrate_adaptive(
+        field, x, log2_steps, how.tableau, how.limits,
+        span=(t0, t1), on_step=on_step, save_at=save_at,
+    )  # fmt: skip

@@ -7,12 +7,12 @@ own time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.solution import Field, Hook, Solution, check_times, combine, hermite
+from odelt_fast.solvers.solution import Field, Hook, Noise, Solution, check_times, combine, hermite
 from odelt_fast.solvers.tableau import Tableau
 
 
@@ -29,9 +29,7 @@ def integrate_fixed(
     `integrate_adaptive`."""
     save = check_times(times[0], times[-1], save_at)
     saved = [x] * sum(s == times[0] for s in save)
-    stages = (
-        tableau.stages - tableau.fsal
-    )  # the last stage of a FSAL method is the first of the next step
+    stages = tableau.stages - tableau.fsal  # FSAL: the last is the first of the next step
     weights = tableau.a[-1] if tableau.fsal else tableau.b
     evaluations, k_new = 0, None
     for i in range(len(times) - 1):
@@ -59,12 +57,7 @@ def integrate_fixed(
 
 
 def predict_and_renoise(
-    field: Field,
-    x: Tensor,
-    steps: int,
-    log2_steps: int,
-    noise: Callable[[int], Tensor],
-    on_step: Hook | None = None,
+    field: Field, x: Tensor, steps: int, log2_steps: int, noise: Noise, on_step: Hook | None = None
 ) -> Tensor:
     """Sampling of consistency models: predict the data, add noise anew, at each of T steps.
 

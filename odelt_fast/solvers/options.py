@@ -13,9 +13,8 @@ ERROR_NORMS = ("per_sample", "batch")
 TORCHDIFFEQ = "torchdiffeq:"  # begins the name of a solver of that package
 TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 TORCHDIFFEQ_FIXED = (
-    *("euler", "midpoint", "heun2", "heun3", "rk4"),
-    *("explicit_adams", "implicit_adams"),
-)
+    "euler", "midpoint", "heun2", "heun3", "rk4", "explicit_adams", "implicit_adams"
+)  # fmt: skip
 
 TimeGrid = str | tuple[str, float]
 
@@ -119,8 +118,8 @@ def check_solver(name: str) -> str:
     """`name` if it is a solver; otherwise ValueError that names those there are."""
     if not isinstance(name, str) or not name.startswith(TORCHDIFFEQ):
         find_tableau(name)
-    elif name.removeprefix(TORCHDIFFEQ) not in TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED:
-        allowed = ", ".join(dict.fromkeys(TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED))
+    elif name.removeprefix(TORCHDIFFEQ) not in (*TORCHDIFFEQ_ADAPTIVE, *TORCHDIFFEQ_FIXED):
+        allowed = ", ".join(TORCHDIFFEQ_ADAPTIVE + TORCHDIFFEQ_FIXED)
         raise ValueError(
             f"solver torchdiffeq: must be followed by one of {allowed}, not {shown(name)}"
         )

@@ -12,44 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.step_control import (
-    DONE,
-    MAX_STEPS,
-    NON_FINITE,
-    RUNNING,
-    STATUSES,
-    STEP_UNDERFLOW,
-)
-
-__all__ = [
-    "DONE",
-    "MAX_STEPS",
-    "NON_FINITE",
-    "RUNNING",
-    "STATUSES",
-    "STEP_UNDERFLOW",
-    "BatchResult",
-    "Field",
-    "Hook",
-    "Solution",
-    "check_times",
-    "column",
-    "combine",
-    "finite_rows",
-    "hermite",
-]
+from odelt_fast.solvers.step_control import DONE, NON_FINITE
 
 Field = Callable[[Any, Tensor, int], Tensor]
 Hook = Callable[[int], None]
+Noise = Callable[[int], Tensor]  # fresh noise (B, ...) of a step
 
 
 @dataclass(frozen=True)
 class Solution:
     """Result of an integration. x (B, ...): the last state that was accepted. status (B,) int64:
-    index into STATUSES. accepted, rejected, evaluations (B,) int64: steps of each sample, and
-    evaluations that it needed (a batch is evaluated as long as one of it needs more). trajectory
-    (S, B, ...): states at the S times of save_at, NaN where a sample did not get there; None if
-    none were asked for.
+    index into `step_control.STATUSES`. accepted, rejected, evaluations (B,) int64: steps of each
+    sample, and evaluations that it needed (a batch is evaluated as long as one of it needs more).
+    trajectory (S, B, ...): states at the S times of save_at, NaN where a sample did not get there;
+    None if none were asked for.
     """
 
     x: Tensor
@@ -121,11 +97,7 @@ def column(values: Tensor, x: Tensor) -> Tensor:
 
 def finite_rows(x: Tensor) -> Tensor:
     """Whether all numbers of each sample are finite: (B,) bool."""
-    return (
-        torch.isfinite(x).reshape(len(x), -1).all(1)
-        if x.numel()
-        else torch.ones(len(x), dtype=torch.bool, device=x.device)
-    )
+    return torch.isfinite(x).reshape(len(x), math.prod(x.shape[1:])).all(1)
 
 
 def check_times(t0: float, t1: float, save_at: Sequence[float]) -> list[float]:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from odelt_fast.solvers.options import Limits
+
 STATUSES = ("done", "max_steps", "step_underflow", "non_finite")
 DONE, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE = range(4)
 RUNNING = -1
@@ -39,14 +41,13 @@ class StepRules(NamedTuple):
     grow: float = GROW
 
     @classmethod
-    def of(
-        cls, error_order: int, t0: float, t1: float, rtol: float, atol: float, max_steps: int
-    ) -> StepRules:
+    def of(cls, error_order: int, t0: float, t1: float, limits: Limits) -> StepRules:
         """For an error estimate of that order, between t0 and t1."""
         order = 1 / (error_order + 1)
         beta = INTEGRAL_SHARE * order
         smallest = 16 * torch.finfo(torch.float64).eps * max(abs(t0), abs(t1))
-        return cls(float(t0), float(t1), rtol, atol, smallest, max_steps, order - 0.75 * beta, beta)
+        bounds = limits.rtol, limits.atol, smallest, limits.max_steps
+        return cls(float(t0), float(t1), *bounds, order - 0.75 * beta, beta)
 
     @property
     def sign(self) -> float:
@@ -66,11 +67,12 @@ class Control(NamedTuple):
 
 class Counts(NamedTuple):
     """Of each sample, (B,) int64: status (RUNNING or an index into STATUSES), accepted and rejected
-    steps."""
+    steps, evaluations."""
 
     status: Tensor
     accepted: Tensor
     rejected: Tensor
+    evaluations: Tensor
 
 
 def proposed(
@@ -127,7 +129,7 @@ def decide(
         shared: whether all samples have one time, step and norm.
     """
     t, h, h_good, previous, grow = control
-    status, accepted, rejected = counts
+    status, accepted, rejected, evaluations = counts
     step, t_new, last = proposed(t, h, rules.t1, rules.sign)
     running = status == RUNNING
     passed = norm <= 1
@@ -155,4 +157,5 @@ def decide(
     spent = accepted + rejected >= rules.max_steps
     status = torch.where(running & ~(taken & last) & spent, MAX_STEPS, status)
     status = torch.where(tiny & finite, STEP_UNDERFLOW, torch.where(broken, NON_FINITE, status))
-    return Control(t, h, h_good, previous, grow), Counts(status, accepted, rejected)
+    counts = Counts(status, accepted, rejected, evaluations)
+    return Control(t, h, h_good, previous, grow), counts

@@ -83,16 +83,17 @@ class Tableau:
         c, b = self.c, self.b
         ac, ac2 = ([_dot(row, [node**k for node in c]) for row in self.a] for k in (1, 2))
         aac = [_dot(row, ac) for row in self.a]
+        cac = [x * y for x, y in zip(c, ac, strict=True)]
         trees = [
-            (k, f"b c^{k - 1} sums to", _dot(b, [node ** (k - 1) for node in c]), 1 / k)
-            for k in range(1, self.order + 1)
+            *(
+                (k, f"b c^{k - 1} sums to", _dot(b, [node ** (k - 1) for node in c]), 1 / k)
+                for k in range(1, self.order + 1)
+            ),
+            (3, "b a c sums to", _dot(b, ac), 1 / 6),
+            (4, "b c a c sums to", _dot(b, cac), 1 / 8),
+            (4, "b a c^2 sums to", _dot(b, ac2), 1 / 12),
+            (4, "b a a c sums to", _dot(b, aac), 1 / 24),
         ]
-        trees.append((3, "b a c sums to", _dot(b, ac), 1 / 6))
-        trees.append(
-            (4, "b c a c sums to", _dot(b, [x * y for x, y in zip(c, ac, strict=True)]), 1 / 8)
-        )
-        trees.append((4, "b a c^2 sums to", _dot(b, ac2), 1 / 12))
-        trees.append((4, "b a a c sums to", _dot(b, aac), 1 / 24))
         return [tree[1:] for tree in trees if tree[0] <= self.order]
 
 
@@ -129,6 +130,7 @@ BOSH3 = Tableau(
     error=(2 / 9 - 7 / 24, 1 / 3 - 1 / 4, 4 / 9 - 1 / 3, -1 / 8),
     error_order=2,
 )
+_DOPRI5_LAST = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
 DOPRI5 = Tableau(
     "dopri5",
     5,
@@ -140,9 +142,9 @@ DOPRI5 = Tableau(
         (44 / 45, -56 / 15, 32 / 9),
         (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
         (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
-        (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        _DOPRI5_LAST,
     ),
-    (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0),
+    (*_DOPRI5_LAST, 0),
     error=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
     error_order=4,
 )

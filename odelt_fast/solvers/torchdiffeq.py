@@ -80,12 +80,9 @@ def integrate_torchdiffeq(
             states = odeint(function, x, at, rtol=rtol, atol=atol, method=method, options=options)
     except AssertionError as error:
         reason = str(error).split(":")[0]
-        advice = (
-            "raise rtol and atol or max_steps, or take dopri5 or tsit5, which say which image"
-            " failed"
-        )
         raise ValueError(
-            f"torchdiffeq:{method} gave up at rtol {rtol:g}, atol {atol:g} ({reason}): {advice}"
+            f"torchdiffeq:{method} gave up at rtol {rtol:g}, atol {atol:g} ({reason}): raise rtol"
+            " and atol or max_steps, or take dopri5 or tsit5, which say which image failed"
         ) from error
     saved = torch.stack([states[wanted.index(s)] for s in save]) if save else None
     solution = Solution.of_fixed_steps(states[-1], counts["accepted"], counts["evaluations"], saved)

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odelt_fast.engine import operators
 from odelt_fast.engine.device_adaptive import DeviceAdaptive, repeat
 from odelt_fast.solvers.options import Limits
-from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
+from odelt_fast.solvers.solution import Solution
+from odelt_fast.solvers.step_control import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW
 from odelt_fast.solvers.tableau import find_tableau
 from tests.helpers.solving import solve_adaptive
 

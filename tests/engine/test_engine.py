@@ -171,7 +171,7 @@ def test_what_is_explained_is_what_is_launched(
         with torch.no_grad():
             modulations = engine.modulations(torch.zeros(1, 32), torch.zeros(1, 32), depth)
             launched.clear()
-            engine.velocity(torch.zeros(2, 2, 8, 8), *modulations, depth)
+            engine.velocity(torch.zeros(2, 2, 8, 8), modulations, depth)
         assert len(launched) == engine.describe(2, 16, depth)["launches_per_evaluation"]
         assert launched.count("attention") == model.config.live_blocks(depth)
 
@@ -355,7 +355,7 @@ for changes in ({"inner_step": "inverse_depth"}, short):
         label = engine.condition(t[:1], 3) + engine.weights.label_embed(shared)
         tables = engine.modulations(label + engine.length_rows(depth), label, depth)
         said, null = model(both, t[:1].expand(2), 3, shared, depth=depth).chunk(2)
-        step = engine.euler_step(x[:1], *tables, depth, 0.25, 1.5)
+        step = engine.euler_step(x[:1], tables, depth, 0.25, 1.5)
         print(depth, relative_error(step, x[:1] + 0.25 * (null + 1.5 * (said - null))))
 """
 

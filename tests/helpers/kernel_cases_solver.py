@@ -166,7 +166,7 @@ def rules_tensor(
     """The rules of a solve as adaptive_step_update takes them; rtol = atol = tolerance."""
     assert tableau.error_order is not None
     return torch.tensor(
-        StepRules.of(tableau.error_order, t0, t1, tolerance, tolerance, max_steps),
+        StepRules.of(tableau.error_order, t0, t1, Limits(tolerance, tolerance, max_steps)),
         dtype=torch.float64,
         device=device,
     )
@@ -179,7 +179,7 @@ def solve(update: Callable[..., None], steps: AdaptiveSteps, start: State) -> So
     rules = torch.tensor(steps.rules, dtype=torch.float64, device=x.device)
     x, stages = x.clone(), torch.zeros((len(nodes), *x.shape), dtype=x.dtype, device=x.device)
     stages[0] = k
-    control, counters = torch.stack(start[2:7]), torch.stack(start[7:])
+    control, counters = torch.stack(start.control), torch.stack(start.counts)
     step, times, _ = first_attempt(control, nodes, rules)
     step, times = step.contiguous(), times.contiguous()
     running = torch.ones(1, dtype=torch.int32, device=x.device)

@@ -17,7 +17,7 @@ from odelt_fast.kernels.adaptive_step import (
     adaptive_step_update_reference,
     first_attempt,
 )
-from odelt_fast.solvers.solution import STATUSES
+from odelt_fast.solvers.step_control import STATUSES
 from odelt_fast.solvers.tableau import DOPRI5, Tableau
 from tests.helpers.kernel_cases_solver import (
     TABLEAUS,

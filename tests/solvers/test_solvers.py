@@ -28,7 +28,8 @@ from odelt_fast.solvers.options import (
     is_adaptive,
     time_grid,
 )
-from odelt_fast.solvers.solution import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW, Solution
+from odelt_fast.solvers.solution import Solution
+from odelt_fast.solvers.step_control import DONE, MAX_STEPS, NON_FINITE, STEP_UNDERFLOW
 from odelt_fast.solvers.tableau import TABLEAUS
 from odelt_fast.solvers.torchdiffeq import integrate_torchdiffeq
 from tests.helpers.small_model import random_model
