@@ -33,7 +33,7 @@ class DeviceAdaptive:
     result is written in place. The numbers are those of `integrate_adaptive`. Further attempts
     after the end change nothing.
 
-    >>> solve = DeviceAdaptive(field, x, 7, DOPRI5)
+    >>> solve = DeviceAdaptive(field, x, 7, TABLEAUS["dopri5"])
     >>> solve.start()
     >>> while solve.flag.item(): solve.attempt()
     >>> solve.solution().x

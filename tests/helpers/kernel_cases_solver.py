@@ -20,7 +20,8 @@ from odelt_fast.solvers.adaptive import AdaptiveSteps, State
 from odelt_fast.solvers.options import ERROR_NORMS, Limits
 from odelt_fast.solvers.solution import Solution, column, combine
 from odelt_fast.solvers.step_control import StepRules
-from odelt_fast.solvers.tableau import BOSH3, DOPRI5, HEUN_EULER, Tableau, find_tableau
+from odelt_fast.solvers.tableau import TABLEAUS as ALL
+from odelt_fast.solvers.tableau import Tableau
 from tests.helpers.kernel_checks import (
     Axes,
     batch_size,
@@ -33,7 +34,7 @@ from tests.helpers.solving import solve_adaptive
 from tests.stress.kernel_audit import exact_fma
 
 Field = Callable[[Any, Tensor, int], Tensor]
-TABLEAUS = (HEUN_EULER, BOSH3, DOPRI5, find_tableau("dop853")[0])
+TABLEAUS = [ALL[name] for name in ("adaptive_heun", "bosh3", "dopri5", "dop853")]
 
 
 def combine_stages_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
@@ -261,8 +262,8 @@ def adaptive_solve_case(rng: random.Random, device: torch.device, dtype: torch.d
 
 def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
     """(operator, operands) for torch.library.opcheck."""
-    rules = rules_tensor(BOSH3, 0.0, 1.0, 1e-2, 100, torch.device("cpu"))
-    nodes, error, _ = tableau_tensors(BOSH3, torch.device("cpu"))
+    rules = rules_tensor(ALL["bosh3"], 0.0, 1.0, 1e-2, 100, torch.device("cpu"))
+    nodes, error, _ = tableau_tensors(ALL["bosh3"], torch.device("cpu"))
     control = torch.tensor(
         [[0.0, 0.0], [0.1, 0.2], [0.1, 0.2], [1e-4, 1e-4], [10.0, 10.0]], dtype=torch.float64
     )

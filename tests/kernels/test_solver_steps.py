@@ -18,7 +18,7 @@ from odelt_fast.kernels.adaptive_step import (
     first_attempt,
 )
 from odelt_fast.solvers.step_control import STATUSES
-from odelt_fast.solvers.tableau import DOPRI5, Tableau
+from odelt_fast.solvers.tableau import Tableau, find_tableau
 from tests.helpers.kernel_cases_solver import (
     TABLEAUS,
     both_solutions,
@@ -27,6 +27,7 @@ from tests.helpers.kernel_cases_solver import (
     tableau_tensors,
 )
 
+DOPRI5 = find_tableau("dopri5")[0]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 CASES = 6
