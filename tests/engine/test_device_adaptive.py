@@ -3,6 +3,7 @@ a CUDA graph could not repeat."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -24,8 +25,14 @@ SOLVERS = ("dopri5", "tsit5", "bosh3", "dop853", "adaptive_heun")
 PARTS = ("x", "status", "accepted", "rejected", "evaluations")
 
 
+@functools.cache
+def matrix(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """MATRIX where it is wanted, copied once: a capture must not copy from the host."""
+    return MATRIX.to(device, dtype)
+
+
 def smooth(t: Tensor, x: Tensor, log2_steps: int) -> Tensor:
-    return torch.tanh(x @ MATRIX.to(x)) * torch.cos(7 * t[:, None].to(x.dtype))
+    return torch.tanh(x @ matrix(x.dtype, x.device)) * torch.cos(7 * t[:, None].to(x.dtype))
 
 
 def brittle(t: Tensor, x: Tensor, log2_steps: int) -> Tensor:
