@@ -7,13 +7,14 @@ bandwidth); its share is floor over time.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Timer, dtype_name, graph_timer, summary, take_turns
+from benchmarks.measure import Timer, dtype_name, graph_timer, take_turns
 from odelt_fast.config import DiTConfig
 
 CPU_PRODUCT = (2048, 768, 3072)  # rows, inner, columns: the first MLP product of DiT-B/2 at batch 8
@@ -67,15 +68,15 @@ def measure_ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, fl
     dtypes = [torch.float32, torch.bfloat16]
     if cuda and torch.cuda.get_device_capability(device) >= (8, 9):
         dtypes.append(torch.float8_e4m3fn)
-    count = 2**30 if cuda else 2**25
+    flops, count = 2.0 * math.prod(shape), 2**30 if cuda else 2**25
     timers = {dtype_name(dtype): product_timer(dtype, device, shape) for dtype in dtypes}
-    work = dict.fromkeys(timers, 2.0 * math.prod(shape))
-    timers["bandwidth"], work["bandwidth"] = copy_timer(device, count), 8.0 * count
-    each = seconds / len(timers)
-    return {
-        name: work[name] / summary(take_turns({name: timer}, each)[name])["median_s"]
-        for name, timer in timers.items()
-    }
+    timers["bandwidth"] = copy_timer(device, count)
+    rates = {}
+    for name, timer in timers.items():
+        work = 8.0 * count if name == "bandwidth" else flops
+        taken = take_turns({name: timer}, seconds / len(timers))[name]
+        rates[name] = work / statistics.median(taken)
+    return rates
 
 
 def token_count(config: DiTConfig) -> int:
@@ -83,34 +84,29 @@ def token_count(config: DiTConfig) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-def evaluation_flops(config: DiTConfig, depth: int, batch: int, rows: int | None = None) -> float:
+def evaluation_flops(config: DiTConfig, depth: int, batch: int) -> float:
     """Operations of the matrix products of one evaluation; multiply and add are two.
 
-    Projections, attention (q k^T and the weighted values), patch embedding, final layer, and the
-    modulation of `rows` different rows of conditioning (None: one for each image), time and step
-    embeddings counted once.
+    Projections, attention (q k^T and the weighted values), patch embedding, final layer, and one
+    row of modulation for each image; time and step embeddings counted once.
     """
     size, tokens = config.hidden_size, token_count(config)
     pixels, live = config.patch_size**2 * config.channels, config.live_blocks(depth)
     block = tokens * (2 * size * (4 * size + 2 * config.mlp_size) + 4 * tokens * size)
     ends = tokens * 4 * pixels * size
-    modulation = 2 * size * (6 * size * live + 2 * size) * (batch if rows is None else rows)
-    return float(batch * (live * block + ends) + modulation + 2 * 2 * (256 * size + size * size))
+    modulation = 2 * size * (6 * size * live + 2 * size)
+    embeddings = 2 * 2 * (256 * size + size * size)
+    return float(batch * (live * block + ends + modulation) + embeddings)
 
 
-def evaluation_bytes(
-    config: DiTConfig, depth: int, batch: int, dtype: torch.dtype, modulation: bool = False
-) -> float:
+def evaluation_bytes(config: DiTConfig, depth: int, batch: int, dtype: torch.dtype) -> float:
     """Bytes that one evaluation must move at least.
 
-    The live blocks' weights once, the state in and out in float32.
-
-    Args:
-        modulation: count the modulation weights too, which a planned unconditional trajectory
-            reads only once for all its steps.
+    The live blocks' weights once, the state in and out in float32; not the modulation's weights,
+    which a planned trajectory reads only once for all its steps.
     """
     size, live = config.hidden_size, config.live_blocks(depth)
-    weights = live * size * (4 * size + 2 * config.mlp_size + (6 * size if modulation else 0))
+    weights = live * size * (4 * size + 2 * config.mlp_size)
     return float(weights * dtype.itemsize + 2 * 4 * batch * config.channels * config.image_size**2)
 
 

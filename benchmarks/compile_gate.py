@@ -29,12 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.measure import ROOT, command_parser
 from odelt_fast.files import write_atomically
 
 if TYPE_CHECKING:
     from odelt_fast.kernels.compile_case import CompileCase
 
-ROOT = Path(__file__).resolve().parent.parent
 Table = dict[str, dict[str, int]]  # "CASE sm_ARCH" -> registers and shared
 BASELINE = Path(__file__).with_name("compile_baseline.json")
 ARCHES = (80, 90, 100)
@@ -63,7 +63,7 @@ def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
     seen: set[object] = set()
     for path in sorted((ROOT / "kernels").glob("*.py")):
         module = importlib.import_module(f"odelt_fast.kernels.{path.stem}")
-        for case in module.compile_cases() if hasattr(module, "compile_cases") else ():
+        for case in getattr(module, "compile_cases", tuple)():
             if case.name in seen:
                 raise ValueError(f"two compile cases are called {case.name}")
             function = (path.stem, case.fn.__name__)
@@ -115,18 +115,14 @@ def machine_resources(cubin: bytes) -> tuple[int, int]:
 
 def widest_load(ptx: str) -> int:
     """Bytes of the widest load from global memory in the PTX; one by TMA counts as 128."""
-    widths = [0]
-    if re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared[\w.:]*\.global", ptx):
-        widths.append(128)
+    tma = re.search(r"cp\.async\.bulk\.tensor[\w.:]*\.shared[\w.:]*\.global", ptx)
+    widths = [128 if tma else 0]
     copies = (
         r"cp\.async\.c[ag]\.shared\.global[\w.:]*\s*\[[^]]*\],\s*\[[^]]*\],\s*(0x[0-9a-f]+|\d+)"
     )
     widths += [int(size, 0) for size in re.findall(copies, ptx)]
-    for line in re.findall(r"ld\.global[\w.:]*", ptx):
-        vector, bits = re.search(r"\.v(\d)", line), re.search(r"\.[bsuf](\d+)$", line)
-        if bits:
-            widths.append((int(vector[1]) if vector else 1) * int(bits[1]) // 8)
-    return max(widths)
+    loads = re.findall(r"ld\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)(?![\w.:])", ptx)
+    return max(*widths, *(int(vector or 1) * int(bits) // 8 for vector, bits in loads), 0)
 
 
 def judge(
@@ -148,42 +144,22 @@ def judge(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compile_gate",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--arch", type=int, nargs="+", choices=ARCHES, default=list(ARCHES), help="targets"
-    )
-    parser.add_argument(
-        "--case",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help='only cases with such names, e.g. "linear/*/bf16/*"',
-    )
-    parser.add_argument(
-        "--one", action="store_true", help="only the first matching case of each kernel function"
-    )
-    parser.add_argument(
-        "--sample",
-        type=int,
-        metavar="N",
-        help="only N of the matching cases and targets, drawn by --seed",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--missing", action="store_true", help="only what the baseline lacks")
-    parser.add_argument(
-        "--baseline", type=Path, default=BASELINE, help="file of the stored register counts"
-    )
-    parser.add_argument(
-        "--update-baseline",
-        action="store_true",
-        help="store this run's registers and shared memory for this Triton version",
-    )
+    parser = command_parser("compile_gate", __doc__)
+    add = parser.add_argument
+    add("--arch", type=int, nargs="+", choices=ARCHES, default=ARCHES, help="targets")
+    text = 'only cases with such names, e.g. "linear/*/bf16/*"'
+    add("--case", nargs="+", default=["*"], metavar="PATTERN", help=text)
+    text = "only the first matching case of each kernel function"
+    add("--one", action="store_true", help=text)
+    text = "only N of the matching cases and targets, drawn by --seed"
+    add("--sample", type=int, metavar="N", help=text)
+    add("--seed", type=int, default=0)
+    add("--missing", action="store_true", help="only what the baseline lacks")
+    add("--baseline", type=Path, default=BASELINE, help="file of the stored register counts")
+    text = "store this run's registers and shared memory for this Triton version"
+    add("--update-baseline", action="store_true", help=text)
     options = parser.parse_args(arguments)
-    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no"):
+    if os.environ.get("TRITON_INTERPRET", "").lower() not in ("", "0", "false", "off", "no"):
         print(
             "compile_gate: TRITON_INTERPRET is set, and interpreted kernels cannot be compiled:"
             " unset it",
@@ -223,7 +199,8 @@ def run(options: argparse.Namespace) -> int:
             found = compile_case(case, arch)
         # A compiler's fault has any type; the other cases are still to be judged.
         except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+            *_, last = ("", *str(error).strip().splitlines())
+            reason = f"{type(error).__name__}: {last}"
             print(f"{case.name:44} sm_{arch:<4} does not compile: {reason}", flush=True)
             failed += 1
             continue

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.measure import ROOT, SOURCES, source_digest
+from benchmarks.measure import ROOT, SOURCES, Record, source_digest
 
 TESTS = ROOT / "tests"
 WHEELS_HINT = "carry the wheels in a folder and pass --wheels FOLDER"
@@ -96,22 +96,24 @@ def kernel_names(cuda: bool) -> list[str]:
         "from tests.stress.kernel_cases import collect\n"
         "print(*[name for name, _ in collect()], sep='\\n')"
     )
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment(not cuda), cwd=ROOT
-    )
+    run = run_python(["-c", code], not cuda, stderr=subprocess.PIPE)
     if run.returncode:
         reason = run.stderr.strip().splitlines()[-1]
         raise RuntimeError(f"the kernels' cases cannot be listed: {reason}")
     return run.stdout.split()
 
 
-def environment(interpret: bool) -> dict[str, str]:
+def run_python(
+    arguments: list[str], interpret: bool = False, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs this Python in the checkout, its output caught."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    env = os.environ | {"PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, **options)
 
 
-def run_group(group: Group, cases: int, timeout: float) -> dict[str, Any]:
+def run_group(group: Group, cases: int, timeout: float) -> Record:
     """{"green", "passed", "failed", "skipped", "seconds", "sources", "command", "tail"}.
 
     {"green": False, "reason"} where it could not be run.
@@ -129,15 +131,7 @@ def run_group(group: Group, cases: int, timeout: float) -> dict[str, Any]:
             arguments = [*pytest, *(str(Path("tests") / name) for name in group.files)]
         start = time.perf_counter()
         try:
-            run = subprocess.run(
-                [sys.executable, *arguments],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=timeout,
-                cwd=ROOT,
-                env=environment(False),
-            )
+            run = run_python(arguments, stderr=subprocess.STDOUT, timeout=timeout)
         except subprocess.TimeoutExpired:
             return {"green": False, "reason": f"not finished in {timeout:.0f} s: run again"}
         counts = count_cases(run.stdout) if group.kernels else count_tests(report)
@@ -155,15 +149,13 @@ def run_group(group: Group, cases: int, timeout: float) -> dict[str, Any]:
 def count_cases(output: str) -> dict[str, int]:
     """From the lines "NAME: a of b cases right" of tests/stress/kernel_cases.py."""
     pairs = re.findall(r"^\S+: (\d+) of (\d+) cases right", output, re.MULTILINE)
-    passed, total = (sum(map(int, counts)) for counts in zip(*pairs)) if pairs else (0, 0)
+    passed, total = (sum(int(pair[which]) for pair in pairs) for which in (0, 1))
     return {"passed": passed, "failed": total - passed, "skipped": 0}
 
 
 def count_tests(report: Path) -> dict[str, int]:
     """From pytest's JUnit report; nothing passed where there is none."""
-    if not report.exists():
-        return {"passed": 0, "failed": 0, "skipped": 0}
-    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
     total, failed, skipped = (
         sum(int(suite.get(name, 0)) for suite in suites for name in names)
         for names in (("tests",), ("failures", "errors"), ("skipped",))

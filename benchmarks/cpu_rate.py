@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.ceilings import CPU_PRODUCT, evaluation_flops, product_timer
 from benchmarks.measure import (
+    Record,
     Timer,
     command_parser,
     device_record,
@@ -32,7 +34,7 @@ from benchmarks.measure import (
     take_turns,
     write_json,
 )
-from benchmarks.sampling import CONFIGS, Workload, sampler_call
+from benchmarks.sampling import Inputs, Workload, sampler_call
 from benchmarks.tables import spread, table
 from odelt_fast.engine.cpu import choose
 from odelt_fast.engine.native import cpu_ops
@@ -43,24 +45,25 @@ CPU = torch.device("cpu")
 TARGET = 0.95
 
 
-def measure(load: Workload, duration: float, clock: Timer = time.perf_counter) -> dict[str, Any]:
+@torch.inference_mode()
+def evaluate(network: Callable[..., object], load: Workload, inputs: Inputs) -> None:
+    """One evaluation at t = 0."""
+    labels = torch.from_numpy(inputs["labels"])
+    network(inputs["noise"], 0.0, 0, labels, depth=load.depth)
+
+
+def measure(load: Workload, duration: float, clock: Timer = time.perf_counter) -> Record:
     """Samples of each variant, and the shares that follow from each round.
 
     The variants: product, model (one evaluation), eager and auto (Sampler, one step).
     """
-    model, (noise, labels) = load.model(CPU), load.inputs(CPU)
-
-    @torch.inference_mode()
-    def evaluate() -> torch.Tensor:
-        return model(noise, 0.0, 0, torch.from_numpy(labels), depth=load.depth)  # type: ignore[no-any-return]
-
-    calls = {"model": evaluate} | {
-        backend: sampler_call(model, load, backend, noise, labels)[0]
-        for backend in ("eager", "auto")
-    }
-    timers = {name: host_timer(call, CPU, clock) for name, call in calls.items()}
-    product_timed = {"product": product_timer(load.dtype, CPU, CPU_PRODUCT, clock)}
-    samples = take_turns(product_timed | timers, duration, least=5)
+    model, inputs = load.model(CPU), load.inputs(CPU)
+    calls: dict[str, Callable[[], object]] = {"model": partial(evaluate, model, load, inputs)}
+    for backend in ("eager", "auto"):
+        calls[backend], _ = sampler_call(model, load, backend, inputs)
+    timers = {"product": product_timer(load.dtype, CPU, CPU_PRODUCT, clock)}
+    timers |= {name: host_timer(call, CPU, clock) for name, call in calls.items()}
+    samples = take_turns(timers, duration)
     product = 2.0 * math.prod(CPU_PRODUCT)
     evaluation = evaluation_flops(load.config, load.depth, load.batch)
 
@@ -71,7 +74,7 @@ def measure(load: Workload, duration: float, clock: Timer = time.perf_counter) -
         "cell": load.record(),
         "flops": evaluation,
         "product_flops": product,
-        "share": {name: quotients("product", name, evaluation / product) for name in timers},
+        "share": {name: quotients("product", name, evaluation / product) for name in calls},
         "auto_to_eager": quotients("auto", "eager"),
         "variants": measured(samples),
     }
@@ -88,17 +91,13 @@ def operators(
     Returns:
         operator and shapes, calls, ms; the most first.
     """
-    network, (noise, labels) = choose(load.model(CPU)), load.inputs(CPU)
+    network, inputs = choose(load.model(CPU)), load.inputs(CPU)
     activities = [torch.profiler.ProfilerActivity.CPU]
-
-    def evaluate(times: int) -> None:
-        for _ in range(times):
-            network(noise, 0.0, 0, torch.from_numpy(labels), load.depth)
-
-    with torch.inference_mode():
-        evaluate(3)
-        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-            evaluate(evaluations)
+    for _ in range(3):
+        evaluate(network, load, inputs)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        for _ in range(evaluations):
+            evaluate(network, load, inputs)
     events = profile.key_averages(group_by_input_shape=True)
     left = total = sum(event.self_cpu_time_total for event in events)
     per_ms = evaluations * 1e3  # the profiler's microseconds of all evaluations
@@ -113,53 +112,45 @@ def operators(
     return [*rows, ("all else", "", f"{left / per_ms:.2f}")]
 
 
-def print_tables(load: Workload, found: dict[str, Any]) -> None:
+def print_tables(load: Workload, found: Record) -> None:
     rows = []
     for variant, row in found["variants"].items():
-        flops = found["product_flops" if variant == "product" else "flops"]
-        shown = ""
+        flops, shown = found["product_flops"], ""
         if share := found["share"].get(variant):
-            median, low, high = (f"{share[name]:.1%}" for name in ("median_s", "low_s", "high_s"))
+            flops = found["flops"]
+            median, low, high = (f"{each:.1%}" for each in share.values())
             shown = f"{median} ({low} to {high})"
         rate = f"{flops / row['median_s'] / 1e9:.4g} GFLOP/s"
         rows.append((variant, spread(row), rate, shown))
     title = f"{load.network} {dtype_name(load.dtype)} batch {load.batch} l={load.depth}"
-    print(table((title, "time", "rate", "share of the product's rate"), rows))
+    print(table(f"{title} | time | rate | share of the product's rate", rows))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("cpu_rate", __doc__)
-    dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
-    parser.add_argument("--network", default="DiT-B/2", choices=tuple(CONFIGS))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=60, help="of each dtype")
-    parser.add_argument(
-        "--one-thread",
-        action="store_true",
-        help="one thread, and its processor time instead of the clock's",
-    )
-    parser.add_argument(
-        "--operators",
-        action="store_true",
-        help="print where an evaluation of auto spends its time, too",
-    )
-    parser.add_argument("--out", type=Path, help="JSON file for the samples")
+    add, dtypes = parser.add_argument, ("float32", "bfloat16")
+    add("--dtype", nargs="+", choices=dtypes, default=dtypes)
+    add("--seconds", type=float, default=60, help="of each dtype")
+    what = "one thread, and its processor time instead of the clock's"
+    add("--one-thread", action="store_true", help=what)
+    what = "print where an evaluation of auto spends its time, too"
+    add("--operators", action="store_true", help=what)
+    add("--out", type=Path, help="JSON file for the samples")
     options = parser.parse_args(arguments)
+    clock = time.perf_counter
     if options.one_thread:
         torch.set_num_threads(1)
-    clock = time.process_time if options.one_thread else time.perf_counter
+        clock = time.process_time
     print(load_operators("cpu") or cpu_ops.describe())
     results = []
     for name in options.dtype:
-        operation, dtype = Operation(depth=options.depth, steps=1), getattr(torch, name)
-        load = Workload(options.network, operation, options.batch, dtype, ("eager", "auto"))
+        operation = Operation(depth=4, steps=1)
+        load = Workload("DiT-B/2", operation, 8, getattr(torch, name), ("eager", "auto"))
         found = measure(load, options.seconds, clock)
         results.append(found)
         print_tables(load, found)
         if options.operators:
-            print(table((f"operator ({name})", "calls", "ms"), operators(load)))
+            print(table(f"operator ({name}) | calls | ms", operators(load)))
         share, ratio = found["share"]["auto"]["median_s"], found["auto_to_eager"]["median_s"]
         print(
             f"auto: {share:.1%} of the product's rate (target {TARGET:.0%}); {ratio:.3f} of eager's"

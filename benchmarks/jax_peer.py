@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from odelt_fast.config import DiTConfig
 
 
+Message = dict[str, Any]  # a request or its answer
+
+
 class JaxPeer:
     """The other process, seen from here. Raises ValueError with its reason when it cannot do what
     is asked."""
@@ -43,10 +46,7 @@ class JaxPeer:
                 " github.com/gudovskiy/odelt"
             )
         # Left to itself JAX takes three quarters of the card's memory at its start.
-        environment = os.environ | {
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-        }
+        memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
         # Not a pipe: one that nobody reads fills up and stops the process.
         self.messages = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -55,10 +55,10 @@ class JaxPeer:
             stdout=subprocess.PIPE,
             stderr=self.messages,
             text=True,
-            env=environment,
+            env=os.environ | memory,
         )
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, **request: Any) -> Message:
         """The answer to one request."""
         assert self.process.stdin
         assert self.process.stdout
@@ -73,7 +73,7 @@ class JaxPeer:
             self.messages.seek(0)
             reason = self.messages.read().strip() or f"exit code {code}"
             raise ValueError(f"the JAX reference stopped: {reason.splitlines()[-1]}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: Message = json.loads(line)
         if "error" in answer:
             raise ValueError(f"the JAX reference: {answer['error']}")
         return answer
@@ -82,10 +82,9 @@ class JaxPeer:
         self, config: DiTConfig, depth: int, steps: int, batch: int, dtype: torch.dtype
     ) -> float:
         """Seconds that compiling and the first run took."""
-        work = {"depth": depth, "steps": steps, "batch": batch}
-        name = str(dtype).removeprefix("torch.")
-        answer = self.ask(op="build", config=dataclasses.asdict(config), dtype=name, **work)
-        return float(answer["setup_seconds"])
+        name, sizes = str(dtype).removeprefix("torch."), dataclasses.asdict(config)
+        work = {"depth": depth, "steps": steps, "batch": batch, "dtype": name, "config": sizes}
+        return float(self.ask(op="build", **work)["setup_seconds"])
 
     def timed(self) -> float:
         """Seconds of one sample."""
@@ -107,7 +106,7 @@ class JaxPeer:
             self.process.wait()
 
 
-def build(request: dict[str, Any]) -> Any:
+def build(request: Message) -> Any:
     """A function that samples once with the reference's network and waits for the result."""
     import jax
     import jax.numpy as jnp
@@ -163,8 +162,8 @@ def serve() -> None:
     answers, sample = os.fdopen(os.dup(1), "w"), None
     os.dup2(2, 1)  # whatever a library prints must not stand between the answers
     for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        answer: dict[str, Any] = {}
+        request: Message = json.loads(line)
+        answer: Message = {}
         start = time.perf_counter()
         try:
             if request["op"] == "build":

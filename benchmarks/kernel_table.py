@@ -96,12 +96,10 @@ def operators(heads: int, patch: int, suffix: str = "") -> dict[str, Operator]:
     }
 
 
-def cases(
-    config: DiTConfig, batch: int, dtype: torch.dtype, triton: dict[str, Operator]
-) -> Iterator[KernelCase]:
+def cases(config: DiTConfig, batch: int, dtype: torch.dtype, cuda: bool) -> Iterator[KernelCase]:
     """The kernels of a sampling step of `batch` images, then those of solvers and of float8.
 
-    triton: what `operators` gave, or none.
+    cuda: with Triton's forms, and what PyTorch has for CUDA alone.
     """
     size, heads, patch = config.hidden_size, config.num_heads, config.patch_size
     tokens = (config.image_size // patch) ** 2
@@ -112,6 +110,7 @@ def cases(
     pixels = patch**2 * config.channels
 
     plain = operators(heads, patch, "_reference")
+    triton = operators(heads, patch) if cuda else {}
 
     def case(
         name: str, traffic: float, flops: float, make: Any, label: str = "", **options: Any

@@ -18,16 +18,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from odelt_fast.evaluation.machine import package_version, processor_name
 from odelt_fast.files import one_line, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("odelt_fast/**/*.py", "odelt_fast/**/*.json", "kernels/*.py", "csrc/**/*")
+Record = dict[str, Any]  # what is known of one thing: its place in results is JSON
 Timer = Callable[[], float]  # runs a variant once and returns its seconds
 
 
@@ -124,7 +126,8 @@ def take_turns(
         for timer in timers.values():
             timer()
         rounds += 1
-    names, samples = list(timers), dict[str, list[float]]((name, []) for name in timers)
+    names = list(timers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
     begin = time.perf_counter()
     for turn in range(most):
         if turn >= least and time.perf_counter() - begin >= seconds:
@@ -137,22 +140,32 @@ def take_turns(
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and the 10 % and 90 % quantiles, in seconds."""
-    ordered = sorted(samples)
-    last = len(ordered) - 1
-    return {
-        "median_s": statistics.median(ordered),
-        "low_s": ordered[round(0.1 * last)],
-        "high_s": ordered[round(0.9 * last)],
-    }
+    ordered, last = sorted(samples), len(samples) - 1
+    low, high = (ordered[round(share * last)] for share in (0.1, 0.9))
+    return {"median_s": statistics.median(ordered), "low_s": low, "high_s": high}
 
 
-def measured(samples: Mapping[str, list[float]]) -> dict[str, dict[str, Any]]:
+def measured(samples: Mapping[str, list[float]]) -> dict[str, Record]:
     """{name: samples and their summary}, as results store them."""
     return {name: {"samples_s": taken} | summary(taken) for name, taken in samples.items()}
 
 
+def relative_error(x: Tensor, exact: Tensor) -> float:
+    """L2 error of x over the norm of `exact` (float64)."""
+    return float(torch.linalg.vector_norm(x.double() - exact) / torch.linalg.vector_norm(exact))
+
+
+def check_error(error: float, bound: float, to: str = "") -> float:
+    """The error; ValueError above the bound, and for NaN."""
+    if not error <= bound:
+        raise ValueError(
+            f"its result is wrong: relative error {error:.2e}{to}, at most {bound:.2e} is allowed"
+        )
+    return error
+
+
 @contextmanager
-def reason_in(row: dict[str, Any]) -> Iterator[None]:
+def reason_in(row: Record) -> Iterator[None]:
     """Puts why the body failed into row["reason"], in one line, and goes on.
 
     A compiler's or an allocator's fault has any type, and the other variants are still to be
@@ -191,17 +204,17 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def device_record() -> dict[str, Any]:
+def device_record() -> Record:
     """What results must be read with: device, clocks, versions, commit, digest of the sources."""
-    record: dict[str, Any] = {
+    record: Record = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "sources": source_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{package: _version(package) for package in ("triton", "jax", "numpy")},
+        **{package: package_version(package) for package in ("triton", "jax", "numpy")},
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": processor_name() or platform.machine(),
         "threads": torch.get_num_threads(),
     }
     if not torch.cuda.is_available():
@@ -257,14 +270,9 @@ def source_digest(*patterns: str) -> str:
     What was found correct is what is measured.
     """
     digest = hashlib.sha256()
-    files = {
-        path
-        for pattern in patterns or SOURCES
-        for path in ROOT.glob(pattern)
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    for path in sorted(files):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    for path in sorted({path for pattern in patterns or SOURCES for path in ROOT.glob(pattern)}):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -290,7 +298,7 @@ class Results:
     def __init__(self, path: Path, part: str) -> None:
         command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
         self.path, self.run = path, device_record() | {"command": command}
-        self.content: dict[str, Any] = {"part": part, "runs": [], "configurations": {}}
+        self.content: Record = {"part": part, "runs": [], "configurations": {}}
         if path.exists():
             try:
                 self.content = json.loads(path.read_text())
@@ -306,31 +314,13 @@ class Results:
                 )
 
     @property
-    def configurations(self) -> dict[str, Any]:
+    def configurations(self) -> Record:
         return self.content["configurations"]  # type: ignore[no-any-return]
 
-    def add(self, key: str, configuration: dict[str, Any]) -> None:
+    def add(self, key: str, configuration: Record) -> None:
         """Stores a finished configuration at once."""
         runs = self.content["runs"]
         if self.run not in runs:
             runs.append(self.run)
         self.configurations[key] = {"run": runs.index(self.run), **configuration}
         write_json(self.path, self.content)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )

@@ -11,18 +11,20 @@ beats the others' fastest tenth.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.ceilings import token_count
+from benchmarks.measure import Record
 from odelt_fast.config import LAYER_NORM_EPS, PRESETS, DiTConfig
 from odelt_fast.engine.cpu import CpuNetwork
 from odelt_fast.engine.native import cpu_ops
@@ -31,7 +33,20 @@ from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
 from odelt_fast.model import DiT
 
 CPU = torch.device("cpu")
-Variants = dict[str, Callable[[], object]]
+Call = Callable[[], object]
+Variants = dict[str, Call]
+
+
+@dataclass(frozen=True)
+class Options:
+    model: Literal["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"] = "DiT-B/2"
+    batch: int = 8
+    depth: int = 4
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    seconds: float = 5.0
+    """For each operator, and ten times that for the whole network."""
+    inductor: bool = True
+    output: Path | None = None
 
 
 def operators(
@@ -46,15 +61,14 @@ def operators(
     x, y, xr, vr, a, b, c = (draw(batch, tokens, size) for _ in range(7))
     table, bias = draw(batch, 6 * size), draw(size)
     wide, long = draw(batch * tokens, hidden), draw(hidden)
-    gate, shift, scale = (table[:, None, first * size : (first + 1) * size] for first in range(3))
+    gate, shift, scale = table[:, None].split(size, 2)[:3]
     columns = Modulation(table, 0, table, size, 2 * size)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         return torch.addcmul(shift, F.layer_norm(x, (size,), eps=LAYER_NORM_EPS), 1 + scale)
 
-    def gated(
-        x: Tensor, y: Tensor, bias: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def gated(x: Tensor, y: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        bias, gate, shift, scale = rest
         total = torch.addcmul(x, gate, y + bias)
         return total, norm(total, shift, scale)
 
@@ -66,22 +80,19 @@ def operators(
     def gelu(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias, approximate="tanh")
 
-    forms: dict[str, tuple[int, Callable[..., object], tuple[Tensor, ...]]] = {
-        "gated_residual": (4 * x.nbytes, gated, (x, y, bias, gate, shift, scale)),
-        "group_end": (7 * x.nbytes, end, (x, y, xr, vr, bias, gate, shift, scale)),
-        "bias_gelu": (2 * wide.nbytes, gelu, (wide, long)),
-    }
-    state, outs = InnerState(xr, vr), (a, b, c)
-    ours: Variants = {
-        "gated_residual": lambda: cpu_ops.gated_residual(x, y, bias, columns, out_x=a, out=b),
-        "group_end": lambda: cpu_ops.group_end(x, y, bias, state, columns, outs),
-        "bias_gelu": lambda: cpu_ops.bias_gelu_(wide, long),
-    }
-    for name, (traffic, function, inputs) in forms.items():
-        variants: Variants = {"pytorch": partial(function, *inputs), "native": ours[name]}
+    def variants(native: Call, form: Callable[..., object], *inputs: Tensor) -> Variants:
+        found: Variants = {"pytorch": partial(form, *inputs), "native": native}
         if inductor:
-            variants["inductor"] = partial(torch.compile(function, dynamic=False), *inputs)
-        yield name, traffic, variants
+            found["inductor"] = partial(torch.compile(form, dynamic=False), *inputs)
+        return found
+
+    rest, state = (bias, gate, shift, scale), InnerState(xr, vr)
+    ours = partial(cpu_ops.gated_residual, x, y, bias, columns, out_x=a, out=b)
+    yield "gated_residual", 4 * x.nbytes, variants(ours, gated, x, y, *rest)
+    ours = partial(cpu_ops.group_end, x, y, bias, state, columns, (a, b, c))
+    yield "group_end", 7 * x.nbytes, variants(ours, end, x, y, xr, vr, *rest)
+    ours = partial(cpu_ops.bias_gelu_, wide, long)
+    yield "bias_gelu", 2 * wide.nbytes, variants(ours, gelu, wide, long)
 
 
 def networks(config: DiTConfig, batch: int, depth: int, dtype: torch.dtype) -> Variants:
@@ -91,10 +102,9 @@ def networks(config: DiTConfig, batch: int, depth: int, dtype: torch.dtype) -> V
     """
     model = DiT(config).truncate(depth).to(dtype).eval()
     forms: dict[str, Callable[..., object]] = {"model": model, "native": CpuNetwork(model)}
-    rows_alone = CpuNetwork(model)
-    if rows_alone.products:
-        rows_alone.products = False
-        forms["native rows"] = rows_alone
+    if (rows := CpuNetwork(model)).products:
+        rows.products = False
+        forms["native rows"] = rows
     x = torch.randn(batch, config.channels, config.image_size, config.image_size)
     y = torch.arange(batch)
     calls = {name: partial(form, x, 0.5, 2, y, depth=depth) for name, form in forms.items()}
@@ -123,32 +133,30 @@ def products(model: DiT, batch: int, depth: int) -> Callable[[], None]:
     return run
 
 
-def take_samples(variants: Variants, seconds: float) -> dict[str, list[float]]:
+def take_samples(variants: Variants, seconds: float) -> dict[str, dict[str, float]]:
     timers = {name: measure.host_timer(call, CPU) for name, call in variants.items()}
-    return measure.take_turns(timers, seconds)
+    samples = measure.take_turns(timers, seconds)
+    return {name: measure.summary(values) for name, values in samples.items()}
 
 
-def report(samples: dict[str, list[float]], traffic: int) -> dict[str, Any]:
+def report(rows: dict[str, dict[str, float]], traffic: int) -> Record:
     """Medians, spread and GB/s of each variant; whether ours is faster beyond the spread."""
-    rows: dict[str, Any] = {name: measure.summary(values) for name, values in samples.items()}
     for row in rows.values():
         row["gb_per_s"] = traffic / row["median_s"] / 1e9
     others = min(row["low_s"] for name, row in rows.items() if name != "native")
     return {"bytes": traffic, **rows, "faster": rows["native"]["high_s"] < others}
 
 
-def measure_dtype(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure_dtype(name: str, options: Options) -> Record:
     """Times operators and evaluations in a dtype, and prints them."""
     config, dtype, rows = PRESETS[options.model], getattr(torch, name), {}
-    inductor = not options.no_inductor
-    for operator, traffic, variants in operators(config, options.batch, dtype, inductor):
+    for operator, traffic, variants in operators(config, options.batch, dtype, options.inductor):
         row = rows[operator] = report(take_samples(variants, options.seconds), traffic)
         speeds = ", ".join(f"{each} {row[each]['gb_per_s']:.1f}" for each in variants)
         faster = ", native is faster" if row["faster"] else ""
         print(f"{name} {operator}: {speeds} GB/s{faster}", flush=True)
     variants = networks(config, options.batch, options.depth, dtype)
-    samples = take_samples(variants, 10 * options.seconds)
-    whole = {key: measure.summary(values) for key, values in samples.items()}
+    whole = take_samples(variants, 10 * options.seconds)
     median = {key: row["median_s"] for key, row in whole.items()}
     shares = {key: median["gemm"] / value for key, value in median.items() if key != "gemm"}
     speedup = median["model"] / median["native"]
@@ -161,25 +169,11 @@ def measure_dtype(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = measure.command_parser("native_ops", __doc__)
-    dtypes = ["float32", "bfloat16"]
-    parser.add_argument("--model", default="DiT-B/2", choices=list(PRESETS))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes)
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=5.0,
-        help="for each operator, and ten times that for the whole network",
-    )
-    parser.add_argument("--no-inductor", action="store_true")
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
+    options = tyro.cli(Options, description=__doc__)
     if reason := load("cpu"):
-        parser.error(f"the native operators are not there: {reason}")
+        raise SystemExit(f"error: the native operators are not there: {reason}")
     settings = {name: getattr(options, name) for name in ("model", "batch", "depth")}
-    record: dict[str, Any] = {**measure.device_record(), **settings}
+    record: Record = {**measure.device_record(), **settings}
     record["vector_floats"] = torch.ops.odelt_native.cpu_width()
     with torch.no_grad():
         record |= {name: measure_dtype(name, options) for name in options.dtypes}

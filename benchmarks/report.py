@@ -13,22 +13,18 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import command_parser
+from benchmarks.measure import Record, command_parser
 from benchmarks.solver_report import solver_tables
 from benchmarks.tables import mebibytes, not_run, seconds, spread, table
 from benchmarks.targets import Parts, samples, targets
 
 _SAMPLING = (
-    *("configuration", "variant", "median (10 % to 90 %)", "evaluation", "rate"),
-    *("share of floor", "to plain PyTorch", "first call"),
+    "configuration | variant | median (10 % to 90 %) | evaluation | rate | share of floor"
+    " | to plain PyTorch | first call"
 )
-_MEMORY = (
-    *("memory", "variant", "live blocks", "weights of blocks", "of the ends", "peak", "reserved"),
-)
+_MEMORY = "memory | variant | live blocks | weights of blocks | of the ends | peak | reserved"
 _PLOTS = {  # name -> axes, and whether they are logarithmic
     "latency.png": ("active blocks l", "ms an evaluation and image (T = 4)", False),
     "memory.png": ("active blocks l", "MiB", False),
@@ -51,41 +47,36 @@ def load(folder: Path) -> Parts:
     return parts
 
 
-def part_table(content: Mapping[str, Any]) -> str:
+def part_table(content: Record) -> str:
     """One part as markdown tables; a variant that did not run stands there with its reason."""
-    makers = {
-        "correctness": correctness_table,
-        "training": training_table,
-        "solvers": solver_tables,
-    }
-    return makers.get(content["part"], sampling_tables)(content["configurations"])
+    makers = {"correctness": correctness_table, "training": training_table}
+    make = (makers | {"solvers": solver_tables}).get(content["part"], sampling_tables)
+    return make(content["configurations"])
 
 
-def correctness_table(found: Mapping[str, Any]) -> str:
+def correctness_table(found: Record) -> str:
     counts = ("passed", "failed", "skipped")
+    rows = []
+    for key, each in found.items():
+        state = "green" if each["green"] else "RED"
+        rows.append((key, state, *(each[name] for name in counts), seconds(each["seconds"])))
+    return table("group | state | passed | failed | skipped | time", rows)
+
+
+def training_table(found: Record) -> str:
     rows = [
-        (
-            key,
-            "green" if each["green"] else "RED",
-            *(each[name] for name in counts),
-            seconds(each["seconds"]),
-        )
-        for key, each in found.items()
+        {
+            name: f"{value:.4g}" if isinstance(value, float) else value
+            for name, value in row.items()
+            if not isinstance(value, list)
+        }
+        for each in found.values()
+        for row in each["rows"]
     ]
-    return table(("group", "state", *counts, "time"), rows)
+    return table(" | ".join(rows[0]) if rows else "", [row.values() for row in rows])
 
 
-def training_table(found: Mapping[str, Any]) -> str:
-    rows = [row for each in found.values() for row in each["rows"]]
-    names = [name for name, value in (rows or [{}])[0].items() if not isinstance(value, list)]
-
-    def show(value: object) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    return table(names, [[show(row[name]) for name in names] for row in rows])
-
-
-def sampling_tables(found: Mapping[str, Any]) -> str:
+def sampling_tables(found: Record) -> str:
     """Of kernels and sampling cells; then of their memory, if it was measured."""
     rows: list[tuple[str, ...]] = []
     memory: list[tuple[str, ...]] = []
@@ -102,15 +93,11 @@ def sampling_tables(found: Mapping[str, Any]) -> str:
             elif "median_s" not in row:
                 rows.append((key, variant, *not_run(row, 6)))
             else:
-                rate = f"{row.get('gigabytes_per_s', 0):.3g} GB/s"
-                if row.get("tflops"):
-                    rate = f"{row['tflops']:.3g} TFLOP/s"
-                each, setup = (
-                    seconds(row[name]) if name in row else ""
-                    for name in ("per_evaluation_s", "setup_s")
-                )
+                tflops = row["tflops"]
+                rate = f"{tflops:.3g} TFLOP/s" if tflops else f"{row['gigabytes_per_s']:.3g} GB/s"
+                each = seconds(row["per_evaluation_s"]) if "per_evaluation_s" in row else ""
                 gain = f"{plain / row['median_s']:.2f}x" if plain else ""
-                share = f"{row['share_of_floor']:.0%}"
+                share, setup = f"{row['share_of_floor']:.0%}", seconds(row["setup_s"])
                 rows.append((key, variant, spread(row), each, rate, share, gain, setup))
     text = table(_SAMPLING, rows)
     return f"{text}\n\n{table(_MEMORY, memory)}" if memory else text
@@ -120,8 +107,7 @@ def weights_in_proportion(parts: Parts) -> list[str]:
     """For each network and dtype, whether a live block weighs the same at every l, the ends too."""
     found: dict[tuple[str, str], set[tuple[float, int]]] = defaultdict(set)
     for cell, _, row in samples(parts, *parts, memory=True):
-        if "weights" in row:
-            size = row["weights"]
+        if size := row.get("weights"):
             each = size["blocks"] / size["live_blocks"], size["ends"]
             found[cell["network"], cell["dtype"]].add(each)
     lines = []
@@ -133,11 +119,10 @@ def weights_in_proportion(parts: Parts) -> list[str]:
     return lines
 
 
-def run_line(number: int, run: Mapping[str, Any]) -> str:
+def run_line(number: int, run: Record) -> str:
     """One run: command, device, versions, commit, ceilings."""
-    smi = run.get("nvidia_smi")
     how = f"{run['threads']} threads"
-    if smi:
+    if smi := run.get("nvidia_smi"):
         how = f"driver {smi['driver_version']}, {smi['clocks.sm']} MHz"
     ceilings = ", ".join(
         f"{key} {value / 1e12:.4g} T/s" for key, value in run.get("ceilings", {}).items()
@@ -154,7 +139,7 @@ def markdown(parts: Parts) -> str:
     for name, content in parts.items():
         runs = [run_line(number, run) for number, run in enumerate(content["runs"])]
         lines += [f"## {name}", "", part_table(content), "", *runs, ""]
-    goals = table(("", "target", "measured", ""), targets(parts))
+    goals = table(" | target | measured | ", targets(parts))
     return "\n".join([*lines, *weights_in_proportion(parts), "", "## Targets", "", goals, ""])
 
 
@@ -166,7 +151,7 @@ def plots(parts: Parts, folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     # plot -> label of a line -> its points
-    lines: dict[str, dict[str, dict[float, float]]] = {name: defaultdict(dict) for name in _PLOTS}
+    lines: Record = {name: defaultdict(dict) for name in _PLOTS}
     for cell, variant, row in samples(parts, "latency", "throughput", "xl"):
         if "median_s" in row and (cell["solver"], cell["steps"]) == ("euler", 4):
             label, each = f"{cell['network']} {variant}", row["per_evaluation_s"] * 1e3
@@ -189,12 +174,8 @@ def plots(parts: Parts, folder: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
         for label, points in sorted(shown.items()):
             axes.plot(*zip(*sorted(points.items())), marker="o", label=label)
-        ticks = sorted({value for points in shown.values() for value in points})
-        axes.set(xlabel=x, ylabel=y, xticks=ticks)
-        if log:
-            axes.set(xscale="log", yscale="log")
-        else:
-            axes.set_ylim(0)
+        scale = {"xscale": "log", "yscale": "log"} if log else {"ylim": (0, None)}
+        axes.set(xlabel=x, ylabel=y, xticks=sorted(set().union(*shown.values())), **scale)
         axes.legend(fontsize="small")
         axes.grid(alpha=0.3)
         figure.savefig(folder / name, dpi=150)
@@ -205,9 +186,8 @@ def plots(parts: Parts, folder: Path) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("report", __doc__)
-    parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="what --out of benchmarks.suite was"
-    )
+    text = "what --out of benchmarks.suite was"
+    parser.add_argument("folder", type=Path, metavar="DIR", help=text)
     parser.add_argument("--out", type=Path, help="folder for report.md and the plots")
     options = parser.parse_args(arguments)
     try:

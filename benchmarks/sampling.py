@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,15 @@ from torch import Tensor
 from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
 from benchmarks.jax_peer import JaxPeer
 from benchmarks.measure import (
+    Record,
     Timer,
+    check_error,
     dtype_name,
     host_timer,
     measured,
     peak_memory,
     reason_in,
+    relative_error,
     release,
     synchronize,
     take_turns,
@@ -46,6 +48,8 @@ LEAST_BOUND = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float32: 2e-6}
 CHECKED_WORK = 512
 
 CONFIGS = PRESETS | {"tiny": DiTConfig(image_size=8, hidden_size=32, num_heads=2, num_classes=10)}
+
+Inputs = Record  # of a Sampler's call: "noise" and "labels"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ class Workload:
         dial = f"{how.solver} {how.rtol:g}" if how.adaptive else f"T={how.steps}"
         return f"{self.network} {dtype_name(self.dtype)} batch {self.batch} l={self.depth} {dial}"
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         """As the "cell" of results."""
         return {
             "network": self.network,
@@ -98,12 +102,12 @@ class Workload:
     def model(self, device: torch.device, dtype: torch.dtype | None = None) -> DiT:
         return random_model(self.config, self.depth, dtype or self.dtype, device, self.scale)
 
-    def inputs(self, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    def inputs(self, device: torch.device) -> Inputs:
         """Noise (B, C, H, W) float32 and labels (B,), different as far as there are classes."""
         config, generator = self.config, torch.Generator().manual_seed(1)
         shape = (self.batch, config.channels, config.image_size, config.image_size)
         noise = torch.randn(shape, generator=generator).to(device)
-        return noise, np.arange(self.batch) % config.num_classes
+        return {"noise": noise, "labels": np.arange(self.batch) % config.num_classes}
 
 
 def dopri5(depth: int, tolerance: float = 1e-2) -> Operation:
@@ -118,9 +122,8 @@ def random_model(
     The zero-initialised ones and biases too.
     """
     torch.manual_seed(0)
-    with torch.device(device):
+    with device, torch.no_grad():
         model = DiT(config)
-    with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or name.startswith("final_layer"):
                 parameter.normal_(0, 0.02)
@@ -137,30 +140,34 @@ def weight_bytes(model: DiT) -> dict[str, int]:
 
 
 def sampler_call(
-    model: DiT, load: Workload, variant: str, noise: Tensor, labels: np.ndarray
+    model: DiT, load: Workload, variant: str, inputs: Inputs
 ) -> tuple[Callable[[], Tensor], Sampler]:
     """The Sampler of a variant; ValueError where its backend or precision cannot run."""
-    backend = variant.removesuffix("-fp8")
-    precision = None if backend == variant else "fp8"
+    backend, _, precision = variant.partition("-")
     sampler = Sampler.of(
-        model, load.operation, backend=backend, precision=precision, batch_size=load.batch
+        model, load.operation, backend=backend, precision=precision or None, batch_size=load.batch
     )
-    return lambda: sampler(noise=noise, labels=labels), sampler
+    return partial(sampler, **inputs), sampler
 
 
-def compiled_call(
-    model: DiT, load: Workload, mode: str, noise: Tensor, labels: np.ndarray
-) -> Callable[[], Tensor]:
+def true_samples(model: DiT, load: Workload, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """What variants are checked by: the eager model's samples, and float32's, as float64."""
+    wide = load.model(inputs["noise"].device, torch.float32)
+    exact = sampler_call(wide, load, "eager", inputs)[0]().double()
+    return sampler_call(model, load, "eager", inputs)[0](), exact
+
+
+def compiled_call(model: DiT, load: Workload, mode: str, inputs: Inputs) -> Callable[[], Tensor]:
     """Euler's method around the network compiled in `mode` for these shapes alone.
 
     All that does not depend on x is made beforehand.
     """
     network = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)
-    device, steps = noise.device, load.operation.steps or 1
-    size = 1 / steps
+    noise, steps = inputs["noise"], load.operation.steps or 1
+    device, size = noise.device, 1 / steps
     index = torch.full((1,), float(step_index("shortcut", steps)), device=device)
     times = [torch.full((1,), i * size, device=device) for i in range(steps)]
-    y = torch.from_numpy(labels).to(device)
+    y = torch.from_numpy(inputs["labels"]).to(device)
 
     def call() -> Tensor:
         x = noise
@@ -171,19 +178,6 @@ def compiled_call(
         return x
 
     return call
-
-
-def relative_error(x: Tensor, exact: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x.double() - exact) / torch.linalg.vector_norm(exact))
-
-
-def check_error(error: float, bound: float, to: str = "") -> float:
-    """The error; ValueError above the bound, and for NaN."""
-    if not error <= bound:
-        raise ValueError(
-            f"its samples are wrong: relative error {error:.2e}{to}, at most {bound:.2e} is allowed"
-        )
-    return error
 
 
 def check(variant: str, dtype: torch.dtype, got: Tensor, eager: Tensor, exact: Tensor) -> float:
@@ -204,36 +198,32 @@ def measure_workload(
     ceilings: dict[str, float],
     seconds: float,
     peer: JaxPeer | None,
-) -> dict[str, Any]:
+) -> Record:
     """Every variant's samples, setup, error and peak memory; or the reason why it did not run.
 
     Setup is the first call: compilation, preparation, capture.
     """
     config, depth, steps = load.config, load.depth, load.operation.steps or 1
-    model, (noise, labels) = load.model(device), load.inputs(device)
+    model, inputs = load.model(device), load.inputs(device)
     checked = not load.operation.adaptive and load.work <= CHECKED_WORK
     if checked:
-        wide = load.model(device, torch.float32)
-        exact = sampler_call(wide, load, "eager", noise, labels)[0]().double()
-        del wide
-        eager = sampler_call(model, load, "eager", noise, labels)[0]()
+        eager, exact = true_samples(model, load, inputs)
     timers: dict[str, Timer] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Record] = {}
     for variant in load.variants:
         row = rows[variant] = {"evaluations": float(steps)}
         start = time.perf_counter()
         with reason_in(row):
             if variant == "jax":
-                if peer is None:
-                    raise ValueError("no --reference-dir was given")
+                assert peer
                 row["setup_s"] = peer.build(config, depth, steps, load.batch, load.dtype)
                 timers[variant] = peer.timed
                 continue
             if variant in MODES:
-                call = compiled_call(model, load, variant, noise, labels)
+                call = compiled_call(model, load, variant, inputs)
                 call()  # its graph is captured on the second call
             else:
-                call, sampler = sampler_call(model, load, variant, noise, labels)
+                call, sampler = sampler_call(model, load, variant, inputs)
             got = call()
             synchronize(device)
             row["setup_s"] = time.perf_counter() - start
@@ -249,9 +239,9 @@ def measure_workload(
     least = 3 if load.work > CHECKED_WORK else 7
     for variant, row in measured(take_turns(timers, seconds * len(timers), least)).items():
         evaluation = row["median_s"] / rows[variant]["evaluations"]
-        fp8 = variant.endswith("-fp8")
-        dtype = torch.float8_e4m3fn if fp8 else load.dtype
-        floor = floor_seconds(operations, traffic / (1 + fp8), dtype, ceilings)
+        floor = floor_seconds(operations, traffic, load.dtype, ceilings)
+        if variant.endswith("-fp8"):
+            floor = floor_seconds(operations, traffic / 2, torch.float8_e4m3fn, ceilings)
         rows[variant] |= row | {
             "per_evaluation_s": evaluation,
             "images_per_s": load.batch / row["median_s"],
@@ -264,26 +254,26 @@ def measure_workload(
     return {"cell": load.record(), "flops": operations, "checked": checked, "variants": rows}
 
 
-def measure_memory(load: Workload, device: torch.device) -> dict[str, Any]:
+def measure_memory(load: Workload, device: torch.device) -> Record:
     """Bytes of the weights, and the peak of a whole life over an empty device, by variant.
 
     A life: loading, preparing, capturing, sampling.
     """
-    rows: dict[str, dict[str, Any]] = {}
-    noise, labels = load.inputs(device)
-    cuda = device.type == "cuda"
+    rows: dict[str, Record] = {}
+    inputs, cuda = load.inputs(device), device.type == "cuda"
 
-    def life(variant: str, row: dict[str, Any]) -> None:
+    def life(variant: str, row: Record) -> None:
         model = load.model(device)
         row["weights"] = weight_bytes(model)
         if cuda:  # the full-size float32 weights were a step on the way
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        call, _ = sampler_call(model, load, variant, noise, labels)
+        call, _ = sampler_call(model, load, variant, inputs)
         call()
         call()
-        row["held_bytes"] = torch.cuda.memory_allocated(device) if cuda else None
-        row["reserved_bytes"] = torch.cuda.memory_reserved(device) if cuda else None
+        if cuda:
+            row["held_bytes"] = torch.cuda.memory_allocated(device)
+            row["reserved_bytes"] = torch.cuda.memory_reserved(device)
 
     for variant in load.variants:
         release(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product, starmap
 
 import torch
 
@@ -23,29 +24,26 @@ class Scope:
     seconds: of each variant.
     """
 
-    dtype: torch.dtype
     network: str
-    depths: tuple[int, ...]
     steps: tuple[int, ...]
     batches: tuple[int, ...]
-    adaptive: tuple[float, ...]
     xl: tuple[str, int, tuple[int, ...]]
     kernels: tuple[tuple[str, int], ...]
     peers: tuple[tuple[str, int, int], ...]
-    variants: tuple[str, ...]
-    inductor: bool
-    cases: int
-    seconds: float
+    variants: tuple[str, ...] = ("eager", "fused")
+    dtype: torch.dtype = torch.float32
+    depths: tuple[int, ...] = (4, 8, 12)
+    adaptive: tuple[float, ...] = (1e-2,)
+    inductor: bool = True
+    cases: int = 4
+    seconds: float = 1.0
 
 
 GRIDS = {
     "full": Scope(
-        dtype=torch.bfloat16,
         network="DiT-B/2",
-        depths=(4, 8, 12),
         steps=(1, 4, 128),
         batches=(8, 128),
-        adaptive=(1e-2, 1e-4),
         xl=("DiT-XL/2", 64, (12, 20, 28)),
         kernels=(("DiT-B/2", 1), ("DiT-B/2", 128), ("DiT-XL/2", 64)),
         peers=(
@@ -53,36 +51,27 @@ GRIDS = {
             ("DiT-XL/2", 64, 28),
         ),
         variants=("eager", "fused", "fused-fp8"),
-        inductor=True,
+        dtype=torch.bfloat16,
+        adaptive=(1e-2, 1e-4),
         cases=40,
-        seconds=1.0,
     ),
     "reduced": Scope(
-        dtype=torch.float32,
         network="DiT-S/2",
-        depths=(4, 8, 12),
         steps=(1, 4),
         batches=(4,),
-        adaptive=(1e-2,),
         xl=("DiT-B/2", 1, (4, 12)),
         kernels=(("DiT-S/2", 1),),
         peers=(("DiT-S/2", 1, 4),),
         variants=("eager", "auto"),
-        inductor=True,
-        cases=4,
-        seconds=1.0,
     ),
     "tiny": Scope(
-        dtype=torch.float32,
         network="tiny",
         depths=(4, 12),
         steps=(1, 2),
         batches=(2,),
-        adaptive=(1e-2,),
         xl=("tiny", 1, (4,)),
         kernels=(("tiny", 1),),
         peers=(("tiny", 2, 4),),
-        variants=("eager", "fused"),
         inductor=False,
         cases=1,
         seconds=0.05,
@@ -107,16 +96,11 @@ def workloads(part: str, scope: Scope, reference: bool) -> Iterator[Workload]:
     if part == "xl":
         network, batch, depths = scope.xl
         batches, counts = (batch,), scope.steps[:2]
-    for batch in batches:
-        for depth in depths:
-            for steps in counts:
-                equal = Operation(depth=depth, steps=steps)
-                yield Workload(network, equal, batch, dtype, variants)
+    for batch, depth, steps in product(batches, depths, counts):
+        yield Workload(network, Operation(depth=depth, steps=steps), batch, dtype, variants)
     if part == "throughput":
-        for depth in depths:
-            for tolerance in scope.adaptive:
-                adaptive = dopri5(depth, tolerance)
-                yield Workload(network, adaptive, batches[-1], dtype, variants[:2])
+        for operation in starmap(dopri5, product(depths, scope.adaptive)):
+            yield Workload(network, operation, batches[-1], dtype, variants[:2])
 
 
 def table3(scope: Scope, variant: str) -> Iterator[Workload]:
@@ -124,5 +108,5 @@ def table3(scope: Scope, variant: str) -> Iterator[Workload]:
     for depth in sorted(scope.depths, reverse=True):
         equal = [Operation(depth=depth, steps=steps) for steps in sorted(scope.steps) if steps > 1]
         for operation in (*equal, *(dopri5(depth, tolerance) for tolerance in scope.adaptive)):
-            shape = (scope.batches[-1], scope.dtype)
+            shape = scope.batches[-1], scope.dtype
             yield Workload(scope.network, operation, *shape, (variant,), SCALE)

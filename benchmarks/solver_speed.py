@@ -16,20 +16,22 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.measure import (
+    Record,
     Timer,
+    check_error,
     host_timer,
     measured,
     reason_in,
+    relative_error,
     release,
     synchronize,
     take_turns,
 )
-from benchmarks.sampling import LEAST_BOUND, Workload, check_error, dopri5, relative_error
+from benchmarks.sampling import LEAST_BOUND, Inputs, Workload, dopri5
 from odelt_fast.engine import operators
 from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
 from odelt_fast.engine.graphs import capture
@@ -52,8 +54,7 @@ class Racers:
 
     model: DiT
     load: Workload
-    noise: Tensor
-    labels: np.ndarray
+    inputs: Inputs
     inductor: bool
 
     def sampled(self, backend: str, **changes: Any) -> Callable[[], Outcome]:
@@ -65,28 +66,27 @@ class Racers:
         sampler = Sampler.of(self.model, operation, backend=backend, batch_size=self.load.batch)
 
         def call() -> Outcome:
-            images = sampler(noise=self.noise, labels=self.labels)
-            return images, sampler.stats["evaluations_per_image"]
+            return sampler(**self.inputs), sampler.stats["evaluations_per_image"]
 
         return call
 
     def on_device(self, tolerance: float | None = None) -> Callable[[], Outcome]:
         """A solve on the device: CUDA graphs where there is a GPU, else launched step by step."""
         network = compiled(self.model) if self.inductor else self.model
-        noise, device, depth = self.noise, self.noise.device, self.load.depth
-        y = torch.from_numpy(self.labels).to(device)
-        index = torch.full((1,), 7.0, device=device)
+        noise, depth = self.inputs["noise"], self.load.depth
+        y = torch.from_numpy(self.inputs["labels"]).to(noise.device)
+        index = noise.new_full((1,), 7.0)
 
         def field(t: Tensor, x: Tensor, log2_steps: int) -> Tensor:
             return network(x, t[:1].float(), index, y, depth=depth).to(x.dtype)
 
         tolerance = tolerance or self.load.operation.rtol
-        limits, cuda = Limits(tolerance, tolerance, error_norm="batch"), noise.is_cuda
+        limits = Limits(tolerance, tolerance, error_norm="batch")
         tableau = find_tableau(self.load.operation.solver)[0]
-        ops = operators.load_operators("kernels") if cuda else None
+        ops = operators.load_operators("kernels") if noise.is_cuda else None
         with torch.inference_mode():  # as in a Sampler: for another mode a network is compiled anew
             solve = DeviceAdaptive(field, noise.clone(), 7, tableau, limits=limits, ops=ops)
-            graph = AdaptiveGraph(solve, capturing=capture) if cuda else None
+            graph = AdaptiveGraph(solve, capturing=capture) if ops else None
 
         @torch.inference_mode()
         def call() -> Outcome:
@@ -110,9 +110,8 @@ class Racers:
             error: of any samples.
         """
         backend, name = ("compile", "compiled") if self.inductor else ("eager", "eager")
-        fast, ours = "auto", "steps on the device"
-        if self.noise.is_cuda:
-            fast, ours = "fused", "one launch"
+        cuda = self.inputs["noise"].is_cuda
+        fast, ours = ("fused", "one launch") if cuda else ("auto", "steps on the device")
         coarsest = self.load.operation.rtol
         torchdiffeq = f"torchdiffeq:{self.load.operation.solver}"
 
@@ -140,24 +139,21 @@ class Racers:
         yield f"{ours}, {fast} network, steps of each image", each
 
 
-def measure_race(
-    load: Workload, device: torch.device, seconds: float, inductor: bool
-) -> dict[str, Any]:
+def measure_race(load: Workload, device: torch.device, seconds: float, inductor: bool) -> Record:
     """Every solver's time, evaluations, error and first call; or the reason why it did not run."""
-    noise, labels = load.inputs(device)
-    wide, finest = load.model(device, torch.float32), dopri5(load.depth, 1e-5)
-    reference = Sampler.of(wide, finest, backend="eager", batch_size=load.batch)
-    exact = reference(noise=noise, labels=labels).double()
-    del wide, reference
+    inputs, finest = load.inputs(device), dopri5(load.depth, 1e-5)
+    wide = load.model(device, torch.float32)
+    exact = Sampler.of(wide, finest, backend="eager", batch_size=load.batch)(**inputs).double()
+    del wide
     release(device)
     timers: dict[str, Timer] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Record] = {}
 
     def theirs() -> float | None:
         known = (row.get("relative_error") for name, row in rows.items() if name.startswith(THEIRS))
-        return next((error for error in known if error is not None), None)
+        return next(filter(None, known), None)
 
-    racers = Racers(load.model(device), load, noise, labels, inductor)
+    racers = Racers(load.model(device), load, inputs, inductor)
     for name, make in racers.all(theirs, lambda samples: relative_error(samples, exact)):
         row = rows[name] = {}
         start = time.perf_counter()
@@ -195,7 +191,7 @@ def count_calls(
     return launches, waits
 
 
-def measure_proof(load: Workload, device: torch.device) -> dict[str, Any]:
+def measure_proof(load: Workload, device: torch.device) -> Record:
     """What a solve of the fused backend asks of CUDA, from a trace.
 
     Raises:
@@ -206,12 +202,11 @@ def measure_proof(load: Workload, device: torch.device) -> dict[str, Any]:
         return {"cell": load.record(), "proof": {"reason": reason}}
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    noise, labels = load.inputs(device)
     model = load.model(device)
     sampler = Sampler.of(model, load.operation, backend="fused", batch_size=load.batch)
-    expected = sampler(noise=noise, labels=labels)
-    assert sampler.fused is not None
-    assert sampler.fused.graphs is not None
+    expected = sampler(**load.inputs(device))
+    assert sampler.fused
+    assert sampler.fused.graphs
     graph = sampler.explain()["graph"]
     captured = sampler.fused.graphs.graphs[sampler.fused.last_key]
     synchronize(device)
@@ -223,9 +218,8 @@ def measure_proof(load: Workload, device: torch.device) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize(device)
-    events = [
-        (event.name, event.time_range.start, event.time_range.end) for event in trace.events()
-    ]
+    ranges = ((event.name, event.time_range) for event in trace.events())
+    events = [(name, times.start, times.end) for name, times in ranges]
     begin, end = next((first, last) for name, first, last in events if name == "solve")
     launches, waits = count_calls(events, begin, end)
     evaluations = sampler.stats["evaluations_per_image"]

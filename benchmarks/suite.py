@@ -30,7 +30,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -38,8 +37,8 @@ from benchmarks import correctness
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.jax_peer import JaxPeer
 from benchmarks.kernel_speed import measure_kernel
-from benchmarks.kernel_table import cases, operators
-from benchmarks.measure import Results, command_parser, nvidia_smi, release
+from benchmarks.kernel_table import cases
+from benchmarks.measure import Record, Results, command_parser, nvidia_smi, release
 from benchmarks.report import part_table
 from benchmarks.sampling import CONFIGS, Workload, dopri5, measure_memory, measure_workload
 from benchmarks.scope import GRIDS, SCALE, Scope, table3, workloads
@@ -49,7 +48,7 @@ PARTS = ("correctness", "kernels", "latency", "throughput", "xl", "solvers", "pe
 FINISHED, REFUSED, AGAIN = 0, 1, 3
 
 
-Item = tuple[str, Callable[[], dict[str, Any]]]  # key in the part's file, and what measures it
+Item = tuple[str, Callable[[], Record]]  # key in the part's file, and what measures it
 
 
 @dataclass
@@ -74,20 +73,15 @@ class Session:
         return self.solver_items() if part == "solvers" else self.sampling_items(part)
 
     def kernel_items(self) -> Iterator[Item]:
-        scope = self.scope
+        scope, cuda = self.scope, self.device.type == "cuda"
+        arguments = scope.dtype, self.device, self.ceilings, scope.seconds, scope.inductor
         for network, batch in scope.kernels:
-            config = CONFIGS[network]
-            cuda = self.device.type == "cuda"
-            triton = operators(config.num_heads, config.patch_size) if cuda else {}
-            for case in cases(config, batch, scope.dtype, triton):
-                arguments = (scope.dtype, self.device, self.ceilings, scope.seconds, scope.inductor)
-                yield (
-                    f"{network} batch {batch} {case.name}",
-                    partial(measure_kernel, case, *arguments),
-                )
+            for case in cases(CONFIGS[network], batch, scope.dtype, cuda):
+                key = f"{network} batch {batch} {case.name}"
+                yield key, partial(measure_kernel, case, *arguments)
 
     def time_item(self, load: Workload) -> Item:
-        arguments = (self.device, self.ceilings, self.scope.seconds, self.peer)
+        arguments = self.device, self.ceilings, self.scope.seconds, self.peer
         return load.key, partial(measure_workload, load, *arguments)
 
     def memory_item(self, load: Workload) -> Item:
@@ -114,15 +108,15 @@ class Session:
         operation = dopri5(max(scope.depths))
         for batch in (1, scope.batches[-1]):
             load = Workload(scope.network, operation, batch, scope.dtype, scale=SCALE)
-            race = partial(measure_race, load, device, scope.seconds, scope.inductor)
-            yield f"race {load.key}", race
+            arguments = load, device, scope.seconds, scope.inductor
+            yield f"race {load.key}", partial(measure_race, *arguments)
             yield f"proof {load.key}", partial(measure_proof, load, device)
 
 
-def measure_training(device: torch.device, limit_s: float) -> dict[str, Any]:
-    from benchmarks.training_speed import measure
+def measure_training(device: torch.device, limit_s: float) -> Record:
+    from benchmarks.training_speed import Options, measure
 
-    return {"rows": measure(device.type, limit_s)}
+    return {"rows": measure(Options(), device.type, limit_s)}
 
 
 def check_groups(
@@ -174,36 +168,34 @@ def run_part(part: str, session: Session) -> int:
     deadline = time.perf_counter() + options.limit_s
     needed = correctness.NEEDS.get(part) or {*chain(*correctness.NEEDS.values())}
     checks = Results(options.out / "correctness.json", "correctness")
-    cuda, random_cases = device.type == "cuda", options.cases or scope.cases
-    state = check_groups(checks, needed, cuda, random_cases, deadline)
+    cuda = device.type == "cuda"
+    state = check_groups(checks, needed, cuda, scope.cases, deadline)
     if state != FINISHED or part == "correctness":
         if state == REFUSED and part != "correctness":
             say(part, "refused", "it would measure what is not correct")
         return state
     results = Results(options.out / f"{part}.json", part)
-    items = [
-        (key, run)
+    items = {
+        key: run
         for key, run in session.items(part, deadline - time.perf_counter())
         if any(fnmatch.fnmatch(key, pattern) for pattern in options.only)
-    ]
+    }
     longest = 0.0
     session.ceilings.clear()
-    for key, run in items:
-        if key in results.configurations:
-            continue
+    for key in [key for key in items if key not in results.configurations]:
         start = time.perf_counter()
         if start + longest > deadline:
-            done = sum(key in results.configurations for key, _ in items)
+            done = len(items.keys() & results.configurations.keys())
             progress = f"{done} of {len(items)} configurations finished"
             say(part, f"{progress}; run the same command again for the rest")
             return AGAIN
         try:
             if not session.ceilings:  # once, and only if there is something left to measure
                 session.ceilings |= measure_ceilings(device, scope.seconds)
-                results.run |= {"ceilings": dict(session.ceilings)}
+                results.run["ceilings"] = dict(session.ceilings)
                 if cuda:
                     results.run["nvidia_smi"] = nvidia_smi()  # the clocks of a busy card
-            found = run()
+            found = items[key]()
         # one configuration's fault, of any type, must not keep the others from being measured
         except Exception as error:
             hint = [correctness.WHEELS_HINT] if isinstance(error, ImportError) else []
@@ -220,61 +212,34 @@ def run_part(part: str, session: Session) -> int:
     return state
 
 
-def install_wheels(folder: Path, target: Path) -> None:
+def install_wheels(folder: Path, target: str) -> None:
     """Makes the packages of the wheels in `folder` importable, here and in child processes."""
     wheels = sorted(map(str, folder.glob("*.whl")))
     if not wheels:
         raise ValueError(f"--wheels {folder}: there are no wheels in it")
-    flags = ["-q", "--no-index", "--no-deps", "--no-compile"]
-    pip = [sys.executable, "-m", "pip", "install", *flags, "--target", str(target)]
-    subprocess.run([*pip, *wheels], check=True)
-    sys.path.insert(0, str(target))
-    paths = [str(target), os.environ.get("PYTHONPATH")]
+    flags = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target"]
+    subprocess.run([sys.executable, *flags, target, *wheels], check=True)
+    sys.path.insert(0, target)
+    paths = target, os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("suite", __doc__)
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="folder of the JSON files; existing ones are gone on with",
-    )
-    parser.add_argument(
-        "--part",
-        nargs="+",
-        choices=PARTS,
-        default=PARTS,
-        help="parts, in this order (default: all)",
-    )
-    parser.add_argument(
-        "--grid", choices=tuple(GRIDS), help="default: full on a CUDA GPU, reduced elsewhere"
-    )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=["*"],
-        metavar="PATTERN",
-        help='only such configurations, e.g. "DiT-B/2 * l=12 *"',
-    )
-    parser.add_argument(
-        "--cases", type=int, help="random cases of each kernel (default: 40 on a GPU)"
-    )
-    parser.add_argument(
-        "--limit-s", type=float, default=540, help="seconds after which a part stops"
-    )
-    parser.add_argument(
-        "--reference-dir",
-        type=Path,
-        help="checkout of github.com/gudovskiy/odelt: adds the JAX reference to the peers",
-    )
-    parser.add_argument(
-        "--reference-python", default=sys.executable, help="a Python that has jax, flax and einops"
-    )
-    parser.add_argument(
-        "--wheels", type=Path, help="folder of wheels for packages that are missing here"
-    )
+    add = parser.add_argument
+    text = "folder of the JSON files; existing ones are gone on with"
+    add("--out", type=Path, required=True, help=text)
+    text = "parts, in this order (default: all)"
+    add("--part", nargs="+", choices=PARTS, default=PARTS, help=text)
+    add("--grid", choices=tuple(GRIDS), help="default: full on a CUDA GPU, reduced elsewhere")
+    text = 'only such configurations, e.g. "DiT-B/2 * l=12 *"'
+    add("--only", nargs="+", default=["*"], metavar="PATTERN", help=text)
+    add("--limit-s", type=float, default=540, help="seconds after which a part stops")
+    text = "checkout of github.com/gudovskiy/odelt: adds the JAX reference to the peers"
+    add("--reference-dir", type=Path, help=text)
+    text = "a Python that has jax, flax and einops"
+    add("--reference-python", default=sys.executable, help=text)
+    add("--wheels", type=Path, help="folder of wheels for packages that are missing here")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options.grid = options.grid or ("full" if device.type == "cuda" else "reduced")
@@ -282,18 +247,16 @@ def main(arguments: list[str] | None = None) -> int:
     with ExitStack() as stack:
         try:
             if options.wheels:
-                install_wheels(
-                    options.wheels, Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                )
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                install_wheels(options.wheels, folder)
             session = Session(options, device, None)
             if options.reference_dir and "peers" in options.part:
                 session.peer = JaxPeer(options.reference_dir, options.reference_python)
                 stack.callback(session.peer.close)
-            for part in PARTS:
-                if part in options.part:
-                    state = max(state, run_part(part, session))
-                    if state == AGAIN:
-                        break
+            for part in (part for part in PARTS if part in options.part):
+                state = max(state, run_part(part, session))
+                if state == AGAIN:
+                    break
         except (ValueError, subprocess.CalledProcessError) as error:
             print(f"suite: {error}", file=sys.stderr)
             return REFUSED

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
-def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    lines = (header, ["---"] * len(header), *rows)
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def table(header: str, rows: Iterable[Iterable[object]]) -> str:
+    """A table as markdown; `header`: the columns' names with " | " between them."""
+    rule = ["---"] * len(header.split(" | "))
+    lines = (" | ".join(map(str, row)) for row in ([header], rule, *rows))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def seconds(value: float) -> str:

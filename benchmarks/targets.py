@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
+from benchmarks.measure import Record
 from benchmarks.tables import seconds
 
-Parts = dict[str, dict[str, Any]]  # part -> content of its file
-Row = dict[str, Any]
+Parts = dict[str, Record]  # part -> content of its file
+Sample = tuple[Record, str, Record]  # cell, variant, row
 _BASE, _LARGE = "DiT-B/2", "DiT-XL/2"
 _COMPILED = ("max-autotune", "reduce-overhead")  # modes of torch.compile
 
 
-def samples(parts: Parts, *names: str, memory: bool = False) -> Iterator[tuple[Row, str, Row]]:
+def samples(parts: Parts, *names: str, memory: bool = False) -> Iterator[Sample]:
     """(cell, variant, row) of the sampling cells of the named parts, or of their memory."""
     for name in names:
         for key, configuration in parts.get(name, {}).get("configurations", {}).items():
@@ -35,24 +35,24 @@ def targets(parts: Parts) -> Iterator[tuple[str, str, str, str]]:
         if "ceilings" in run
     ]
 
-    def median(part: str, batch: int, depth: int, steps: int, *variants: str) -> float | None:
-        """The shortest of DiT-B/2's medians with Euler's solver."""
-        times = (
-            row["median_s"]
-            for cell, variant, row in samples(parts, part)
-            if (cell["network"], cell["batch"], cell["depth"]) == (_BASE, batch, depth)
-            and (cell["steps"], cell["solver"]) == (steps, "euler")
-            and variant in variants
-            and "median_s" in row
-        )
-        return min(times, default=None)
+    medians: dict[tuple[object, ...], float] = {
+        (part, cell["batch"], cell["depth"], cell["steps"], variant): row["median_s"]
+        for part in parts
+        for cell, variant, row in samples(parts, part)
+        if (cell["network"], cell["solver"]) == (_BASE, "euler") and "median_s" in row
+    }
+
+    def median(*work: str | int, variants: Sequence[str] = ("fused",)) -> float | None:
+        """The shortest of DiT-B/2's medians with Euler's solver at a part, batch, l, T."""
+        found = (medians.get((*work, each)) for each in variants)
+        return min(filter(None, found), default=None)
 
     def evaluation(part: str, batch: int, depth: int, steps: int) -> float | None:
-        return ratio(median(part, batch, depth, steps, "fused"), steps)
+        return ratio(median(part, batch, depth, steps), steps)
 
     def gain(batch: int, depth: int, *peers: str, ours: str = "fused") -> float | None:
-        theirs = median("peers", batch, depth, 4, *peers)
-        return ratio(theirs, median("peers", batch, depth, 4, ours))
+        work = "peers", batch, depth, 4
+        return ratio(median(*work, variants=peers), median(*work, variants=(ours,)))
 
     def rate(part: str, network: str, batch: int, depth: int) -> float | None:
         """The fused backend's share of the matrix-product rate."""
@@ -65,12 +65,11 @@ def targets(parts: Parts) -> Iterator[tuple[str, str, str, str]]:
         )
         return ratio(max(reached, default=None), max(rates, default=None))
 
-    def peak(depth: int) -> float | None:
-        for cell, variant, row in samples(parts, "latency", memory=True):
-            work = cell["network"], cell["batch"], cell["depth"], variant
-            if work == (_BASE, 1, depth, "fused"):
-                return row.get("peak_bytes")
-        return None
+    peaks = {
+        (cell["network"], cell["batch"], cell["depth"], variant): row.get("peak_bytes")
+        for cell, variant, row in samples(parts, "latency", memory=True)
+    }
+    peak4, peak12 = (peaks.get((_BASE, 1, depth, "fused")) for depth in (4, 12))
 
     def goal(
         what: str,
@@ -111,5 +110,5 @@ def targets(parts: Parts) -> Iterator[tuple[str, str, str, str]]:
         value = ratio(evaluation("throughput", 128, depth, 4), full)
         what = f"batch 128, latency at l = {depth} over l = 12"
         yield goal(what, "most", depth / 12 + 0.03, value, plain)
-    value = ratio(peak(4), peak(12))
+    value = ratio(peak4, peak12)
     yield goal("batch 1, peak memory at l = 4 over l = 12", "most", 0.45, value, plain)

@@ -14,23 +14,20 @@ import pytest
 import torch
 
 from benchmarks.ceilings import floor_seconds
-from benchmarks.kernel_speed import prepare, rates
-from benchmarks.kernel_table import KernelCase, cases, operators
+from benchmarks.kernel_speed import Prepared, rates
+from benchmarks.kernel_table import KernelCase, cases
+from benchmarks.measure import Record
 from benchmarks.sampling import CONFIGS
 
 CUDA = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SHAPES = (("DiT-B/2", 1), ("DiT-B/2", 128)) if CUDA else (("DiT-S/2", 1),)
-TRITON = {
-    network: operators(CONFIGS[network].num_heads, CONFIGS[network].patch_size) if CUDA else {}
-    for network, _ in SHAPES
-}
-CASES = [
-    case
+VARIANTS = [
+    (case, variant)
     for network, batch in SHAPES
-    for case in cases(CONFIGS[network], batch, DTYPE, TRITON[network])
+    for case in cases(CONFIGS[network], batch, DTYPE, CUDA)
+    for variant in ("pytorch", *case.others)
 ]
-VARIANTS = [(case, variant) for case in CASES for variant in ("pytorch", *case.others)]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +37,11 @@ def test_kernel(
     benchmark: Any,
     device: torch.device,
     ceilings: dict[str, float],
-    record: dict[str, Any],
+    record: Record,
     case: KernelCase,
     variant: str,
 ) -> None:
-    prepared = prepare(case, DTYPE, device)
+    prepared = Prepared(case, DTYPE, device)
     relative_error, timer = prepared.variant(variant)
     benchmark.group = case.name
     benchmark.pedantic(timer, rounds=20 if CUDA else 3, warmup_rounds=2 if CUDA else 1)

@@ -18,21 +18,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
+import tyro
 from torch import Tensor
 
 from benchmarks.ceilings import evaluation_flops
 from benchmarks.measure import (
-    command_parser,
+    Record,
     device_record,
     host_timer,
     peak_memory,
+    relative_error,
     write_json,
 )
 from odelt_fast.config import PRESETS, DiTConfig
@@ -41,10 +43,11 @@ from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS: dict[str, Record] = {
     "RFM + LC": {"objective": "flow"},
     "shortcuts + LC": {"objective": "shortcut", "time_consistency_every": 8},
 }
+Precision = Literal["no", "bf16"]
 TARGETS = {"RFM + LC": 1.40, "shortcuts + LC": 1.35}
 GRADIENT_BOUND = 1e-5  # relative, float32: sums of rows in another order
 
@@ -78,13 +81,11 @@ def step_flops(config: TrainConfig, masked: bool) -> float:
     full = evaluation_flops(model, model.depth, 1)
     mean = statistics.mean(evaluation_flops(model, depth, 1) for depth in model.depths)
     student = full if masked else mean
-    return (
-        3 * config.train_batch_size * student + 2 * rows["time"] * full + rows["length"] * student
-    )
+    return (3 * config.train_batch_size + rows["length"]) * student + 2 * rows["time"] * full
 
 
 def make_trainer(
-    method: str, batch: int, precision: str, folder: Path, model: DiTConfig
+    method: str, batch: int, precision: Precision, folder: Path, model: DiTConfig
 ) -> Trainer:
     """A trainer on random latents: speed does not depend on what they show."""
     latents = folder / "latents"
@@ -96,22 +97,27 @@ def make_trainer(
         moments = rng.standard_normal(shape, dtype=np.float32)
         writer.append(moments, rng.integers(model.num_classes, size=256))
         writer.finish()
-    settings: dict[str, Any] = {
-        "model": model,
-        "data": str(latents),
-        "output_dir": folder / "run",
-        "log_with": (),
-        "train_batch_size": batch,
-        "depth_sampling": "stratified",
-        "mixed_precision": precision,
+    config = replace(
+        DEFAULT,
+        model=model,
+        data=str(latents),
+        output_dir=folder / "run",
+        log_with=(),
+        train_batch_size=batch,
+        depth_sampling="stratified",
+        mixed_precision=precision,
         **METHODS[method],
-    }
-    return Trainer(replace(DEFAULT, **settings))
+    )
+    return Trainer(config)
 
 
-def use(trainer: Trainer, kind: type[DiT]) -> None:
-    """Has the live and the EMA network compute as `kind` does; their state stays where it is."""
+def use(trainer: Trainer, kind: type[DiT], step: int = 0) -> None:
+    """Has the live and the EMA network compute as `kind` does, before training step `step`.
+
+    Their state stays where it is.
+    """
     trainer.model.__class__ = trainer.ema.__class__ = kind
+    trainer.finished_steps = step
 
 
 def gradient_difference(trainer: Trainer) -> float:
@@ -134,21 +140,18 @@ def gradient_difference(trainer: Trainer) -> float:
         loss = row_losses(trainer.model, targets).mean()
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         found.append(torch.cat([gradient.double().flatten() for gradient in gradients]))
-    ours, masked = found
-    return float(torch.linalg.vector_norm(ours - masked) / torch.linalg.vector_norm(masked))
+    return relative_error(*found)
 
 
 def seconds_of(trainer: Trainer, kind: type[DiT], step: int) -> float:
     """Time of training step `step`."""
-    use(trainer, kind)
-    trainer.finished_steps = step
+    use(trainer, kind, step)
     return host_timer(trainer.step, trainer.accelerator.device)()
 
 
-def peak_of(trainer: Trainer, kind: type[DiT], step: int) -> int:
-    """Bytes that training step `step` holds at its peak, above what lies there between steps."""
+def peak_of(trainer: Trainer, kind: type[DiT]) -> int:
+    """Bytes that the first step holds at its peak, above what lies there between steps."""
     use(trainer, kind)
-    trainer.finished_steps = step
     if (peak := peak_memory(trainer.step, trainer.accelerator.device)) is not None:
         return peak
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -160,21 +163,32 @@ def peak_of(trainer: Trainer, kind: type[DiT], step: int) -> int:
     return max(accumulate(event.nbytes() for event in changes))
 
 
-def measure(
-    device: str, limit_s: float, *, batch: int | None = None, rounds: int = 5, precision: str = "no"
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Options:
+    batch: int | None = None
+    """Images of a step, a multiple of 24, which the depths and the consistency rows divide evenly;
+    24 on a CPU, 240 on a GPU by default."""
+    rounds: int = 5
+    """Measured steps of each kind."""
+    precision: Precision = "no"
+    """accelerate's mixed_precision."""
+    out: Path | None = None
+    """JSON file for the results."""
+
+
+def measure(options: Options, device: str, limit_s: float) -> list[Record]:
     """One row a method: images per second both ways, ratio and its bound, peak memory, arithmetic.
 
     Args:
         device: "cpu" or "cuda" (accelerate takes the GPU where there is one).
         limit_s: no further round starts after it.
-        batch: a multiple of 24, which the depths and the consistency rows divide evenly.
 
     Raises:
         RuntimeError: if the gradients differ.
     """
     model, results, begin = PRESETS["DiT-B/2"], [], time.perf_counter()
-    batch = batch or (240 if device == "cuda" else 24)
+    batch = options.batch or (240 if device == "cuda" else 24)
+    precision = options.precision
     for number, method in enumerate(METHODS, 1):
         with tempfile.TemporaryDirectory() as folder:
             difference = gradient_difference(make_trainer(method, 24, "no", Path(folder), model))
@@ -185,54 +199,39 @@ def measure(
                 )
             trainer = make_trainer(method, batch, precision, Path(folder), model)
             seconds: dict[type[DiT], list[float]] = {DiT: [], MaskedDiT: []}
-            memory = {kind: peak_of(trainer, kind, 0) for kind in seconds}  # also the warm-up
-            for step in range(1, rounds + 1):
+            memory = [peak_of(trainer, kind) for kind in seconds]  # also the warm-up
+            for step in range(1, options.rounds + 1):
                 for kind in list(seconds)[:: 1 if step % 2 else -1]:
                     seconds[kind].append(seconds_of(trainer, kind, step))
                 if step >= 2 and time.perf_counter() - begin > limit_s * number / len(METHODS):
                     break
-        ratio = statistics.median(
-            slow / fast for fast, slow in zip(seconds[DiT], seconds[MaskedDiT])
-        )
-        flops = {masked: step_flops(trainer.config, masked) for masked in (False, True)}
+        ours, masked = seconds.values()
+        median = statistics.median(ours)
+        flops, masked_flops = (step_flops(trainer.config, masked) for masked in (False, True))
         results.append(
             {
                 "method": method,
                 "batch": batch,
                 "precision": precision,
-                "images_per_second": batch / statistics.median(seconds[DiT]),
-                "masked_images_per_second": batch / statistics.median(seconds[MaskedDiT]),
-                "ratio": ratio,
+                "images_per_second": batch / median,
+                "masked_images_per_second": batch / statistics.median(masked),
+                "ratio": statistics.median(slow / fast for fast, slow in zip(ours, masked)),
                 "target": TARGETS[method],
-                "bound": flops[True] / flops[False],
-                "tflops_per_second": flops[False] / statistics.median(seconds[DiT]) / 1e12,
-                "peak_bytes": memory[DiT],
-                "masked_peak_bytes": memory[MaskedDiT],
+                "bound": masked_flops / flops,
+                "tflops_per_second": flops / median / 1e12,
+                "peak_bytes": memory[0],
+                "masked_peak_bytes": memory[1],
                 "gradient_difference": difference,
-                "seconds": seconds[DiT],
-                "masked_seconds": seconds[MaskedDiT],
+                "seconds": ours,
+                "masked_seconds": masked,
             }
         )
     return results
 
 
 def main() -> None:
-    parser = command_parser("training_speed", __doc__)
-    parser.add_argument(
-        "--batch",
-        type=int,
-        help="images of a step, a multiple of 24 (default: 24 on a CPU, 240 on a GPU)",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each kind")
-    parser.add_argument(
-        "--precision", choices=("no", "bf16"), default="no", help="accelerate's mixed_precision"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = measure(
-        device, 3600, batch=options.batch, rounds=options.rounds, precision=options.precision
-    )
+    options = tyro.cli(Options, description=__doc__)
+    results = measure(options, "cuda" if torch.cuda.is_available() else "cpu", 3600)
     for row in results:
         print(
             f"{row['method']}: {row['images_per_second']:.2f} images/s, masked"

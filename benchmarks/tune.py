@@ -35,31 +35,22 @@ from odelt_fast.engine import availability, operators, tuning
 from odelt_fast.files import one_line
 from odelt_fast.kernels.quantize import quantize_rows_reference
 
+SECONDS = 0.15  # of measuring for each shape
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 COLD_BYTES = 256 * 2**20  # of the inputs of all calls of a round: several times the last cache
 Variants = dict[str, Callable[[int], object]]
 
 
-def layers(config: DiTConfig) -> Iterator[tuple[int, int, str]]:
-    """(columns, inner, activation) of a block's products."""
-    size, hidden = config.hidden_size, config.mlp_size
-    yield from ((3 * size, size, "none"), (size, size, "none"))
-    yield from ((hidden, size, "gelu"), (size, hidden, "none"))
-
-
 @dataclass(frozen=True)
 class Tuner:
-    """What every measurement needs. seconds: of measuring for each shape."""
+    """What every measurement needs."""
 
     dtype: torch.dtype
     device: torch.device
     ops: SimpleNamespace
-    seconds: float
 
-    def draw(self, sets: int, *shape: int, scale: float = 1.0) -> list[Tensor]:
-        return [
-            (scale * torch.randn(shape, device=self.device)).to(self.dtype) for _ in range(sets)
-        ]
+    def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
 
     def sets(self, values: int) -> int:
         """Sets of inputs for calls that move so many values: all of them leave the cache."""
@@ -72,9 +63,10 @@ class Tuner:
         columns, inner, activation = layer
         ops, scale = self.ops, 1 / math.sqrt(inner)
         sets = self.sets(rows * inner + columns * inner + rows * columns)
-        x = self.draw(sets, 1, rows, inner, scale=scale)
-        weight = self.draw(sets, columns, inner, scale=scale)
-        bias = self.draw(sets, columns, scale=scale)
+        x, weight, bias = (
+            [self.draw(*shape, scale=scale) for _ in range(sets)]
+            for shape in ((1, rows, inner), (columns, inner), (columns,))
+        )
 
         def cublas(i: int) -> Tensor:
             return operators.cublas_linear(x[i], weight[i], bias[i], activation)
@@ -90,9 +82,9 @@ class Tuner:
             return operators.cublas_float8(*xs[i], *weights[i], bias[i])
 
         def triton8(i: int) -> Tensor:
-            scales = {"x_scale": xs[i][1], "weight_scale": weights[i][1], "out_dtype": self.dtype}
-            arguments = xs[i][0], weights[i][0], bias[i], activation
-            return ops.linear(*arguments, **scales, workspace=ops.workspace)
+            (x, x_scale), (weight, weight_scale) = xs[i], weights[i]
+            scales = None, None, x_scale, weight_scale, self.dtype
+            return ops.linear(x, weight, bias[i], activation, *scales, workspace=ops.workspace)
 
         variants: Variants = {"triton": triton8}
         if activation == "none":
@@ -102,7 +94,7 @@ class Tuner:
     def attention_times(self, config: DiTConfig, samples: int) -> dict[str, float]:
         size, heads, tokens = config.hidden_size, config.num_heads, token_count(config)
         sets = self.sets(4 * samples * tokens * size)
-        qkv, variants = self.draw(sets, samples, tokens, 3 * size), Variants()
+        qkv, variants = [self.draw(samples, tokens, 3 * size) for _ in range(sets)], Variants()
 
         def call(function: Callable[..., Tensor], i: int) -> Tensor:
             return function(qkv[i], heads)
@@ -124,26 +116,27 @@ class Tuner:
                 timers[name] = graph_timer(call, sets, self.device)
             except (RuntimeError, ValueError) as error:
                 print(f"  {name} cannot run: {one_line(error, 150)}", file=sys.stderr)
-        samples = take_turns(timers, self.seconds, warm_seconds=0.05)
+        samples = take_turns(timers, SECONDS, warm_seconds=0.05)
         return {name: 1e6 * statistics.median(taken) for name, taken in samples.items()}
 
     def entries(self, config: DiTConfig) -> Iterator[dict[str, Any]]:
         tokens, heads, dtype = token_count(config), config.num_heads, dtype_name(self.dtype)
+        size, hidden = config.hidden_size, config.mlp_size
+        layers = ((3 * size, size, "none"), (size, size, "none"), (hidden, size, "gelu"))
         for samples in SAMPLES:
             yield {
                 "operator": "attention",
                 "dtype": dtype,
                 "heads": heads,
-                "head_dim": config.hidden_size // heads,
+                "head_dim": size // heads,
                 "tokens": tokens,
                 "amount": samples,
                 "microseconds": self.attention_times(config, samples),
             }
-            for layer in layers(config):
+            for layer in (*layers, (size, hidden, "none")):
                 columns, inner, activation = layer
-                for float8 in (False, True):
-                    if float8 and columns == inner:
-                        continue  # the engine keeps the output projection in 16 bits
+                # The engine keeps the output projection in 16 bits.
+                for float8 in (False,) if columns == inner else (False, True):
                     yield {
                         "operator": "linear",
                         "dtype": "float8_e4m3fn" if float8 else dtype,
@@ -157,25 +150,19 @@ class Tuner:
 
 def main() -> int:
     parser = command_parser("tune", __doc__)
-    parser.add_argument(
-        "--network",
-        action="append",
-        choices=sorted(PRESETS),
-        help="may be given again; DiT-B/2 and DiT-XL/2 by default",
-    )
-    parser.add_argument("--seconds", type=float, default=0.15, help="of measuring for each shape")
+    text = "may be given again; DiT-B/2 and DiT-XL/2 by default"
+    parser.add_argument("--network", action="append", choices=sorted(PRESETS), help=text)
     parser.add_argument("--out", type=Path, help="default: odelt_fast/tuning/DEVICE.json")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA GPU to measure")
     device = torch.device("cuda", torch.cuda.current_device())
-    reason = availability.device_unavailable(device)
-    if reason:
+    if reason := availability.device_unavailable(device):
         parser.error(reason)
     ops, found = operators.load_operators("kernels"), []
     # Split-K launches then allocate and clear nothing.
     ops.workspace = torch.zeros(2**22, dtype=torch.int32, device=device)
-    tuner = Tuner(torch.bfloat16, device, ops, arguments.seconds)
+    tuner = Tuner(torch.bfloat16, device, ops)
     for network in arguments.network or ("DiT-B/2", "DiT-XL/2"):
         for entry in tuner.entries(PRESETS[network]):
             found.append(entry)

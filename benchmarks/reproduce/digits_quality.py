@@ -28,8 +28,6 @@ class Options:
     model: str = "digits"
     """Bundled name or folder of a model of 8x8 digits."""
     seed: int = 0
-    cells: tuple[str, ...] = tuple(f"{depth}:{steps}" for depth, steps in GRID)
-    """Cells to measure, as DEPTH:STEPS."""
     json: Path | None = None
     """Also write the numbers here."""
 
@@ -59,14 +57,13 @@ def measure(options: Options) -> dict[str, dict[str, float]]:
     floor = pixel_frechet(real[halves[: len(real) // 2]], real[halves[len(real) // 2 :]])
     results = {"real": {"recognised": accuracy, "frechet": floor}}
     model = load_model(options.model)
-    for cell in options.cells:
-        depth, steps = map(int, cell.split(":"))
+    for depth, steps in GRID:
         images = Sampler(model, depth=depth, steps=steps)(
             num_images=len(labels), labels=labels, seed=options.seed
         )
         pixels = images.flatten(1).double().numpy()
         clipped = pixels.clip(-1, 1)
-        results[cell] = {
+        results[f"{depth}:{steps}"] = {
             "recognised": float(np.mean(classifier.predict(clipped) == labels)),
             "frechet": pixel_frechet(clipped, real),
             "frechet_unclipped": pixel_frechet(pixels, real),

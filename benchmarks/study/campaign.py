@@ -9,11 +9,11 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.measure import write_json
+from benchmarks.measure import Record, write_json
 from benchmarks.study.real import measure_real
 from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS, Run
 from odelt_fast.evaluation.settings import Evaluation
@@ -22,7 +22,7 @@ from odelt_fast.files import locked
 METRICS = ("frechet", "kid", "precision_recall", "recognised")
 GUIDANCE = 1.5  # the paper's on ImageNet
 TOLERANCES = (1e-2, 1e-4)
-BUNDLED = {"bundled-digits": "digits", "mnist": "mnist"}  # evaluations of the models in the package
+BUNDLED = ("bundled-digits", "mnist")  # evaluations of the models in the package
 MNIST_IMAGES, BUNDLED_SEEDS = 1024, 2  # their networks cost up to ten times as much
 Stage = Literal["train", "evaluate", "latency", "report"]
 STAGES: tuple[Stage, ...] = ("train", "evaluate", "latency", "report")
@@ -70,30 +70,25 @@ class Study:
     """
 
     def __init__(self, options: Options) -> None:
+        self.options, self.out = options, options.out
         chosen = DATA_SETS[options.set]
-        folder, data = options.data_folder, chosen.data
-        if folder is not None and chosen.file:
-            data = str(folder / chosen.file)
-        self.budget = replace(
-            chosen,
-            data=data,
-            steps=options.steps or chosen.steps,
-            num_images=options.num_images or chosen.num_images,
-            seeds=options.seeds or chosen.seeds,
-        )
+        names = ("steps", "num_images", "seeds")
+        own: Record = {name: value for name in names if (value := getattr(options, name))}
+        if options.data_folder and chosen.file:
+            own["data"] = str(options.data_folder / chosen.file)
+        self.budget = replace(chosen, **own)
         known = (*BY_NAME, *BUNDLED)
         for name in options.only:
             if name not in known:
                 raise ValueError(
                     f"--only: there is no run {name!r}; the runs are {', '.join(known)}"
                 )
-        self.options, self.out = options, options.out
 
     def bind(self) -> None:
         """Ties the folder to the budget of its trainings: others would not be comparable."""
-        budget = {name: getattr(self.budget, name) for name in ("options", "steps", "pairs")}
-        path = self.out / "study.json"
-        bound = json.loads(json.dumps({"set": self.options.set, **budget}))
+        path, budget = self.out / "study.json", self.budget
+        bound: Record = {"set": self.options.set, "options": [*budget.options]}
+        bound |= {"steps": budget.steps, "pairs": budget.pairs}
         if not path.exists():
             write_json(path, bound)
         held = json.loads(path.read_text())
@@ -106,17 +101,14 @@ class Study:
 
     def chosen(self) -> list[Run]:
         """The runs of --only with the teachers that they need, in the order of the list."""
-        if not self.options.only:
-            return list(RUNS)
-        wanted = {name for name in self.options.only if name in BY_NAME}
-        wanted |= {teacher for name in wanted if (teacher := BY_NAME[name].teacher)}
-        return [run for run in RUNS if run.name in wanted]
+        only = self.options.only or BY_NAME
+        teachers = {BY_NAME[name].teacher for name in only if name in BY_NAME}
+        return [run for run in RUNS if run.name in {*only, *teachers}]
 
     def training(self, run: Run) -> list[str]:
         """Options of `odelt-fast train`."""
-        folder, steps = self.out / run.name, int(self.budget.steps * run.share)
-        command = [*self.budget.options, "--data", self.budget.data, *run.options]
-        command += ["--steps", str(steps)]
+        folder, steps = self.out / run.name, str(int(self.budget.steps * run.share))
+        command = [*self.budget.options, "--data", self.budget.data, *run.options, "--steps", steps]
         if run.teacher:
             command += ["--init-from", str(self.out / run.teacher)]
         if run.needs_pairs:
@@ -148,47 +140,36 @@ class Study:
         """What is measured of a run, by the folder that holds it."""
         if not run.depths:
             return {}
-        plain = Evaluation(
-            model=str(self.out / run.name),
-            data=self.budget.data,
+        plain = replace(
+            self.compared(str(self.out / run.name), self.budget.data),
             depths=run.depths,
             steps=run.steps,
-            num_images=self.budget.num_images,
-            seeds=self.budget.seeds,
             batch_size=self.budget.batch_size,
-            solvers=("euler", "dopri5") if run.adaptive else ("euler",),
             tolerances=TOLERANCES,
-            metrics=METRICS,
-            labels="data",
         )
+        adaptive = replace(plain, solvers=("euler", "dopri5")) if run.adaptive else plain
         if not run.guided:
-            return {run.name: plain}
-        guided = replace(
-            plain, steps=(128,), solvers=("euler",), guidance_scale=GUIDANCE, paper_guidance=True
+            return {run.name: adaptive}
+        guided = replace(plain, steps=(128,), guidance_scale=GUIDANCE, paper_guidance=True)
+        return {run.name: adaptive, f"{run.name}-guided": guided}
+
+    def compared(self, model: str, data: str) -> Evaluation:
+        """What all evaluations have in common."""
+        images, seeds = self.budget.num_images, self.budget.seeds
+        return Evaluation(
+            model, data, num_images=images, seeds=seeds, metrics=METRICS, labels="data"
         )
-        return {run.name: plain, f"{run.name}-guided": guided}
 
     def bundled(self) -> dict[str, Evaluation]:
         """Of the models in the package: digits, and MNIST where its images are at hand."""
         if self.options.set != "digits":
             return {}
-        images = self.budget.num_images
-        data = {"bundled-digits": (self.budget.data, images)}
-        if self.options.data_folder is not None:
-            file = self.options.data_folder / "mnist-10k.parquet"
-            data["mnist"] = str(file), min(MNIST_IMAGES, images)
-        return {
-            name: Evaluation(
-                BUNDLED[name],
-                of,
-                num_images=count,
-                seeds=min(BUNDLED_SEEDS, self.budget.seeds),
-                metrics=METRICS,
-                labels="data",
-            )
-            for name, (of, count) in data.items()
-            if not self.options.only or name in self.options.only
-        }
+        found = {"bundled-digits": self.compared("digits", self.budget.data)}
+        if folder := self.options.data_folder:
+            mnist = self.compared("mnist", str(folder / "mnist-10k.parquet"))
+            found["mnist"] = replace(mnist, num_images=min(MNIST_IMAGES, mnist.num_images))
+        only, seeds = self.options.only or BUNDLED, min(BUNDLED_SEEDS, self.budget.seeds)
+        return {name: replace(each, seeds=seeds) for name, each in found.items() if name in only}
 
     def evaluate(self, name: str, settings: Evaluation) -> None:
         from odelt_fast.evaluation.evaluator import Evaluator
@@ -211,7 +192,7 @@ class Study:
                 found[name] = measure_real(settings)
                 write_json(path, found)
 
-    def results(self) -> dict[str, dict[str, Any]]:
+    def results(self) -> dict[str, Record]:
         """The finished evaluations: in the order of the list, then the bundled models'."""
         from odelt_fast.evaluation.results import read_results
 

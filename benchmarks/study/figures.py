@@ -53,10 +53,8 @@ def _draw_methods(study: Study, out: Path) -> None:
         if study.trained(run):
             model = load_model(str(study.out / run.name))
             cells += sample_depths_by_steps(model, run.depths, STEPS, _IMAGES)
-            several = len(run.depths) > 1
-            titles += [
-                f"{run.title}, l = {depth}" if several else run.title for depth in run.depths
-            ]
+            lengths = [f"{run.title}, l = {depth}" for depth in run.depths]
+            titles += lengths if len(lengths) > 1 else [run.title]
     if cells:
         columns = [f"T = {steps}" for steps in STEPS]
         save_picture(out, labelled_grid(cells, titles, columns, _IMAGES, upright=True))

@@ -11,6 +11,7 @@ the network, and measured in processor seconds of one thread.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from benchmarks.measure import Timer, device_record, host_timer, summary, take_turns, write_json
+from benchmarks.measure import (
+    Record,
+    Timer,
+    device_record,
+    host_timer,
+    summary,
+    take_turns,
+    write_json,
+)
 from benchmarks.study.campaign import Study
 from benchmarks.study.runs import BY_NAME, RUNS, Run
 
@@ -45,13 +54,13 @@ def twin(name: str) -> str:
     return "shortcut" if BY_NAME[name].conventional else "odelt"
 
 
-def row_key(row: dict[str, Any]) -> str:
+def row_key(row: Record) -> str:
     """Names a row of an evaluation's results in OUT/latency.json."""
     at = f"T={row['steps']}" if row["steps"] is not None else f"tol={row['tolerance']:g}"
     return f"l={row['depth']} {row['solver']} {at}"
 
 
-def latency_of(latency: dict[str, Any], name: str, row: dict[str, Any]) -> float | None:
+def latency_of(latency: Record, name: str, row: Record) -> float | None:
     """Median seconds of a batch of the row; None before the latency stage."""
     timed = latency.get(name if row["steps"] is None else twin(name), {}).get(row_key(row))
     return None if timed is None else timed["median_s"]
@@ -90,7 +99,7 @@ def time_everything(study: Study) -> None:
 # Sampling
 
 
-def _latencies(study: Study) -> dict[str, dict[str, Any]]:
+def _latencies(study: Study) -> dict[str, Record]:
     timers: dict[str, Timer] = {}
     bundled: dict[str, Timer] = {}
     for name, results in study.results().items():
@@ -105,23 +114,21 @@ def _latencies(study: Study) -> dict[str, dict[str, Any]]:
     samples = take_turns(short, 0, least=5)
     samples |= {key: [timer()] for key, timer in bundled.items() if key not in short}
     samples |= take_turns(timers, study.options.seconds, least=3)
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Record] = {}
     for key, values in samples.items():
         name, row_name = key.split("\n")
-        found.setdefault(name, {})[row_name] = {**summary(values), "rounds": len(values)}
+        found.setdefault(name, {})[row_name] = summary(values) | {"rounds": len(values)}
     return found
 
 
-def _sampling_timer(
-    study: Study, name: str, settings: dict[str, Any], row: dict[str, Any]
-) -> Timer:
+def _sampling_timer(study: Study, name: str, settings: Record, row: Record) -> Timer:
     """Times one batch as the evaluation generated it: `Cell.sampler` for the row."""
     from odelt_fast.checkpoints.folder import load_model
     from odelt_fast.evaluation.cells import plan_cells
     from odelt_fast.evaluation.measuring import Processes
     from odelt_fast.evaluation.settings import Evaluation
 
-    values: dict[str, Any] = {
+    values: Record = {
         key: tuple(each) if isinstance(each, list) else each for key, each in settings.items()
     }
     evaluation = Evaluation(**values)
@@ -145,12 +152,10 @@ def _sampling_timer(
 def _parameters(study: Study) -> dict[str, int]:
     from odelt_fast.checkpoints.folder import load_model
 
-    main, folder = BY_NAME["odelt"], study.out / "odelt"
-    if not study.trained(main):
-        return {}
+    main, folder = BY_NAME["odelt"], str(study.out / "odelt")
     return {
-        str(depth): sum(p.numel() for p in load_model(str(folder), depth=depth).parameters())
-        for depth in main.depths
+        str(depth): sum(p.numel() for p in load_model(folder, depth=depth).parameters())
+        for depth in (main.depths if study.trained(main) else ())
     }
 
 
@@ -164,19 +169,15 @@ def _training_costs(study: Study) -> dict[str, dict[str, float]]:
     image of its batch through all blocks: "learnt", forward and backward, and "targets", forward
     alone.
     """
-    trainers = {
-        run.name: _trainer(study, run) for run in RUNS if study.trained(run) and run.repeats is None
-    }
-    passes = {name: _passes(trainer) for name, trainer in trainers.items()}
-    timers = {name: partial(_step_seconds, trainer) for name, trainer in trainers.items()}
-    return {
-        name: {
-            "batch": trainers[name].config.train_batch_size,
-            "seconds": summary(values)["median_s"],
-            **passes[name],
-        }
-        for name, values in take_turns(timers, 0, least=_STEP_ROUNDS).items()
-    }
+    timers, costs = {}, {}
+    for run in RUNS:
+        if study.trained(run) and run.repeats is None:
+            trainer = _trainer(study, run)
+            costs[run.name] = {"batch": trainer.config.train_batch_size, **_passes(trainer)}
+            timers[run.name] = partial(_step_seconds, trainer)
+    for name, values in take_turns(timers, 0, least=_STEP_ROUNDS).items():
+        costs[name]["seconds"] = statistics.median(values)
+    return costs
 
 
 def _step_seconds(trainer: Trainer) -> float:
@@ -197,7 +198,7 @@ def _trainer(study: Study, run: Run) -> Trainer:
 
 
 def _passes(trainer: Trainer) -> dict[str, float]:
-    networks = [each for each in (trainer.model, trainer.ema, trainer.teacher) if each is not None]
+    networks = filter(None, (trainer.model, trainer.ema, trainer.teacher))
     with _counted(block for network in networks for block in network.blocks) as rows:
         for _ in range(_COUNTED_STEPS):
             trainer.step()

@@ -10,15 +10,14 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.measure import write_json, write_text
+from benchmarks.measure import Record, write_json, write_text
 from benchmarks.study.campaign import Study
 from benchmarks.study.figures import draw
 from benchmarks.study.latency import latency_of
 from benchmarks.study.tables import Results, tables
 
-_NO_TIMES: dict[str, Any] = {"machine": {}, "latency": {}, "training": {}, "parameters": {}}
+_NO_TIMES: Record = {"machine": {}, "latency": {}, "training": {}, "parameters": {}}
 
 
 def report(study: Study) -> None:
@@ -34,11 +33,11 @@ def report(study: Study) -> None:
     draw(study, folder, read_published(folder).get("odelt"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Record:
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
-def published(name: str, results: Results, latency: dict[str, Any]) -> dict[str, Any]:
+def published(name: str, results: Results, latency: Record) -> Record:
     """An evaluation as it is committed.
 
     Latencies are those of the latency stage (None until it ran), and no path of this machine stays.
@@ -53,7 +52,7 @@ def published(name: str, results: Results, latency: dict[str, Any]) -> dict[str,
     return kept
 
 
-def read_published(folder: Path) -> dict[str, dict[str, Any]]:
+def read_published(folder: Path) -> dict[str, Record]:
     """The committed results by name.
 
     "study" has the budget, the latencies' machine and what training costs.
@@ -69,16 +68,16 @@ def write_tables(documents: Sequence[Path], folder: Path) -> None:
             missing.
     """
     found = read_published(folder)
-    made = tables(found)
+    made, data = tables(found), found["study"]["set"]
     for document in documents:
         text = document.read_text()
-        for name in re.findall(rf"<!-- table {found['study']['set']} (\S+) -->", text):
+        for name in re.findall(rf"<!-- table {data} (\S+) -->", text):
             if name not in made:
                 raise ValueError(
                     f"{document} has a place for the table {name!r}; there are results for"
                     f" {', '.join(map(repr, made))}"
                 )
-            first, last = f"<!-- table {found['study']['set']} {name} -->\n", "<!-- end -->"
+            first, last = f"<!-- table {data} {name} -->\n", "<!-- end -->"
             before, *rest = text.split(first)
             if len(rest) != 1 or last not in rest[0]:
                 raise ValueError(

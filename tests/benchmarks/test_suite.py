@@ -134,9 +134,6 @@ def test_flops_and_bytes_are_those_of_the_network(depth: int, batch: int) -> Non
     weights = {name: value for name, value in model.blocks.named_parameters() if value.dim() == 2}
     everything = sum(4 * value.numel() for value in weights.values())
     modulation = sum(4 * value.numel() for name, value in weights.items() if "modulation" in name)
-    assert (
-        evaluation_bytes(config, depth, batch, torch.float32, modulation=True) == everything + state
-    )
     assert evaluation_bytes(config, depth, batch, torch.float32) == everything - modulation + state
 
 
