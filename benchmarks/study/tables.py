@@ -108,7 +108,7 @@ def _rows_of_methods(found: Found) -> list[tuple[str, str, list[Results], str]]:
     rows = [(name, BY_NAME[name].title, 12, of) for name, of in METHODS.items() if name in found]
     rows += [("odelt", f"ODE_t(ODE_l), l = {depth}", depth, f"l = {depth}") for depth in (12, 8, 4)]
     return [
-        (name, title, _at_steps(found[name], depth), _listed(paper.TABLE_2[of][0]))
+        (name, title, _at_steps(found[name], depth), _listed(paper.TABLE_2[of]))
         for name, title, depth, of in rows
     ]
 

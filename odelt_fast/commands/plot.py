@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -77,8 +78,8 @@ def _draw_figure(options: Command, out: Path) -> None:
     elif options.kind == "scaling":
         figure = figures.scaling(results, names)
     else:
-        figure = figures.ablation(results, names, options.metric)
-        print(figures.ablation_table(results, names, options.metric))
+        figure, table = figures.ablation(results, names, options.metric)
+        print(table)
     write_whole(out, lambda file: figure.savefig(file, format=out.suffix[1:].lower(), dpi=150))
     print(f"{out}: {options.kind} of {', '.join(names)}")
 
@@ -89,21 +90,10 @@ def _draw_grid(options: Command, out: Path) -> None:
     from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import depth_steps_picture
 
-    labels = (
-        [options.labels[i % len(options.labels)] for i in range(options.num_images)]
-        if options.labels
-        else None
-    )
+    labels = [*islice(cycle(options.labels), options.num_images)] or None
     model = load(options.model, options.device, options.dtype, None)
     depths = sorted(options.depths or model.config.depths, reverse=True)
-    cells = sample_depths_by_steps(
-        model,
-        depths,
-        options.steps,
-        options.num_images,
-        labels=labels,
-        seed=options.seed,
-        guidance_scale=options.guidance_scale,
-    )
+    drawn: Any = {"labels": labels, "seed": options.seed, "guidance_scale": options.guidance_scale}
+    cells = sample_depths_by_steps(model, depths, options.steps, options.num_images, **drawn)
     save_picture(out, depth_steps_picture(cells, depths, options.steps))
     print(f"{out}: depths by time steps of {options.model}")

@@ -73,8 +73,7 @@ class Cell:
         return sum(span * config.live_blocks(depth) for span, depth in spans)
 
     def cost(self, config: DiTConfig) -> float:
-        """Blocks to run for an image, for the time left: an adaptive solver is taken to need 60
-        evaluations."""
+        """Blocks to run for an image, for the time left; adaptive solvers: 60 evaluations."""
         evaluations = (self.operation.steps or 60) * self.operation.rows_per_image
         return self.live_blocks(config) * evaluations
 
@@ -87,16 +86,17 @@ def plan_cells(settings: Evaluation, config: DiTConfig) -> list[Cell]:
             that chooses its steps if there are schedules: it would need one time for a whole batch,
             which costs more.
     """
-    adaptive = [is_adaptive(solver) for solver in settings.solvers]
-    if settings.depth_schedules and any(adaptive):
-        raise ValueError("--depth-schedules go with solvers of equal steps only")
     kinds: list[tuple[str, int | None, float]] = []
-    for solver, chooses in zip(settings.solvers, adaptive):
-        kinds += [(solver, None, tolerance) for tolerance in settings.tolerances if chooses]
-        kinds += [(solver, steps, Operation.rtol) for steps in settings.steps if not chooses]
-    lengths: set[tuple[int, Schedule]] = set()
-    for depth in settings.depths or config.depths:
-        lengths.add((config.check_depth(depth), ()))
+    for solver in settings.solvers:
+        if not is_adaptive(solver):
+            kinds += [(solver, steps, Operation.rtol) for steps in settings.steps]
+        elif settings.depth_schedules:
+            raise ValueError("--depth-schedules go with solvers of equal steps only")
+        else:
+            kinds += [(solver, None, tolerance) for tolerance in settings.tolerances]
+    lengths: set[tuple[int, Schedule]] = {
+        (config.check_depth(depth), ()) for depth in settings.depths or config.depths
+    }
     for schedule in settings.depth_schedules:
         lengths.add((max(config.check_depth(depth) for _, depth in schedule), schedule))
     cells = []

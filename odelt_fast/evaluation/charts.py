@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from odelt_fast.evaluation import paper
 from odelt_fast.evaluation.results import depth_text, higher_is_better, number
 
@@ -16,8 +18,7 @@ _MARKERS = {"euler": "o", "dopri5": "s"}
 
 
 class Point(NamedTuple):
-    """One row of results: a better point has lower latency (seconds a batch) and lower quality
-    value."""
+    """One row of results: latency in seconds a batch, value of a metric, and what to call it."""
 
     latency: float
     value: float
@@ -39,14 +40,9 @@ def points(results: Mapping[str, Any], metric: str | None = None) -> list[Point]
     """
     name, found = _metric(results, metric), []
     for row in results["rows"]:
-        value, schedule = (
-            row["metrics"][name],
-            f" {depth_text(row, ',')}" if "schedule" in row else "",
-        )
-        label = f"{_at(row)}{schedule}"
-        found.append(
-            Point(row["latency"], value["mean"], row["depth"], row["solver"], label, value["std"])
-        )
+        value, schedule = row["metrics"][name], f" {depth_text(row, ',')}" * ("schedule" in row)
+        at = row["depth"], row["solver"], f"{_at(row)}{schedule}"
+        found.append(Point(row["latency"], value["mean"], *at, value["std"]))
     return found
 
 
@@ -57,14 +53,16 @@ def paper_points() -> list[Point]:
         label = f"T={at:g}" if solver == "euler" else f"tol={at:g}"
         found.append(Point(latency, value, depth, solver, label, None))
     for depth, latency in paper.ONE_STEP_LATENCY.items():
-        value = paper.TABLE_2[f"l = {depth}"][0][2]
-        found.append(Point(latency, value, depth, "euler", "T=1", None))
+        found.append(Point(latency, paper.TABLE_2[f"l = {depth}"][2], depth, "euler", "T=1", None))
     return found
 
 
 def frontier(found: Sequence[Point], higher_is_better: bool = False) -> list[Point]:
-    """The points that no other one beats in both latency and quality (or equals in one and beats in
-    the other), by latency."""
+    """The points that no other one beats in latency or quality without losing in the other.
+
+    Returns:
+        Those points, by latency.
+    """
     sign = -1 if higher_is_better else 1
     kept: list[Point] = []
     for point in sorted(found, key=lambda point: (point.latency, sign * point.value)):
@@ -94,26 +92,21 @@ def pareto(
         The figure of matplotlib.
     """
     name, environment = _metric(results[0], metric), results[0]["environment"]
-    panels = 2 if with_paper else 1
-    figure, axes = _pyplot().subplots(1, panels, figsize=(6.4 * panels, 4.8), squeeze=False)
     mine = [
         (point, label) for result, label in zip(results, names) for point in points(result, name)
     ]
-    theirs = [(point, "") for point in paper_points()]
     machine = f"{environment['device']}, {environment['dtype']}"
-    axes[0, 0].set(
-        ylabel=name,
-        title=f"{', '.join(dict.fromkeys(names))} on {machine}",
-        xlabel=f"seconds to sample {results[0]['settings']['batch_size']} images",
-    )
-    drawn = [_pareto_panel(axes[0, 0], mine, higher_is_better(name))]
+    title, images = f"{', '.join(dict.fromkeys(names))} on {machine}", results[0]["settings"]
+    panels = [(name, title, images["batch_size"], mine)]
     if with_paper:
-        axes[0, 1].set(
-            ylabel="FID-50K",
-            title=f"{paper.SOURCE}: DiT-B, CelebA-HQ-256, A6000",
-            xlabel="seconds to sample 128 images",
-        )
-        drawn.append(_pareto_panel(axes[0, 1], theirs, False))
+        theirs = [(point, "") for point in paper_points()]
+        panels.append(("FID-50K", f"{paper.SOURCE}: DiT-B, CelebA-HQ-256, A6000", 128, theirs))
+    size = (6.4 * len(panels), 4.8)
+    figure, axes = _pyplot().subplots(1, len(panels), figsize=size, squeeze=False)
+    drawn = []
+    for panel, (ylabel, title, count, found) in zip(axes[0], panels):
+        panel.set(ylabel=ylabel, title=title, xlabel=f"seconds to sample {count} images")
+        drawn.append(_pareto_panel(panel, found, higher_is_better(ylabel)))
     figure.tight_layout()
     for panel, texts in zip(axes[0], drawn):
         _spread_out(panel, texts)
@@ -136,16 +129,13 @@ def explored(found: Sequence[Point], current: Point | None, metric: str | None, 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.8, 4.0), layout="constrained")
-    axes, better = figure.add_subplot(), metric is not None and higher_is_better(metric)
-    axes.set(
-        xlabel=f"seconds to sample {images} images, measured here",
-        ylabel=metric or "network evaluations an image",
-    )
-    line = "frontier" if metric else None
-    texts = _pareto_panel(axes, [(point, "") for point in found], better, line)
+    axes, ylabel = figure.add_subplot(), metric or "network evaluations an image"
+    axes.set(xlabel=f"seconds to sample {images} images, measured here", ylabel=ylabel)
+    named = [(point, "") for point in found]
+    texts = _pareto_panel(axes, named, higher_is_better(ylabel), metric is not None)
     if current is not None:
-        at = current.latency, current.value
-        axes.plot(*at, "o", markersize=15, mfc="none", mec="black", markeredgewidth=1.6)
+        ring: Any = {"markersize": 15, "mfc": "none", "mec": "black", "markeredgewidth": 1.6}
+        axes.plot(*current[:2], "o", **ring)
     figure.draw_without_rendering()  # the layout, which labels are placed in
     if texts:
         _spread_out(axes, texts)
@@ -153,12 +143,12 @@ def explored(found: Sequence[Point], current: Point | None, metric: str | None, 
 
 
 def _pareto_panel(
-    axes: Any,
-    found: Sequence[tuple[Point, str]],
-    higher_is_better: bool,
-    line: str | None = "frontier",
+    axes: Any, found: Sequence[tuple[Point, str]], higher_is_better: bool, line: bool = True
 ) -> list[Any]:
-    """Draws the points of evaluations by name; their labels, to be spread out."""
+    """Draws the points of evaluations by name; their labels, to be spread out.
+
+    line: draw the frontier.
+    """
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -169,11 +159,10 @@ def _pareto_panel(
     texts = []
     for point, label in found:
         style = {"color": colours[point.depth], "marker": _MARKERS.get(point.solver, "^")}
-        at = point.latency, point.value
-        axes.errorbar(*at, point.std, linestyle="none", markersize=6, capsize=2, **style)
-        if line is None or len(found) <= _MOST_NAMED or point in best:
+        axes.errorbar(*point[:2], point.std, linestyle="none", markersize=6, capsize=2, **style)
+        if not line or len(found) <= _MOST_NAMED or point in best:
             text = f"{label} {point.label}" if several else point.label
-            texts.append(axes.text(*at, text, fontsize=7))
+            texts.append(axes.text(*point[:2], text, fontsize=7))
 
     def key(label: str, **style: Any) -> Line2D:
         return Line2D([], [], label=label, **{"color": "grey", "linestyle": "none", **style})
@@ -181,10 +170,9 @@ def _pareto_panel(
     handles = [key(f"l = {depth}", color=colours[depth], marker="o") for depth in depths]
     solvers = sorted({point.solver for point in drawn})
     handles += [key(solver, marker=_MARKERS.get(solver, "^")) for solver in solvers]
-    if line is not None:
-        track = {"color": "grey", "linewidth": 1}
-        axes.plot([p.latency for p in best], [p.value for p in best], zorder=0, **track)
-        handles.append(key(line, linestyle="-", linewidth=1))
+    if line:
+        axes.plot(*zip(*[p[:2] for p in best]), zorder=0, color="grey", linewidth=1)
+        handles.append(key("frontier", linestyle="-", linewidth=1))
     axes.legend(handles=handles, fontsize=8)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -202,11 +190,8 @@ def _spread_out(axes: Any, texts: Sequence[Any]) -> None:
     from adjustText import adjust_text
     from matplotlib.transforms import Bbox
 
-    boxes = [
-        Bbox.union([line.get_window_extent() for line in (marker, *caps)])
-        for marker, caps, _ in axes.containers
-    ]
-    boxes.append(axes.get_legend().get_window_extent())
+    shapes = [(marker, *caps) for marker, caps, _ in axes.containers] + [(axes.get_legend(),)]
+    boxes = [Bbox.union([each.get_window_extent() for each in shape]) for shape in shapes]
     # It takes what stands in the way in the coordinates of the data. A limit on its time, which it
     # has by default, would draw another picture on another machine. The strong push up and down
     # at the start parts the labels of points that lie side by side.
@@ -246,13 +231,12 @@ def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
                 if not all(values):
                     continue  # memory is not known everywhere
                 most = f"{values[-1]:.3g} s" if axes is left else f"{values[-1] / 2**20:.0f} MiB"
-                shares, text = [value / values[-1] for value in values], f"{prefix}{at} ({most})"
-                axes.plot([row["depth"] for row in rows], shares, label=text, **style)
+                shares, style["label"] = np.divide(values, values[-1]), f"{prefix}{at} ({most})"
+                axes.plot([row["depth"] for row in rows], shares, **style)
     depths = sorted({row["depth"] for result in results for row in _of_one_depth(result)})
-    proportional = [depth / depths[-1] for depth in depths]
+    dashes = {"color": "grey", "linestyle": "--", "linewidth": 1, "label": "proportional to l"}
     for axes, title in ((left, "latency"), (right, "peak memory of sampling")):
-        dashes = {"color": "grey", "linestyle": "--", "linewidth": 1}
-        axes.plot(depths, proportional, label="proportional to l", **dashes)
+        axes.plot(depths, np.divide(depths, depths[-1]), **dashes)
         ylabel = f"{title}, relative to l = {depths[-1]}"
         axes.set(xlabel="active blocks l", ylabel=ylabel, xticks=depths)
         axes.set_ylim(bottom=0)
@@ -264,7 +248,7 @@ def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
 
 def ablation(
     results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: str | None = None
-) -> Any:
+) -> tuple[Any, str]:
     """Tables 4 and 5: quality against T, one panel a depth l, one line an evaluation.
 
     Args:
@@ -273,63 +257,49 @@ def ablation(
         metric: a name in their tables (None: the first).
 
     Returns:
-        The figure of matplotlib.
+        The figure of matplotlib, and its numbers in Markdown, shaped like those tables.
 
     Raises:
         ValueError: for evaluations without a depth in common, and for a metric that is not there.
     """
-    table = _ablation(results, names, metric)
-    depths = sorted({depth for depth, _, _ in table}, reverse=True)
-    size = (4.6 * len(depths), 4)
+    name = _metric(results[0], metric)
+    table = _ablation(results, names, name)
+    depths, counts = (sorted({key[i] for key in table}, reverse=True) for i in (0, 2))
+    size, body = (4.6 * len(depths), 4), []
     figure, panels = _pyplot().subplots(1, len(depths), figsize=size, squeeze=False, sharey=True)
     for axes, depth in zip(panels[0], depths):
         for i, label in enumerate(names):
-            line = {
-                steps: at for (d, each, steps), at in table.items() if (d, each) == (depth, label)
-            }
-            steps = sorted(line)
-            if steps:
-                means = [line[count]["mean"] for count in steps]
-                spreads = [line[count]["std"] or 0 for count in steps]
+            line = {count: table.get((depth, label, count)) for count in counts}
+            known = [(count, at["mean"], at["std"] or 0) for count, at in line.items() if at]
+            if known:
                 style = {"marker": "o", "capsize": 2, "color": _COLOURS[i % len(_COLOURS)]}
-                axes.errorbar(steps, means, spreads, label=label, **style)
+                axes.errorbar(*zip(*reversed(known)), label=label, **style)
+                cells = [number(at) if at else "" for at in line.values()]
+                body.append([f"l = {depth}, {label}", *cells])
         axes.set(title=f"l = {depth}", xlabel="time steps T")
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    panels[0, 0].set_ylabel(_metric(results[0], metric))
+    panels[0, 0].set_ylabel(name)
     figure.tight_layout()
-    return figure
-
-
-def ablation_table(
-    results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: str | None = None
-) -> str:
-    """The numbers of `ablation` in Markdown, shaped like Tables 4 and 5."""
-    table = _ablation(results, names, metric)
-    steps = sorted({count for _, _, count in table}, reverse=True)
-    head = [_metric(results[0], metric), *(f"T = {count}" for count in steps)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for depth in sorted({depth for depth, _, _ in table}, reverse=True):
-        for label in names:
-            found = [table.get((depth, label, count)) for count in steps]
-            if any(found):
-                row = ["" if spread is None else number(spread) for spread in found]
-                lines.append("| " + " | ".join([f"l = {depth}, {label}", *row]) + " |")
-    return "\n".join(lines) + "\n"
+    head = [name, *(f"T = {count}" for count in counts)]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    lines.insert(1, "|---" * len(head) + "|")
+    return figure, "\n".join(lines) + "\n"
 
 
 def _ablation(
-    results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: str | None
-) -> dict[tuple[int, str, int], Mapping[str, Any]]:
+    results: Sequence[Mapping[str, Any]], names: Sequence[str], metric: str
+) -> dict[tuple[Any, ...], Mapping[str, Any]]:
     """(depth, name, T) -> mean and std, of the depths that at least two evaluations have.
-    ValueError if there are none."""
-    name = _metric(results[0], metric)
+
+    ValueError if there are none.
+    """
     table = {
-        (row["depth"], label, row["steps"]): row["metrics"][name]
+        (row["depth"], label, row["steps"]): row["metrics"][metric]
         for result, label in zip(results, names)
         for row in _of_one_depth(result)
-        if row["steps"] is not None and name in row["metrics"]
+        if row["steps"] is not None and metric in row["metrics"]
     }
     owners = Counter(depth for depth, _ in {(depth, label) for depth, label, _ in table})
     if max(owners.values(), default=0) < 2:
@@ -340,8 +310,7 @@ def _ablation(
 
 
 def _of_one_depth(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The rows without those of schedules, which belong to no l. ValueError if there are no
-    others."""
+    """The rows without those of schedules, which belong to no l. ValueError if none is left."""
     rows = [row for row in results["rows"] if "schedule" not in row]
     if not rows:
         raise ValueError(

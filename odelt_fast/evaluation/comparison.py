@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,7 @@ _KID_SUBSET = 1000
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of all real images, and the features (N, D) of some (`kept_rows`), for KID,
-    precision and recall."""
+    """Statistics of all real images, and features (N, D) of some (`kept_rows`) for the rest."""
 
     statistics: Statistics
     features: np.ndarray | None
@@ -57,8 +56,10 @@ def statistics_of(
     allow_few: bool = False,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Statistics:
-    """Statistics of all images of a source, in constant memory. advance(n) is called when n more
-    images are done."""
+    """Statistics of all images of a source, in constant memory.
+
+    advance(n) is called when n more images are done.
+    """
     moments = Moments(network.dimensions)
     for first in range(0, len(source), batch_size):
         images = range(first, min(first + batch_size, len(source)))
@@ -69,19 +70,17 @@ def statistics_of(
 
 def described(statistics: Statistics, network: FeatureNetwork, protocol: str) -> Statistics:
     """The statistics with notes of what made them, which `check_statistics` compares."""
-    made_by = {
-        "features": network.name,
-        "features_sha256": network.fingerprint,
-        "protocol": protocol,
-    }
-    return Statistics(statistics.mean, statistics.covariance, {**statistics.notes, **made_by})
+    by = {"features": network.name, "features_sha256": network.fingerprint, "protocol": protocol}
+    return replace(statistics, notes={**statistics.notes, **by})
 
 
 def check_statistics(
     statistics: Statistics, name: str, network: FeatureNetwork, protocol: str
 ) -> None:
-    """ValueError for statistics of another network or protocol; files of others say nothing of
-    them, but have a width."""
+    """ValueError for statistics of another network or protocol.
+
+    Other programs' files say nothing of them, but have a width.
+    """
     if len(statistics.mean) != network.dimensions:
         raise ValueError(
             f"{name} is of {len(statistics.mean)} features, {network.name} has"
@@ -108,17 +107,20 @@ def stored_reference(folder: Path) -> Reference:
 def merge_reference(
     files: BatchFiles, folder: Path, network: FeatureNetwork, protocol: str, allow_few: bool
 ) -> None:
-    """reference_features.npy and reference.npz from the features of all batches. The second says
-    that both are there."""
-    statistics = described(
-        moments_of(files.parts("features"), network.dimensions).statistics(allow_few=allow_few),
-        network,
-        protocol,
-    )
+    """reference_features.npy and reference.npz from the features of all batches.
+
+    The second says that both are there.
+    """
+    statistics = described(_statistics(files, network, allow_few), network, protocol)
     kept = files.rows("features", kept_rows(files.num_images))
     write_whole(folder / "reference_features.npy", lambda file: np.save(file, kept))
     write_whole(folder / "reference.npz", lambda file: write_statistics(file, statistics))
     files.delete()
+
+
+def _statistics(files: BatchFiles, network: FeatureNetwork, allow_few: bool) -> Statistics:
+    moments = moments_of(files.parts("features"), network.dimensions)
+    return moments.statistics(allow_few=allow_few)
 
 
 def compare(
@@ -129,34 +131,29 @@ def compare(
     *,
     allow_few: bool = False,
 ) -> dict[str, float]:
-    """Every metric of `settings.METRICS` that is wanted, by the name that tables show,
-    from the batches of generated images.
+    """Every metric of `settings.METRICS` that is wanted, by the name that tables show.
 
-    files hold `features` and, for inception_score and recognised, `logits` and `labels`. KID is
-    over 100 subsets of at most 1000 images.
+    files, the batches of generated images, hold `features` and, for inception_score and recognised,
+    `logits` and `labels`. KID is over 100 subsets of at most 1000 images.
     """
     found: dict[str, float] = {}
     if "frechet" in metrics:
         assert reference is not None
-        statistics = moments_of(files.parts("features"), network.dimensions).statistics(
-            allow_few=allow_few
-        )
+        statistics = _statistics(files, network, allow_few)
         found[network.distance] = frechet_distance(statistics, reference.statistics)
     if {"kid", "precision_recall"} & set(metrics):
         assert reference is not None
         assert reference.features is not None
         rows, real = files.rows("features", kept_rows(files.num_images)), reference.features
         if "kid" in metrics:
-            found["KID"] = kernel_distance(
-                rows, real, subset_size=min(_KID_SUBSET, len(rows), len(real))
-            )[0]
+            size = min(_KID_SUBSET, len(rows), len(real))
+            found["KID"], _ = kernel_distance(rows, real, subset_size=size)
         if "precision_recall" in metrics:
             found["precision"], found["recall"] = precision_recall(rows, real)
     if "inception_score" in metrics:
-        found["inception score"] = inception_score(files.parts("logits"), files.num_images)[0]
+        found["inception score"], _ = inception_score(files.parts("logits"), files.num_images)
     if "recognised" in metrics:
         pairs = zip(files.parts("logits"), files.parts("labels"))
-        found["recognised"] = float(
-            sum((logits.argmax(1) == labels).sum() for logits, labels in pairs) / files.num_images
-        )
+        right = sum((logits.argmax(1) == labels).sum() for logits, labels in pairs)
+        found["recognised"] = float(right / files.num_images)
     return found

@@ -1,5 +1,4 @@
-"""Model and data -> tables: generation over depths, steps and seeds, features, and what each cell
-of the tables cost.
+"""Model and data -> tables: images over depths, steps and seeds, their features, what they cost.
 
 Noise and labels belong to (seed, image index), and batches to image indices, so that the number of
 processes changes nothing but the order in which batches are made. Running again in the same folder
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,12 @@ class Evaluator:
         self.folder.bind(self.inputs.bound(self.dtype))
 
     def run(self) -> dict[str, Any]:
-        """Generates what is missing; results, also written to results.json and results.md
-        (processes after the first return nothing)."""
+        """Generates what is missing.
+
+        Returns:
+            The results, also written to results.json and results.md (nothing in processes after
+            the first).
+        """
         with self.folder.alone(self.cells):
             return self._run()
 
@@ -106,8 +109,10 @@ class Evaluator:
         return self._write_results() if self.processes.index == 0 else {}
 
     def _reference(self) -> Reference | None:
-        """None if no metric compares with real images. Their batches are shared among the
-        processes, and resumed, as those of a cell."""
+        """None if no metric compares with real images.
+
+        Their batches are shared among the processes, and resumed, as those of a cell.
+        """
         settings, inputs, out = self.settings, self.inputs, self.folder.path
         if not COMPARING & set(settings.metrics):
             return None
@@ -117,17 +122,19 @@ class Evaluator:
         assert source is not None
         if not (out / "reference.npz").exists():
             files = self.folder.batches("reference", len(source))
-            todo = files.missing(self.processes.index, self.processes.count)
+            todo = self._missing(files)
             hidden = None if self.show else True  # None: shown on a terminal only
             for batch in tqdm(todo, desc="real images", leave=False, disable=hidden):
-                images = files.images(batch)
-                features = features_of(source, images, self.network, protocol, self.device)
-                files.write(batch, features=features)
+                by = files.images(batch), self.network, protocol, self.device
+                files.write(batch, features=features_of(source, *by))
             self.processes.barrier()
             if self.processes.index == 0:
                 merge_reference(files, out, self.network, protocol, settings.allow_few_samples)
         self.processes.barrier()
         return stored_reference(out)
+
+    def _missing(self, files: BatchFiles) -> list[int]:
+        return files.missing(self.processes.index, self.processes.count)
 
     def _files(self, cell: Cell) -> BatchFiles:
         return self.folder.batches(cell.key, self.settings.num_images)
@@ -135,32 +142,32 @@ class Evaluator:
     def _generate(
         self, cell: Cell, sampler: Sampler, files: BatchFiles, advance: Callable[[float], object]
     ) -> None:
-        """Makes the batches of this process that are missing. Noise is drawn ahead, while the
-        device is busy."""
-        todo = files.missing(self.processes.index, self.processes.count)
+        """Makes this process's missing batches; noise is drawn ahead, while the device is busy."""
+        todo = self._missing(files)
         cost = cell.cost(self.config)  # of a batch, whose images are equally many
-        if self.processes.index == 0:
-            advance(cost * (files.count - len(todo) * self.processes.count))
+        advance(cost * (files.count - len(todo) * self.processes.count))
         with ThreadPoolExecutor(1) as pool:
-            drawn = None
+
+            def draw(batch: int) -> Future[Tensor]:
+                return pool.submit(self.inputs.noise, cell.seed, files.images(batch))
+
+            drawn = [draw(batch) for batch in todo[:1]]
             for batch, following in zip(todo, [*todo[1:], None]):
-                images = files.images(batch)
-                noise = drawn.result() if drawn else self.inputs.noise(cell.seed, images)
+                noise = drawn.pop().result()
                 if following is not None:
-                    drawn = pool.submit(self.inputs.noise, cell.seed, files.images(following))
-                arrays = self._batch(sampler, noise.to(self.device), cell.seed, images)
+                    drawn.append(draw(following))
+                noise = noise.to(self.device)
+                arrays = self._batch(sampler, noise, cell.seed, files.images(batch))
                 files.write(batch, warm=np.array(batch != todo[0]), **arrays)
-                if self.processes.index == 0:
-                    advance(cost * self.processes.count)
+                advance(cost * self.processes.count)
 
     def _batch(
         self, sampler: Sampler, noise: Tensor, seed: int, images: range
     ) -> dict[str, np.ndarray]:
-        """What is kept of a batch: features, labels, what the sampler took, and, where they are
-        wanted, logits and images."""
-        inputs, labels = self.inputs, self.inputs.labels(seed, images)
+        """What is kept of a batch: features, labels, cost; where wanted, logits and images."""
+        labels, decoder = self.inputs.labels(seed, images), self.inputs.decoder
         samples, seconds, peak = self._timed(sampler, noise, labels, seed, images.start)
-        pictures = samples if inputs.decoder is None else inputs.decoder(samples)
+        pictures = samples if decoder is None else decoder(samples)
         features, logits = self.network(pictures, self.settings.protocol)
         arrays = {
             "features": check_features(features.cpu().numpy()),
@@ -178,8 +185,7 @@ class Evaluator:
     def _timed(
         self, sampler: Sampler, noise: Tensor, labels: np.ndarray, seed: int, first: int
     ) -> tuple[Tensor, float, int]:
-        """Samples of one batch, the seconds that they took on an idle device, and the peak memory
-        in bytes (-1: unknown)."""
+        """Samples of a batch, seconds on an idle device, peak bytes (-1: unknown)."""
         self.memory.start()
         samples, seconds = timed(
             lambda: sampler(noise=noise, labels=labels, seed=seed, first_image=first), self.device
@@ -190,7 +196,7 @@ class Evaluator:
         self, cell: Cell, sampler: Sampler, files: BatchFiles, reference: Reference | None
     ) -> dict[str, Any]:
         """The record of a cell whose batches are all there."""
-        settings, inputs = self.settings, self.inputs
+        settings = self.settings
         if settings.npz:
             samples = self.folder.path / "samples" / f"{cell.key}.npz"
             files.write_npz(samples, "images", "labels")
@@ -205,23 +211,23 @@ class Evaluator:
         ]
         if not full:  # too few for a warm one: once more, of images that nothing is measured of
             images = range(settings.num_images, settings.num_images + settings.batch_size)
-            noise, labels = inputs.noise(cell.seed, images), inputs.labels(cell.seed, images)
-            again = noise.to(self.device), labels, cell.seed, images.start
+            inputs = self.inputs
+            noise = inputs.noise(cell.seed, images).to(self.device)
+            again = noise, inputs.labels(cell.seed, images), cell.seed, images.start
             full = [self._timed(sampler, *again)[1] for _ in range(2)][1:]
-        few, network = settings.allow_few_samples, self.network
+        few, compared = settings.allow_few_samples, (settings.metrics, self.network, reference)
         return {
             **cell.record(),
             "live_blocks": cell.live_blocks(self.config),
             "evaluations": sum(evaluations) / settings.num_images,
-            "metrics": compare(files, settings.metrics, network, reference, allow_few=few),
+            "metrics": compare(files, *compared, allow_few=few),
             "latency": float(np.median(full)),
             "peak_memory": max(peaks) if max(peaks) >= 0 else None,
         }
 
     @contextlib.contextmanager
     def _progress(self, waiting: Sequence[Cell]) -> Iterator[Callable[[float], object]]:
-        """A bar on stderr with the time left, in blocks of the network: cells cost very different
-        times."""
+        """A bar on stderr with the time left, in blocks of the network: cells differ in cost."""
         total = sum(cell.cost(self.config) * self._files(cell).count for cell in waiting)
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed} gone, {remaining} left"
         hidden = None if self.show and self.processes.index == 0 else True

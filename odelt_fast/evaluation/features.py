@@ -19,6 +19,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.errors import check_finite, refusals
-from odelt_fast.evaluation.small_features import SmallNetwork, is_small, read_configuration
+from odelt_fast.evaluation.machine import file_hash
+from odelt_fast.evaluation.small_features import (
+    SmallNetwork,
+    is_small,
+    read_configuration,
+    weights_of,
+)
 from odelt_fast.files import one_line
 
 PROTOCOLS = ("reference", "adm")
@@ -40,10 +47,10 @@ _SIZE_LIMIT = 1 << 30  # bytes of a weights file
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network with what is known of it. `function`: prepared images -> features (B, dimensions)
-    float32, logits (B, K) or None.
+    """A network with what is known of it.
 
-    name: in every table. distance: what the Frechet distance of its features is called. image_size,
+    function: prepared images -> features (B, dimensions) float32, logits (B, K) or None. name: in
+    every table. distance: what the Frechet distance of its features is called. image_size,
     channels: of the images that it takes (None: it resizes; grey images are repeated to RGB where 3
     are wanted). fingerprint: hash of its weights, which ties statistics to it.
     """
@@ -74,8 +81,11 @@ class FeatureNetwork:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor, protocol: str = "reference") -> tuple[Tensor, Tensor | None]:
-        """Images (B, C, H, W), data in [-1, 1] -> features (B, D) and logits (B, K) or None,
-        float32. ValueError for other sizes."""
+        """Features (B, D), and logits (B, K) or None, float32, of images (B, C, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: for images of other sizes.
+        """
         self.check_images(images.shape[1], images.shape[-1])
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
@@ -93,14 +103,11 @@ def resize_and_clip(images: Tensor, size: int = 299) -> Tensor:
 
     Without antialias, then clipped to [-1, 1].
     """
-    return F.interpolate(
-        images, size=(size, size), mode="bilinear", align_corners=False, antialias=False
-    ).clamp(-1, 1)
+    return F.interpolate(images, (size, size), mode="bilinear").clamp(-1, 1)
 
 
 def quantized(images: Tensor) -> Tensor:
-    """(B, C, H, W) clipped to [-1, 1] -> whole numbers 0 to 255, as float32: `pictures.to_uint8`
-    on the device."""
+    """Whole numbers 0 to 255 in float32 of (B, C, H, W): `pictures.to_uint8` on the device."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round()
 
 
@@ -140,19 +147,19 @@ def load_features(
     Raises ValueError (CheckpointError) in one line: missing weights and where they are looked for,
     damaged or foreign files.
     """
-    if name in BUNDLED:
-        return _small(_bundled_path(str(name)), device)
-    if name == "inception":
-        return _inception(find_inception_weights(inception_weights), device)
     path = Path(name)
-    if not path.is_file():
+    if name in BUNDLED:
+        path = _bundled_path(str(name))
+    elif name == "inception":
+        path = find_inception_weights(inception_weights)
+    elif not path.is_file():
         raise ValueError(
             f"no feature network {one_line(repr(str(name)))}: give {', '.join(BUNDLED)}, inception"
             " or a file"
         )
-    if path.suffix == ".safetensors":
-        return _small(path, device) if is_small(path) else _inception(path, device)
-    if path.suffix == ".pth":
+    if path.suffix == ".safetensors" and is_small(path):
+        return _small(path, device)
+    if path.suffix in (".safetensors", ".pth") or name == "inception":
         return _inception(path, device)
     if not trust:
         raise ValueError(
@@ -178,16 +185,17 @@ def _bundled_path(name: str) -> Path:
 
 
 def find_inception_weights(given: str | Path | None = None) -> Path:
-    """The file of Inception's weights: the one given, else one in torch.hub's cache. ValueError
-    saying where they were looked for."""
-    if given is not None:
-        if not Path(given).is_file():
-            raise ValueError(f"--inception-weights {given}: there is no such file")
-        return Path(given)
+    """The file of Inception's weights: the one given, else one in torch.hub's cache.
+
+    Raises:
+        ValueError: saying where they were looked for.
+    """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for name in INCEPTION_FILES:
-        if (folder / name).is_file():
-            return folder / name
+    for path in [folder / name for name in INCEPTION_FILES] if given is None else [Path(given)]:
+        if path.is_file():
+            return path
+    if given is not None:
+        raise ValueError(f"--inception-weights {given}: there is no such file")
     raise ValueError(
         f"no Inception weights: give --inception-weights FILE ({INCEPTION_FILES[1]} of pytorch-fid,"
         f" the same as torch-fidelity's {INCEPTION_FILES[0]}), or put it into {folder}"
@@ -229,22 +237,20 @@ def _torchscript(path: Path, device: str | torch.device) -> FeatureNetwork:
         out = module(torch.zeros(2, 3, 299, 299, device=device))
         if not isinstance(out, Tensor) or out.dim() != 2:
             raise ValueError("a TorchScript feature network must turn (B, 3, 299, 299) into (B, D)")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return FeatureNetwork(
-        f"torchscript {path.stem}", out.shape[1], None, 3, digest, lambda x: (module(x), None)
-    )
+    digest = file_hash(path)
+    name, sizes = f"torchscript {path.stem}", (out.shape[1], None, 3)
+    return FeatureNetwork(name, *sizes, digest, lambda x: (module(x), None))
 
 
 def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors that a network wants, float32, finite. ValueError for missing ones and other
-    shapes, found before they are read."""
+    """The tensors that a network wants, float32, finite.
+
+    Raises:
+        ValueError: for missing ones and other shapes, found before they are read.
+    """
     if path.stat().st_size > _SIZE_LIMIT:
         raise ValueError(f"is larger than {_SIZE_LIMIT >> 20} MiB")
-    wanted = {
-        name: tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in weights_of(network).items()}
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -255,9 +261,8 @@ def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, EOFError) as error:
             raise ValueError(f"is not a file of weights: {error}") from None
-        if not isinstance(tensors, dict) or not all(
-            isinstance(tensors.get(name), Tensor) for name in wanted
-        ):
+        named = isinstance(tensors, dict)
+        if not named or not all(isinstance(tensors.get(name), Tensor) for name in wanted):
             raise ValueError("is not the state dict of the Inception network that FID uses")
         _check_shapes(wanted, {name: tuple(tensors[name].shape) for name in wanted})
     state = {name: tensors[name].to(torch.float32, copy=True).contiguous() for name in wanted}
@@ -266,15 +271,11 @@ def _read(path: Path, network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _check_shapes(
-    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
+def _check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     for name, shape in wanted.items():
-        if found.get(name) != shape:
-            raise ValueError(
-                f"is no such feature network: {name} must be {shape}, not"
-                f" {found.get(name, 'missing')}"
-            )
+        there = found.get(name, "missing")
+        if there != shape:
+            raise ValueError(f"is no such feature network: {name} must be {shape}, not {there}")
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

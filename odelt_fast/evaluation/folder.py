@@ -1,5 +1,8 @@
-"""The folder of an evaluation: `settings.json` ties it to what it measures, `cells/*.json` are
-finished cells, `partial` has the batches of unfinished ones, `results.*` the tables."""
+"""The folder of an evaluation.
+
+`settings.json` ties it to what it measures, `cells/*.json` are finished cells, `partial` has the
+batches of unfinished ones, `results.*` the tables.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,9 @@ class Folder:
     batch_size: int
 
     def bind(self, bound: Mapping[str, Any]) -> None:
-        """Writes settings.json, or compares with what is there: a folder holds one evaluation,
-        which may get more cells.
+        """Writes settings.json, or compares with what is there.
+
+        A folder holds one evaluation, which may get more cells.
 
         Raises:
             ValueError: naming the first thing that is another there.

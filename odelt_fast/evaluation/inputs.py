@@ -1,5 +1,4 @@
-"""What an evaluation compares, and with what: model, decoder, feature network, real images and
-statistics, loaded and checked against each other before anything is generated."""
+"""What an evaluation compares, and with what, loaded and checked before anything is generated."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from odelt_fast.evaluation.machine import file_hash, model_hash
 from odelt_fast.evaluation.metrics import Statistics, read_statistics
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.images import ImageSource, open_source
-from odelt_fast.sampling.noise import drawn_labels, image_noise
+from odelt_fast.sampling.noise import drawn_labels, stack_noise
 
 # What may differ between the runs that fill one folder.
 _EXTENDABLE = (
@@ -62,8 +61,9 @@ class Inputs:
         network.check_images(channels, side)
         source = statistics = None
         if settings.data is not None:
-            shape = {"image_size": side, "channels": channels}
-            source = open_source(settings.data, split=settings.split, **shape)
+            source = open_source(
+                settings.data, image_size=side, channels=channels, split=settings.split
+            )
             if settings.labels == "data" and source.num_classes > config.num_classes > 1:
                 raise ValueError(
                     f"--labels data: {settings.data} has {source.num_classes} classes, the model"
@@ -78,14 +78,15 @@ class Inputs:
 
     def bound(self, dtype: torch.dtype) -> dict[str, Any]:
         """What ties a folder to this evaluation: all that its cells have in common."""
-        values = asdict(self.settings)
-        bound = {name: value for name, value in values.items() if name not in _EXTENDABLE} | {
+        bound = asdict(self.settings) | {
             "model_sha256": self.model_sha256,
             "features_sha256": self.network.fingerprint,
             "dtype": str(dtype),
             "features": self.network.name,
             "device": self.device.type,
         }
+        for name in _EXTENDABLE:
+            del bound[name]
         if self.settings.stats is not None:
             bound["stats_sha256"] = file_hash(Path(self.settings.stats))
         if self.source is not None:
@@ -104,8 +105,8 @@ class Inputs:
 
     def noise(self, seed: int, images: range) -> Tensor:
         """Noise (n, C, H, W) float32 of the images with these indices."""
-        shape = (self.config.channels, self.config.image_size, self.config.image_size)
-        return torch.from_numpy(np.stack([image_noise(seed, index, shape) for index in images]))
+        side = self.config.image_size
+        return stack_noise(seed, images, (self.config.channels, side, side))
 
 
 def _decoder(settings: Evaluation, config: DiTConfig, device: torch.device) -> Any:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Machine:
-    """What latencies belong to: device by name, threads (0 on a GPU), versions of what computes,
-    backend that `auto` takes."""
+    """What latencies belong to.
+
+    device: its name. threads: 0 on a GPU. versions: of what computes. backend: what `auto` takes.
+    """
 
     device: str
     threads: int
@@ -75,9 +77,8 @@ def processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), ""
-    )
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else ""
 
 
 def file_hash(path: Path) -> str:

@@ -67,15 +67,11 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.release()
-        self.before = (
-            torch.cuda.memory_allocated(device)
-            if device.type == "cuda"
-            else self._resident("VmRSS")
-        )
+        gpu = device.type == "cuda"
+        self.before = torch.cuda.memory_allocated(device) if gpu else self._resident("VmRSS")
 
     def release(self) -> None:
-        """Gives memory that is no longer used back to the operating system, which would count it as
-        ours."""
+        """Gives unused memory back to the operating system, which would count it as ours."""
         gc.collect()
         if self.device.type == "cpu":
             with contextlib.suppress(OSError, AttributeError):

@@ -1,5 +1,4 @@
-"""Distances between sets of images, from their features: Frechet (FID), kernel (KID), precision and
-recall, inception score.
+"""Distances between sets of images, from their features: FID, KID, precision and recall, IS.
 
 Everything is computed in float64 from features (N, D). Moments are streamed: memory does not grow
 with N, and parts made anywhere merge into the moments of the whole. KID, precision and recall need
@@ -12,11 +11,11 @@ want whole sets of features in memory, draw from global random states, and impor
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -25,16 +24,14 @@ from odelt_fast.files import one_line
 OFFSET = 1e-6  # on the diagonal of both covariances, in the Frechet distance of the reference
 KEPT = 10_000
 _LARGEST = 1 << 14  # feature dimensions that a statistics file may have
-_UNREADABLE = (  # what numpy and zipfile raise for files of anybody's making
-    *(OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile),
-)
+_MOST_BYTES = 8 * _LARGEST**2 + (1 << 20)
 
 
 class Moments:
-    """Count, mean and scatter matrix sum (x - mean)(x - mean)^T of rows x (D,) seen so far,
-    float64, by Chan's pairwise update.
+    """Count, mean and scatter matrix sum (x - mean)(x - mean)^T of rows x (D,), float64.
 
-    The result depends on the partition into updates and their order, and on nothing else.
+    By Chan's pairwise update. The result depends on the partition into updates and their order, and
+    on nothing else.
     """
 
     def __init__(self, dimensions: int) -> None:
@@ -69,8 +66,11 @@ class Moments:
         self.count = total
 
     def statistics(self, *, allow_few: bool = False) -> Statistics:
-        """Mean and covariance (over count - 1, as np.cov). ValueError for 1 row, and, unless
-        allowed, for no more rows than features."""
+        """Mean and covariance (over count - 1, as np.cov).
+
+        Raises:
+            ValueError: for 1 row, and, unless allowed, for no more rows than features.
+        """
         dimensions = len(self.mean)
         if self.count < 2 or (self.count <= dimensions and not allow_few):
             raise ValueError(
@@ -78,15 +78,16 @@ class Moments:
                 f" more than {max(1, dimensions)}, or, if you know what the number then means,"
                 " --allow-few-samples"
             )
-        return Statistics(
-            self.mean, self.scatter / (self.count - 1), {"num_images": str(self.count)}
-        )
+        notes = {"num_images": str(self.count)}
+        return Statistics(self.mean, self.scatter / (self.count - 1), notes)
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean (D,) and covariance (D, D) of features, float64. notes: what is known of their making
-    (features, fingerprint, protocol)."""
+    """Mean (D,) and covariance (D, D) of features, float64.
+
+    notes: what is known of their making (features, fingerprint, protocol).
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -101,19 +102,19 @@ class Statistics:
             )
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("statistics must be finite")
-        spread = max(np.abs(np.diag(covariance)).max(), 1e-12)
-        if (
-            np.abs(covariance - covariance.T).max() > 1e-3 * spread
-            or np.diag(covariance).min() < -1e-3 * spread
-        ):
+        diagonal, asymmetry = np.diag(covariance), np.abs(covariance - covariance.T).max()
+        if max(asymmetry, -diagonal.min()) > 1e-3 * max(np.abs(diagonal).max(), 1e-12):
             raise ValueError(
                 "the covariance of statistics must be symmetric, with a diagonal of at least 0"
             )
 
 
 def check_features(features: np.ndarray, dimensions: int | None = None) -> np.ndarray:
-    """Features (N, D) as they came. ValueError for another shape or width, and for values that are
-    not finite."""
+    """Features (N, D) as they came.
+
+    Raises:
+        ValueError: for another shape or width, and for values that are not finite.
+    """
     features = np.asarray(features)
     if features.ndim != 2 or (dimensions is not None and features.shape[1] != dimensions):
         raise ValueError(f"features must be (N, {dimensions or 'D'}), not {features.shape}")
@@ -183,18 +184,13 @@ def kernel_distance(
     Raises:
         ValueError: for fewer images than `subset_size`, and for features of two widths.
     """
-    generated, real = _pair(generated, real)
-    if min(len(generated), len(real)) < subset_size:
-        raise ValueError(
-            f"KID with subsets of {subset_size} needs as many images, not"
-            f" {min(len(generated), len(real))}"
-        )
+    pair = _pair(generated, real)
+    fewest = min(map(len, pair))
+    if fewest < subset_size:
+        raise ValueError(f"KID with subsets of {subset_size} needs as many images, not {fewest}")
     draw = np.random.default_rng(seed)
     values = [
-        _unbiased_mmd(
-            generated[draw.permutation(len(generated))[:subset_size]],
-            real[draw.permutation(len(real))[:subset_size]],
-        )
+        _unbiased_mmd(*(rows[draw.permutation(len(rows))[:subset_size]] for rows in pair))
         for _ in range(subsets)
     ]
     return float(np.mean(values)), float(np.std(values))
@@ -222,34 +218,26 @@ def precision_recall(
         ValueError: for k images or fewer, and for features of two widths.
     """
     generated, real = _pair(generated, real)
-    if min(len(generated), len(real)) <= neighbours:
-        raise ValueError(
-            f"precision and recall need more than {neighbours} images, not"
-            f" {min(len(generated), len(real))}"
-        )
+    fewest = min(len(generated), len(real))
+    if fewest <= neighbours:
+        raise ValueError(f"precision and recall need more than {neighbours} images, not {fewest}")
     return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
 
 
 def _covered(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
-    """The share of points within the ball of some centre, which reaches its k-th other centre. A
-    few rows at a time, to bound memory."""
-    radii = np.concatenate(
-        [
-            np.partition(_squared_distances(part, centres), neighbours, axis=1)[:, neighbours]
-            for part in _parts(centres)
-        ]
-    )
-    inside = [(_squared_distances(part, centres) <= radii).any(1) for part in _parts(points)]
+    """The share of points within the ball of some centre, which reaches its k-th other centre."""
+
+    def distances(rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Squared, from some rows at a time, to bound memory."""
+        for first in range(0, len(rows), 1024):
+            x = rows[first : first + 1024]
+            squared = (x * x).sum(1)[:, None] + (centres * centres).sum(1) - 2 * (x @ centres.T)
+            yield squared.clip(0)
+
+    balls = [np.partition(part, neighbours, axis=1)[:, neighbours] for part in distances(centres)]
+    radii = np.concatenate(balls)
+    inside = [(part <= radii).any(1) for part in distances(points)]
     return float(np.concatenate(inside).mean())
-
-
-def _parts(rows: np.ndarray, size: int = 1024) -> list[np.ndarray]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-def _squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    squared = (x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T)
-    return np.asarray(squared.clip(0))
 
 
 def inception_score(
@@ -273,17 +261,16 @@ def inception_score(
     """
     if count < splits:
         raise ValueError(f"an inception score of {splits} splits needs as many images, not {count}")
-    of_row = np.searchsorted(
-        [(i + 1) * count // splits for i in range(splits)], np.arange(count), side="right"
-    )
-    sums, negative_entropies, row = np.zeros((splits, 0)), np.zeros(splits), 0
+    ends = [(i + 1) * count // splits for i in range(splits)]
+    of_row = np.searchsorted(ends, np.arange(count), side="right")
+    sums: Any = 0
+    negative_entropies, row = np.zeros(splits), 0
     for part in parts:
         logs = check_features(part).astype(np.float64)
         logs -= logs.max(1, keepdims=True)
         logs -= np.log(np.exp(logs).sum(1, keepdims=True))
         p, split = np.exp(logs), of_row[row : row + len(logs)]
-        if not sums.size:
-            sums = np.zeros((splits, p.shape[1]))
+        sums = sums + np.zeros((splits, p.shape[1]))
         np.add.at(sums, split, p)
         np.add.at(negative_entropies, split, (p * logs).sum(1))
         row += len(logs)
@@ -299,40 +286,49 @@ def _pair(generated: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def kept_rows(count: int, most: int = KEPT) -> np.ndarray:
-    """At most `most` of `count` indices, evenly spread (data sets are often sorted by class),
-    rising."""
-    return np.arange(min(count, most)) * count // max(1, min(count, most))
+    """At most `most` of `count` indices, rising, evenly spread: data sets are often sorted."""
+    kept = min(count, most)
+    return np.arange(kept) * count // max(1, kept)
 
 
 def write_statistics(file: BinaryIO, statistics: Statistics) -> None:
-    """A statistics file as jax-fid, pytorch-fid and clean-fid read them: `.npz` with mu and sigma,
-    float64; notes as further strings."""
-    arrays: dict[str, Any] = {key: np.array(text) for key, text in statistics.notes.items()}
-    np.savez(file, mu=statistics.mean, sigma=statistics.covariance, **arrays)
+    """A statistics file as jax-fid, pytorch-fid and clean-fid read them.
+
+    `.npz` with mu and sigma, float64; notes as further strings.
+    """
+    notes: Any = statistics.notes
+    np.savez(file, mu=statistics.mean, sigma=statistics.covariance, **notes)
 
 
 def read_statistics(path: str | Path) -> Statistics:
-    """Reads a statistics file (.npz with mu (D,) and sigma (D, D)). ValueError, in one line, for
-    anything else; pickles are never read."""
+    """Reads a statistics file (.npz with mu (D,) and sigma (D, D)); pickles are never read.
+
+    Raises:
+        ValueError: in one line, for anything else.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_sizes(archive)
+        with ZipFile(path) as archive:  # a few bytes can ask for terabytes
+            if sum(entry.file_size for entry in archive.infolist()) > _MOST_BYTES:
+                raise ValueError(f"it is larger than the statistics of {_LARGEST} features")
         with np.load(path, allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 raise ValueError("it must hold mu and sigma")
-            mean, covariance = file["mu"], file["sigma"]
-            others = {name: file[name] for name in file.files if name not in ("mu", "sigma")}
+            notes = {name: file[name] for name in file.files}
+        mean, covariance = notes.pop("mu"), notes.pop("sigma")
         if mean.dtype.kind != "f" or covariance.dtype.kind != "f":
             raise ValueError(
                 f"mu and sigma must be real numbers, not {mean.dtype} and {covariance.dtype}"
             )
-        notes = {name: str(text)[:200] for name, text in others.items() if text.dtype.kind == "U"}
-        return Statistics(mean.astype(np.float64), covariance.astype(np.float64), notes)
-    except _UNREADABLE as error:
+        texts = {name: str(text)[:200] for name, text in notes.items() if text.dtype.kind == "U"}
+        return Statistics(mean.astype(np.float64), covariance.astype(np.float64), texts)
+    # numpy and zipfile raise all of these for files of anybody's making.
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        EOFError,
+        MemoryError,
+        RuntimeError,
+        BadZipFile,
+    ) as error:
         raise ValueError(f"{path} is no statistics file: {one_line(error, 200)}") from None
-
-
-def _check_sizes(archive: zipfile.ZipFile) -> None:
-    """Before anything is unpacked: an archive of a few bytes can ask for terabytes."""
-    if sum(entry.file_size for entry in archive.infolist()) > 8 * _LARGEST**2 + (1 << 20):
-        raise ValueError(f"it is larger than the statistics of {_LARGEST} features")

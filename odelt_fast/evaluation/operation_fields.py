@@ -1,5 +1,8 @@
-"""An operation as the flat fields that files have of it: depth l (the largest of a schedule),
-solver, steps or tolerance (rtol and atol), schedule, guidance scale."""
+"""An operation as the flat fields that files have of it.
+
+depth l (the largest of a schedule), solver, steps or tolerance (rtol and atol), schedule, guidance
+scale.
+"""
 
 from __future__ import annotations
 

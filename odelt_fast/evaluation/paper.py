@@ -1,4 +1,4 @@
-"""The paper's own measurements (Tables 2 to 6), to draw ours against; arXiv 2506.21714.
+"""The paper's own measurements (Tables 2 to 5), to draw ours against; arXiv 2506.21714.
 
 FID-50K under the reference's protocol; latency: seconds to sample a batch of 128 on one A6000
 (Table 3), without the autoencoder.
@@ -9,30 +9,19 @@ from __future__ import annotations
 SOURCE = "arXiv 2506.21714"
 STEPS = (128, 4, 1)
 
-# Table 2, DiT-B: method -> FID at T = 128, 4, 1 on CelebA-HQ-256 (unconditional) and ImageNet-256
-# (class-conditional; None: not given). "reference" rows are those that the paper takes from Frans
-# et al., in whose place stand its own runs below.
-TABLE_2: dict[str, tuple[tuple[float, float, float], tuple[float, float, float] | None]] = {
-    "reference: diffusion": ((23.0, 123, 132), (39.7, 465, 467)),
-    "reference: RFM": ((7.3, 63.3, 281), (17.3, 108, 325)),
-    "reference: progressive distillation": ((303, 251, 14.8), (202, 143, 35.6)),
-    "reference: Reflow": ((16.1, 18.4, 23.2), (16.9, 32.8, 44.8)),
-    "reference: consistency training": ((53.7, 19.0, 33.2), (42.8, 43.0, 69.7)),
-    "reference: live Reflow": ((6.3, 27.2, 43.3), (46.3, 95.8, 58.1)),
-    "reference: shortcut": ((6.9, 13.8, 20.5), (15.5, 28.3, 40.3)),
-    "RFM, continuous time": ((6.1, 63.2, 286), None),
-    "RFM": ((6.1, 65.6, 287), None),
-    "shortcut": ((6.0, 19.2, 24.1), (15.0, 17.7, 36.2)),
-    "l = 12": ((5.9, 19.6, 25.3), (14.8, 15.4, 20.3)),
-    "l = 8": ((7.9, 19.4, 24.3), (23.0, 24.4, 36.6)),
-    "l = 4": ((14.2, 19.5, 31.0), (64.2, 64.6, 95.3)),
-}
-
-# Standard deviations over 4 seeds of the last three rows of Table 2.
-TABLE_2_DEVIATION = {
-    "l = 12": ((0.1, 0.3, 0.3), (0.1, 0.1, 0.3)),
-    "l = 8": ((0.1, 0.3, 0.3), (0.2, 0.3, 0.8)),
-    "l = 4": ((0.1, 0.1, 0.2), (0.4, 0.5, 1.0)),
+# Table 2, DiT-B on CelebA-HQ-256: method -> FID at T = 128, 4, 1. "reference" rows are those that
+# the paper takes from Frans et al.
+TABLE_2: dict[str, tuple[float, float, float]] = {
+    "reference: diffusion": (23.0, 123, 132),
+    "reference: RFM": (7.3, 63.3, 281),
+    "reference: progressive distillation": (303, 251, 14.8),
+    "reference: Reflow": (16.1, 18.4, 23.2),
+    "reference: consistency training": (53.7, 19.0, 33.2),
+    "reference: live Reflow": (6.3, 27.2, 43.3),
+    "reference: shortcut": (6.9, 13.8, 20.5),
+    "l = 12": (5.9, 19.6, 25.3),
+    "l = 8": (7.9, 19.4, 24.3),
+    "l = 4": (14.2, 19.5, 31.0),
 }
 
 # Table 3, CelebA-HQ-256: (depth, solver, T or tolerance) -> FID, seconds per batch of 128, memory
@@ -72,11 +61,4 @@ TABLE_5 = {
     (4, 0): (14.8, 19.5, 31.6),
     (4, 1 / 8): (14.2, 19.5, 31.0),
     (4, 1 / 4): (14.0, 19.5, 30.1),
-}
-
-# Table 6, ImageNet-256, DiT-XL/2: depth -> FID, then seconds per batch, both at T = 128, 4, 1.
-TABLE_6 = {
-    28: ((5.3, 7.5, 11.9), (32.1, 1.1, 0.4)),
-    20: ((7.5, 16.1, 34.4), (21.3, 0.7, 0.3)),
-    12: ((11.9, 32.5, 69.4), (10.7, 0.3, 0.2)),
 }

@@ -11,9 +11,6 @@ from typing import Any
 from odelt_fast.files import one_line
 
 FORMAT = 1
-_UNREADABLE = (  # what other values in a file lead to
-    *(OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError),
-)
 
 
 def higher_is_better(metric: str) -> bool:
@@ -22,11 +19,10 @@ def higher_is_better(metric: str) -> bool:
 
 
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for every (solver, depth or schedule, steps or tolerance), in the order of their
-    first cell: mean and standard deviation over seeds.
+    """One row for every (solver, depth or schedule, steps or tolerance): mean and deviation.
 
-    The standard deviation is that of a sample (divided by the number of seeds - 1), None for one
-    seed.
+    They are over seeds, the rows in the order of their first cell. The standard deviation is that
+    of a sample (divided by the number of seeds - 1), None for one seed.
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for cell in cells:
@@ -41,16 +37,14 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         named = ["solver", "depth", *(["schedule"] if "schedule" in first else [])]
         named += ["live_blocks", "steps", "tolerance", "guidance_scale"]
-        rows.append(
-            {name: first[name] for name in named}
-            | {
-                "seeds": [cell["seed"] for cell in members],
-                "evaluations": statistics.fmean(cell["evaluations"] for cell in members),
-                "metrics": metrics,
-                "latency": statistics.median(cell["latency"] for cell in members),
-                "peak_memory": max(peaks, default=None),
-            }
-        )
+        row = {name: first[name] for name in named} | {
+            "seeds": [cell["seed"] for cell in members],
+            "evaluations": statistics.fmean(cell["evaluations"] for cell in members),
+            "metrics": metrics,
+            "latency": statistics.median(cell["latency"] for cell in members),
+            "peak_memory": max(peaks, default=None),
+        }
+        rows.append(row)
     return rows
 
 
@@ -63,8 +57,11 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def read_results(path: str | Path) -> dict[str, Any]:
-    """The results of an evaluation, from its folder or its results.json. ValueError for anything
-    else."""
+    """The results of an evaluation, from its folder or its results.json.
+
+    Raises:
+        ValueError: for anything else.
+    """
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     try:
@@ -73,7 +70,15 @@ def read_results(path: str | Path) -> dict[str, Any]:
             raise ValueError("is of another version, or empty")
         for row in results["rows"]:
             row["solver"], row["depth"], row["latency"], next(iter(row["metrics"].values()))["mean"]
-    except _UNREADABLE as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} holds no results of odelt-fast evaluate: {one_line(error, 200)}"
         ) from None
@@ -81,8 +86,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The tables: for equal steps, one row a depth and one column a T (Table 2); then cost and
-    quality of every row (Table 3)."""
+    """The tables: for equal steps depths by T (Table 2); then cost and quality of every row."""
     rows, settings = results["rows"], results["settings"]
     names = list(rows[0]["metrics"])
     lines = [f"# {settings['model']}", "", *_description(results), ""]
@@ -92,39 +96,22 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         steps, depths = _distinct(mine, "steps"), _distinct(mine, "depth")
         for name in names:
             cells = {(row["depth"], row["steps"]): number(row["metrics"][name]) for row in mine}
-            head = [f"{name}, {solver}", *(f"T = {count}" for count in steps)]
-            lines += _table(
-                head,
-                [
-                    [f"l = {depth}", *(cells.get((depth, count), "") for count in steps)]
-                    for depth in depths
-                ],
-            )
-    largest = max((row["peak_memory"] for row in rows if row["peak_memory"]), default=None)
-    head = [
-        "l",
-        "solver",
-        "T or tol",
-        *names,
-        f"WCT, s per {settings['batch_size']}",
-        "evaluations",
-        "MEM",
-        "relative",
-    ]
-    body = []
+            body = [
+                [f"l = {depth}", *(cells.get((depth, count), "") for count in steps)]
+                for depth in depths
+            ]
+            lines += _table([f"{name}, {solver}", *(f"T = {count}" for count in steps)], body)
+    largest, body = max(row["peak_memory"] or 0 for row in rows), []
     for row in rows:
-        memory = row["peak_memory"]
-        relative = f"{memory / largest:.2f}x" if memory and largest else ""
         at = row["steps"] if row["steps"] is not None else f"{row['tolerance']:g}"
         quality = [number(row["metrics"][name]) for name in names]
-        cost = [
-            f"{row['latency']:.3g}",
-            f"{row['evaluations']:.4g}",
-            f"{memory / 2**20:.0f} MiB" if memory else "",
-            relative,
-        ]
+        cost = [f"{row['latency']:.3g}", f"{row['evaluations']:.4g}"]
+        memory = row["peak_memory"]
+        cost += [f"{memory / 2**20:.0f} MiB", f"{memory / largest:.2f}x"] if memory else ["", ""]
         body.append([depth_text(row), row["solver"], at, *quality, *cost])
-    return "\n".join([*lines, *_table(head, body)]).rstrip() + "\n"
+    cost = [f"WCT, s per {settings['batch_size']}", "evaluations", "MEM", "relative"]
+    lines += _table(["l", "solver", "T or tol", *names, *cost], body)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def depth_text(row: Mapping[str, Any], between: str = ", ") -> str:
@@ -143,12 +130,9 @@ def number(spread: Mapping[str, Any]) -> str:
 
 def _description(results: Mapping[str, Any]) -> list[str]:
     settings, environment = results["settings"], results["environment"]
-    against = settings["data"] or settings["stats"]
-    seeds = (
-        "1 seed"
-        if settings["seeds"] == 1
-        else f"{settings['seeds']} seeds, mean ± standard deviation"
-    )
+    against, seeds = settings["data"] or settings["stats"], "1 seed"
+    if settings["seeds"] != 1:
+        seeds = f"{settings['seeds']} seeds, mean ± standard deviation"
     lines = [
         (
             f"{settings['num_images']} images of each of {seeds}, against {against}; features:"
@@ -182,6 +166,5 @@ def _distinct(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 
 
 def _table(head: Sequence[object], body: Sequence[Sequence[object]]) -> list[str]:
-    return [
-        "| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)
-    ] + [""]
+    lines = (head, ["---"] * len(head), *body)
+    return [*(f"| {' | '.join(map(str, line))} |" for line in lines), ""]

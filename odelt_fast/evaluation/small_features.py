@@ -55,9 +55,8 @@ class SmallNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.stem = _convolution(config.channels, config.widths[0], config.stride)
-        self.stages = nn.ModuleList(
-            _Stage(a, b) for a, b in zip((config.widths[0], *config.widths[:-1]), config.widths)
-        )
+        widths = config.widths
+        self.stages = nn.ModuleList(map(_Stage, (widths[0], *widths[:-1]), widths))
         self.head = nn.Linear(config.widths[-1], config.num_classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,30 +71,32 @@ class _Stage(nn.Module):
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
         self.first, self.second = _convolution(channels, width), _convolution(width, width)
-        self.skip = (
-            nn.Conv2d(channels, width, 1, bias=False) if channels != width else nn.Identity()
-        )
+        same = channels == width
+        self.skip = nn.Identity() if same else nn.Conv2d(channels, width, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.skip(x) + self.second(F.relu(self.first(x))))
 
 
 def _convolution(channels: int, width: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
-    )
+    convolution = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width))
 
 
 def save_features(network: SmallNetwork, path: Path, notes: Mapping[str, str]) -> None:
-    """Writes a small network as .safetensors in float16, with its configuration and `notes`
-    (strings) in the header."""
-    kept = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in network.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    """Writes a small network as .safetensors in float16.
+
+    Its configuration and `notes` (strings) stand in the header.
+    """
+    kept = {name: tensor.half().contiguous() for name, tensor in weights_of(network).items()}
     save_file(kept, path, {**notes, _KEY: json.dumps(asdict(network.config))})
     path.chmod(0o644)  # the writer of safetensors leaves files that only their owner can read
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors that files have of a feature network: counts of batches are left out."""
+    state = network.state_dict().items()
+    return {name: tensor for name, tensor in state if not name.endswith("num_batches_tracked")}
 
 
 def is_small(path: Path) -> bool:
