@@ -34,18 +34,18 @@ class Tile:
 
 # By hand, from register and shared-memory counts of the compile gate; not yet chosen by timing.
 TILES = MappingProxyType(
-    {
+    {  # block_m, block_n, block_k, num_warps, num_stages
         # no tensor cores: exact float32 products
-        "float32": Tile(64, 64, 32, num_warps=4, num_stages=3),
+        "float32": Tile(64, 64, 32, 4, 3),
         # few rows: many tiles, three of them on a multiprocessor
-        "small": Tile(64, 64, 64, num_warps=4, num_stages=4),
-        "large": Tile(128, 128, 32, num_warps=8, num_stages=4),
-        "hopper": Tile(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
+        "small": Tile(64, 64, 64, 4, 4),
+        "large": Tile(128, 128, 32, 8, 4),
+        "hopper": Tile(128, 256, 64, 8, 3, descriptors=True),
         # where 256 columns leave processors idle
-        "hopper_narrow": Tile(128, 128, 64, num_warps=8, num_stages=4, descriptors=True),
-        "fp8_small": Tile(64, 64, 128, num_warps=4, num_stages=4),
-        "fp8_hopper": Tile(128, 256, 128, num_warps=8, num_stages=3, descriptors=True),
-        "fp8_hopper_narrow": Tile(128, 128, 128, num_warps=8, num_stages=4, descriptors=True),
+        "hopper_narrow": Tile(128, 128, 64, 8, 4, descriptors=True),
+        "fp8_small": Tile(64, 64, 128, 4, 4),
+        "fp8_hopper": Tile(128, 256, 128, 8, 3, descriptors=True),
+        "fp8_hopper_narrow": Tile(128, 128, 128, 8, 4, descriptors=True),
     }
 )
 SPLITS = (4, 2)

@@ -92,11 +92,9 @@ class CpuNetwork:
             and x.numel() > 0
             and x.shape[2] % patch == x.shape[3] % patch == 0
         )
-        usual = fits and not torch.is_grad_enabled() and not model.training
-        if not usual or not (depth is None or isinstance(depth, int)):
-            return model(x, t, log2_steps, y, depth)
-        length = model.check_depth(depth)
-        if not model.config.live_blocks(length):
+        usual = isinstance(depth, int | None) and not torch.is_grad_enabled() and not model.training
+        length = model.check_depth(depth) if usual else 0
+        if not usual or not fits or not model.config.live_blocks(length):
             return model(x, t, log2_steps, y, depth)
         with self._lock:
             work = self._memory(x)

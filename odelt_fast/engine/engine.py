@@ -34,7 +34,7 @@ from odelt_fast.engine.operators import (
     load_operators,
 )
 from odelt_fast.engine.tuning import fastest, read_tuning
-from odelt_fast.engine.weights import LAYERS, Layer, PreparedWeights
+from odelt_fast.engine.weights import Layer, PreparedWeights
 from odelt_fast.model import DiT, position_table
 
 Tables = tuple[Tensor, Tensor]  # modulations: of the blocks (R, live*6*D), the final layer (R, 2*D)
@@ -207,14 +207,14 @@ class Engine:
             before, last = x, index + 1 == live
             # Shift, scale and gate of the attention, those of the MLP, and the next block's first.
             column = [size * (6 * index + part) for part in range(8)]
-            attended = self._attend(self._linear(h, block.qkv))
-            y = self._linear(attended, block.attention_out)
+            attended = self._attend(self._linear(h, block["qkv"]))
+            y = self._linear(attended, block["attention_out"])
             columns: Any = modulation, column[2], modulation, column[3], column[4]
             x, h = self._rows("gated_residual", x, y, *columns)
-            mlp = self._linear(h, block.mlp_in, "gelu")
-            if block.mlp_out.scale is not None:
+            mlp = self._linear(h, block["mlp_in"], "gelu")
+            if block["mlp_out"].scale is not None:
                 mlp = ops.quantize_rows(mlp)
-            mlp = self._linear(mlp, block.mlp_out)
+            mlp = self._linear(mlp, block["mlp_out"])
             following = (final_modulation, 0, size) if last else (modulation, *column[6:])
             columns = modulation, column[5], *following
             if not config.length_conditioned or (index + 1) % config.depth_group:
@@ -301,8 +301,7 @@ class Engine:
         }
         if self.weights.blocks:
             facts["matrix_products"] = products = {}
-            for name in LAYERS:
-                layer = getattr(self.weights.blocks[0], name)
+            for name, layer in self.weights.blocks[0].items():
                 choice = self.linear_choice(rows, layer, "gelu" if name == "mlp_in" else "none")
                 products[name] = f"{choice} {_name(layer.weight.dtype)}"
         per_block = ROW_LAUNCHES + (self.precision is not None)

@@ -123,11 +123,7 @@ class Fused:
         return sentences
 
     def solve(
-        self,
-        x: Tensor,
-        labels: np.ndarray,
-        fresh: Noise | None = None,
-        progress: Hook | None = None,
+        self, x: Tensor, labels: np.ndarray, fresh: Noise, progress: Hook | None
     ) -> BatchResult:
         """One batch from t = 0 to 1: x float32, a new tensor on the engine's device.
 
@@ -163,7 +159,7 @@ class Fused:
         else:
             steps = len(trajectory.times) - 1
             noise = None
-            if trajectory.tableau is None and steps > 1 and fresh is not None:
+            if trajectory.tableau is None and steps > 1:
                 noise = torch.stack([fresh(i) for i in range(steps - 1)])
             x, finite = self._run(key, trajectory, (*inputs, noise), samples)
             status = [DONE if each else NON_FINITE for each in finite.tolist()]
@@ -171,8 +167,9 @@ class Fused:
             taken, evaluations = [steps] * len(status), [trajectory.evaluations] * len(status)
             calls = trajectory.evaluations * operation.rows_per_image
             result = BatchResult(x, status, taken, [0] * len(status), evaluations, calls)
-        for _ in range(steps if progress else 0):
-            progress(len(labels))  # type: ignore[misc]
+        if progress:
+            for _ in range(steps):
+                progress(len(labels))
         return result
 
     def network(
@@ -223,10 +220,10 @@ class Fused:
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What runs on `samples` rows (guided ones count twice) of `tokens` tokens, and the graph
         that ran last."""
-        engine, config = self.engine, self.engine.config
+        engine = self.engine
         about: dict[str, Any] = engine.describe(samples, tokens, depth)
         about["attentions"] = availability.describe_attentions(
-            engine.device, engine.dtype, config.hidden_size // config.num_heads
+            engine.device, engine.dtype, engine.head_dim
         )
         captured = self.graphs.graphs.get(self.last_key) if self.graphs else None
         at_once = self.strict or isinstance(self.trajectory, AdaptiveTrajectory)

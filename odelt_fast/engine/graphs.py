@@ -3,8 +3,8 @@ such graphs with one memory pool.
 
 A graph replays into the tensors it was captured with, and graphs of one pool overwrite each
 other's: inputs are copied in, results copied out, and graphs of one cache never run at the same
-time. For graphs that CUDA itself repeats (a while node's body): `capture` with keep_graph=True,
-whose `raw_cuda_graph()` is the node's child.
+time. For graphs that CUDA itself repeats (a while node's body), `raw_cuda_graph()` of what
+`capture` made is the node's child.
 """
 
 from __future__ import annotations
@@ -33,32 +33,26 @@ class CaptureError(RuntimeError):
 
 
 def capture(
-    function: Callable[[], Any],
-    device: torch.device,
-    pool: Any = None,
-    warm_up: bool = True,
-    keep_graph: bool = True,
+    function: Callable[[], Any], device: torch.device, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """(graph, result): what `function()` launches, and the tensors it returned, which every replay
-    writes.
+    writes. `graph.raw_cuda_graph()` stays valid, for a while node or to count nodes.
 
     Args:
-        function: must only launch: no host synchronisation, no copy from pageable memory.
+        function: must only launch: no host synchronisation, no copy from pageable memory. It runs
+            once before (compilation, library workspaces).
         pool: memory of the graph, shared with others that never run at the same time.
-        warm_up: run the function once before (compilation, library workspaces).
-        keep_graph: `raw_cuda_graph()` stays valid, for a while node or to count nodes.
 
     Raises:
         CaptureError: with the stream and the allocator as they were.
     """
     try:
-        graph = torch.cuda.CUDAGraph(keep_graph=keep_graph)
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             try:
-                if warm_up:
-                    function()
+                function()
             finally:  # what was launched reads memory that the caller may free
                 torch.cuda.synchronize(device)
             with _collector_paused():
@@ -71,8 +65,7 @@ def capture(
                         graph.capture_end()
                     raise
                 graph.capture_end()
-            if keep_graph:
-                graph.instantiate()
+            graph.instantiate()
     except torch.OutOfMemoryError as error:
         raise CaptureError("out of memory") from error
     except Exception as error:
@@ -177,7 +170,7 @@ class GraphCache:
         self._seen: set[Hashable] = set()
         self._pool: Any = None
         self._stream: Any = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def run(
         self,
@@ -206,12 +199,9 @@ class GraphCache:
     def clear(self) -> None:
         """Forgets all graphs; their memory is free again."""
         with self._lock:
-            self._clear()
-
-    def _clear(self) -> None:
-        self.graphs.clear()
-        self._seen.clear()
-        self._pool = None
+            self.graphs.clear()
+            self._seen.clear()
+            self._pool = None
 
     def _capture(
         self, key: Hashable, function: Function, inputs: Inputs, kind: type[Captured]
@@ -224,7 +214,7 @@ class GraphCache:
             self.graphs[key] = kind(function, inputs, self.device, self._pool, self.capture)
         except (CaptureError, torch.OutOfMemoryError) as error:
             # A half-captured graph may have left its mark on the pool, and memory may be short.
-            self._clear()
+            self.clear()
             if isinstance(error, CaptureError):
                 raise
             raise CaptureError("out of memory") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +65,10 @@ def cublas_float8(
 ) -> Tensor:
     """(x * x_scale) (W * weight_scale)^T + b in bfloat16, row-wise scales. x (B, N, inner)
     float8."""
-    options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True, "bias": bias}
-    scales = x_scale.reshape(-1, 1), weight_scale[None]
-    y = torch._scaled_mm(x.flatten(0, 1), weight.t(), *scales, **options)
+    y = torch._scaled_mm(
+        x.flatten(0, 1), weight.t(), x_scale.reshape(-1, 1), weight_scale[None], bias,
+        out_dtype=torch.bfloat16, use_fast_accum=True,
+    )  # fmt: skip
     return y.unflatten(0, x.shape[:2])
 
 
@@ -99,6 +99,6 @@ def _xformers(qkv: Tensor, heads: int) -> Tensor:
 def attention_function(name: str, ops: SimpleNamespace) -> Callable[[Tensor, int], Tensor]:
     """The attention of that name on packed qkv: (qkv (B, N, 3*D), heads) -> (B, N, D), logits
     scaled by 1/head_dim."""
-    functions = {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash, "xformers": _xformers}
-    functions["triton"] = ops.attention
-    return functions[name]
+    if name == "triton":
+        return ops.attention  # type: ignore[no-any-return]
+    return {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash, "xformers": _xformers}[name]

@@ -4,9 +4,8 @@ matrix, float8 where asked for."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +17,7 @@ LAYERS = ("qkv", "attention_out", "mlp_in", "mlp_out")
 FLOAT8_LAYERS = ("qkv", "mlp_in", "mlp_out")
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """Weights of a matrix product: weight (columns, inner), bias (columns,); with `scale`
     (columns,) float32 the weight is float8."""
 
@@ -29,17 +27,7 @@ class Layer:
 
     @property
     def nbytes(self) -> int:
-        return sum(each.nbytes for each in (self.weight, self.bias, self.scale) if each is not None)
-
-
-@dataclass(frozen=True)
-class BlockLayers:
-    """The matrix products of a block."""
-
-    qkv: Layer
-    attention_out: Layer
-    mlp_in: Layer
-    mlp_out: Layer
+        return sum(each.nbytes for each in self if each is not None)
 
 
 class ParameterVersions:
@@ -79,7 +67,7 @@ class PreparedWeights:
         self._versions = ParameterVersions(given.parameters())
         blocks = model.blocks[: config.live_blocks(given.max_depth)]
         self.blocks = [
-            BlockLayers(*(_layer(name, getattr(block, name), quantize) for name in LAYERS))
+            {name: _layer(name, getattr(block, name), quantize) for name in LAYERS}
             for block in blocks
         ]
         patch = _layer("", model.patch_embed, None)
@@ -116,10 +104,11 @@ class PreparedWeights:
     def nbytes(self) -> dict[str, int]:
         """Bytes of the weights in memory: of one live block (its modulation included), and of the
         ends."""
-        each = sum(getattr(self.blocks[0], name).nbytes for name in LAYERS) if self.blocks else 0
-        ends = [*self.time_embed.parameters(), *self.step_embed.parameters()]
-        ends += [self.label_embed.weight, self.length_embed]
-        ends += [self.patch, self.final, self.final_modulation]
+        each = sum(layer.nbytes for block in self.blocks[:1] for layer in block.values())
+        ends = [
+            *self.time_embed.parameters(), *self.step_embed.parameters(), self.label_embed.weight,
+            self.length_embed, self.patch, self.final, self.final_modulation,
+        ]  # fmt: skip
         return {
             "per_block": each + self.modulation.nbytes // max(1, len(self.blocks)),
             "ends": sum(part.nbytes for part in ends if part is not None),
@@ -158,11 +147,11 @@ def _adjoining(parts: Sequence[Tensor]) -> Tensor | None:
     not."""
     first = parts[0].detach()
     storage = first.untyped_storage().data_ptr()
-    for index, part in enumerate(parts):
-        in_order = (
-            part.untyped_storage().data_ptr() == storage
-            and part.data_ptr() == first.data_ptr() + index * first.nbytes
-        )
-        if not in_order or not part.is_contiguous():
-            return None
+    if not all(
+        part.untyped_storage().data_ptr() == storage
+        and part.data_ptr() == first.data_ptr() + index * first.nbytes
+        and part.is_contiguous()
+        for index, part in enumerate(parts)
+    ):
+        return None
     return first.as_strided((len(parts) * first.shape[0], *first.shape[1:]), first.stride())

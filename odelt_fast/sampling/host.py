@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ def on_each_step(progress: Hook | None, count: int) -> Hook | None:
     return None if progress is None else lambda _: progress(count)
 
 
+@dataclass(frozen=True)
 class Host:
     """`solve` as `engine.fused.Fused` has it, for every model on every device.
 
@@ -28,15 +30,12 @@ class Host:
         network: evaluates the model: itself, its compiled form, or an engine's `network`.
     """
 
-    def __init__(self, model: DiT, operation: Operation, network: Callable[..., Tensor]) -> None:
-        self.model, self.operation, self.network = model, operation, network
+    model: DiT
+    operation: Operation
+    network: Callable[..., Tensor]
 
     def solve(
-        self,
-        x: Tensor,
-        labels: np.ndarray,
-        fresh: Noise | None = None,
-        progress: Hook | None = None,
+        self, x: Tensor, labels: np.ndarray, fresh: Noise, progress: Hook | None
     ) -> BatchResult:
         """One batch from t = 0 to 1 as `Fused.solve`; progress is called as steps are made."""
         device, operation = self.model.device, self.operation
@@ -46,13 +45,10 @@ class Host:
         sampling = self.model.config.sampling
         index, steps = operation.step_index(sampling), operation.steps or 0
         on_step = on_each_step(progress, len(labels))
-
-        def noise(i: int) -> Tensor:
-            assert fresh is not None
-            return fresh(i).to(device)
-
         if sampling == "consistency":
-            end = predict_and_renoise(field, x, steps, index, noise, on_step)
+            end = predict_and_renoise(
+                field, x, steps, index, lambda i: fresh(i).to(device), on_step
+            )
             solution = Solution.of_fixed_steps(end, steps, steps)
         else:
             solution = solve(field, x, index, operation, on_step=on_step)

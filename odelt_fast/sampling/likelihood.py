@@ -142,13 +142,11 @@ def with_divergence(field: Field, shape: Sequence[int], probes: Tensor | None) -
             if probes is None:
                 rates = _trace(v, x)[:, None]
             else:
-                rows = [
-                    torch.autograd.grad(v, x, e, retain_graph=k < columns - 1)[0]
+                rows = (
+                    torch.autograd.grad(v, x, e, retain_graph=k < columns - 1)[0] * e
                     for k, e in enumerate(probes)
-                ]
-                rates = torch.stack(
-                    [(row * e).flatten(1).sum(1) for row, e in zip(rows, probes, strict=True)], 1
                 )
+                rates = torch.stack([row.flatten(1).sum(1) for row in rows], 1)
         return torch.cat([v.detach().flatten(1), rates], 1)
 
     return augmented

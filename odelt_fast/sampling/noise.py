@@ -40,8 +40,7 @@ def image_noise(
 ) -> np.ndarray:
     """Standard normal float32 of `shape` that belongs to image `index` of `seed` (both in [0,
     2^64))."""
-    generator = philox(seed, STREAMS[stream], index, step)
-    return generator.standard_normal(shape, dtype=np.float32)
+    return philox(seed, STREAMS[stream], index, step).standard_normal(shape, dtype=np.float32)
 
 
 def drawn_labels(seed: int, indices: Sequence[int], num_classes: int) -> np.ndarray:
@@ -75,7 +74,7 @@ def check_labels(
             f"labels must be whole numbers from 0 to {num_classes}, where {num_classes} is the null"
             " label"
         )
-    if array.ndim > 1 or (array.ndim == 1 and len(array) != count):
+    if array.shape not in ((), (count,)):
         raise ValueError(
             f"{array.shape if array.ndim > 1 else len(array)} labels for {count} images: give one,"
             " or one for each image"

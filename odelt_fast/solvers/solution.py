@@ -74,10 +74,7 @@ class BatchResult:
 def combine(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:
     """sum_i weights_i k_i, without the terms whose weight is 0."""
     terms = [weight * k for weight, k in zip(weights, ks, strict=True) if weight]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return sum(terms[1:], terms[0])
 
 
 def hermite(
