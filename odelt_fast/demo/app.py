@@ -45,8 +45,10 @@ class PageOnly:
 
 
 def serve(blocks: gradio.Blocks, listener: socket.socket) -> None:
-    """Serves the page until it is interrupted. No request leaves this machine: nothing is shared,
-    reported or looked up."""
+    """Serves the page until it is interrupted.
+
+    No request leaves this machine: nothing is shared, reported or looked up.
+    """
     gr = import_gradio()
     import uvicorn
     from fastapi import FastAPI

@@ -1,5 +1,6 @@
-"""The page of `odelt-fast demo` (Gradio, extra `demo`): the dials l and T, the pictures, what they
-cost, the paper's 3 x 3 grid.
+"""The page of `odelt-fast demo` (Gradio, extra `demo`).
+
+The dials l and T, the pictures, what they cost, the paper's 3 x 3 grid.
 
 Pictures are part of the page's HTML: the server keeps no files. Every number that reaches the HTML
 was checked (settings.py).

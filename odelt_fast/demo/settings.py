@@ -1,5 +1,7 @@
-"""What the page of `odelt-fast demo` may be asked for. Values come from a browser, or from whoever
-posts to it: nothing is believed."""
+"""What the page of `odelt-fast demo` may be asked for.
+
+Values come from a browser, or from whoever posts to it: nothing is believed.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,10 @@ def time_label(operation: Operation) -> str:
 
 
 def solvers(config: DiTConfig) -> tuple[str, ...]:
-    """Solvers that the page offers for a model; consistency models have a rule of their own in
-    Euler's place."""
+    """Solvers that the page offers for a model.
+
+    Consistency models have a rule of their own in Euler's place.
+    """
     return ("euler",) if config.sampling == "consistency" else _FIXED + _ADAPTIVE
 
 

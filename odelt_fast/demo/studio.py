@@ -1,5 +1,4 @@
-"""Draws for the page of `odelt-fast demo`: one picture at a time, each with what it cost on this
-machine."""
+"""Draws for the page of `odelt-fast demo`: one picture at a time, each with what it cost."""
 
 from __future__ import annotations
 
@@ -47,8 +46,9 @@ class Cost(NamedTuple):
 
 
 class Studio:
-    """Draws pictures of `model` for many visitors, one drawing at a time, in a thread of its own,
-    so that a latency does not depend on who asks.
+    """Draws pictures of `model` for many visitors, one at a time.
+
+    In a thread of its own, so that a latency does not depend on who asks.
 
     Args:
         decoder: from latents to images, not part of the measured time.
@@ -83,8 +83,10 @@ class Studio:
         return self._worker.submit(self._draw, setting).result()
 
     def measure(self, operations: Iterable[Operation], seconds: float) -> None:
-        """Draws with one operation after another for about `seconds`, so that their latencies are
-        known before anybody asks."""
+        """Draws with one operation after another for about `seconds`.
+
+        Their latencies are then known before anybody asks.
+        """
         end = time.monotonic() + seconds
         for operation in operations:
             if time.monotonic() > end:
@@ -92,8 +94,9 @@ class Studio:
             self.draw(Setting(operation))
 
     def grid(self, setting: Setting) -> Iterator[tuple[int, int, Drawing]]:
-        """Depths l (greatest first) by steps T (`GRID_STEPS`), same noise and labels: (row, column,
-        drawing), one by one.
+        """Depths l (greatest first) by steps T (`GRID_STEPS`), of the same noise and labels.
+
+        Yields (row, column, drawing), one by one.
 
         Of Euler's steps where the setting's solver chooses its own. Other visitors' drawings may
         come in between.
@@ -111,8 +114,9 @@ class Studio:
         return depths if len(depths) <= 3 else (depths[0], depths[len(depths) // 2], depths[-1])
 
     def points(self, quality: MeasuredQuality | None = None) -> dict[Operation, Point]:
-        """What was drawn here, with its median latency here: the value is its quality, where that
-        was measured.
+        """What was drawn here, with its median latency here.
+
+        The value is its quality, where that was measured.
 
         Args:
             quality: mean and deviation; None: the value is the number of network evaluations that
@@ -169,8 +173,7 @@ class Studio:
 
 
 def measured_operations(config: DiTConfig, table: Quality, metric: str) -> dict[Operation, Value]:
-    """Of what an evaluation measured, what the page offers, the cheapest first, with its
-    quality."""
+    """Quality of what an evaluation measured and the page offers, the cheapest first."""
     found = {
         operation: values[metric]
         for operation, values in table.rows.items()

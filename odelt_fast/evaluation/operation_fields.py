@@ -26,8 +26,9 @@ def operation_fields(operation: Operation) -> dict[str, Any]:
 
 
 def read_operation(fields: Mapping[str, Any]) -> Operation:
-    """The operation of fields that anybody may have written; schedule and guidance_scale may be
-    missing.
+    """The operation of fields that anybody may have written.
+
+    schedule and guidance_scale may be missing.
 
     Raises:
         ValueError: for a value that cannot be, and for steps of a solver that chooses its own.

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evidence:
-    """A profile and a table of quality (None: not measured) that belong to the model `name`, whose
-    files have the hash `weights`."""
+    """A profile and a table of quality (None: not measured) of the model `name`.
+
+    weights: the hash of its files.
+    """
 
     name: str
     profile: Profile
@@ -123,8 +125,10 @@ def deadline_planner(
 def find_quality(
     name: str, config: DiTConfig, weights: str, path: str | Path | None = None
 ) -> Quality | None:
-    """The table of quality that is given, or of the model's folder, or None. ValueError for one of
-    another model."""
+    """The table of quality that is given, or of the model's folder, or None.
+
+    ValueError for one of another model.
+    """
     from odelt_fast.checkpoints.lookup import find_folder
 
     if path is None and not (find_folder(name) / FILE_NAME).is_file():

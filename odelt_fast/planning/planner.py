@@ -86,8 +86,10 @@ class Choice:
 
 
 class BudgetError(ValueError):
-    """No candidate is within the budget. nearest: the one that exceeds it by the smallest
-    factor."""
+    """No candidate is within the budget.
+
+    nearest: the one that exceeds it by the smallest factor.
+    """
 
     def __init__(self, message: str, nearest: Candidate) -> None:
         super().__init__(message)
@@ -169,8 +171,7 @@ def _measured(
     guidance_scale: float | None,
     weights: str | None,
 ) -> dict[Operation, Measurement]:
-    """Operations at this guidance scale, each with what it costs in the smallest batch that bounds
-    `batch`."""
+    """Operations at this guidance scale, with the cost of the smallest batch bounding `batch`."""
     command = f"{profile_command(profile.model)} --dtypes {precision}"
     if guidance_scale not in (None, 1):
         command += f" --guidance-scale {guidance_scale:g}"
@@ -199,8 +200,9 @@ def _measured(
 
 
 def frontier(found: Iterable[Candidate], *, with_memory: bool = False) -> list[Candidate]:
-    """The candidates that no other one beats: none is at least as good and as fast (with_memory:
-    and as small), and better in one. By latency.
+    """The candidates that no other one beats, by latency.
+
+    None is at least as good and as fast (with_memory: and as small), and better in one.
 
     Of candidates that are equal in all of that the first is kept.
     """

@@ -1,5 +1,4 @@
-"""Profiles: what sampling costs on a machine, measured by `odelt-fast profile`, kept as JSON, read
-with suspicion.
+"""Profiles: what sampling costs on a machine, measured by `odelt-fast profile`, kept as JSON.
 
 A profile belongs to a machine (device, threads, versions, backend) and to the shape of a model (its
 configuration, not its weights): the cost of equal steps does not depend on the weights. The number
@@ -85,8 +84,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Profile:
-    """The measurements of one machine and one shape of model. model: the name that it was measured
-    under, for people."""
+    """The measurements of one machine and one shape of model.
+
+    model: the name that it was measured under, for people.
+    """
 
     machine: Machine
     config: DiTConfig
@@ -124,8 +125,10 @@ def profile_command(model: str, path: Path | None = None) -> str:
 
 
 def default_path(machine: Machine, config: DiTConfig) -> Path:
-    """The file of a machine and model in the cache folder; its name changes with everything that
-    the profile is keyed by."""
+    """The file of a machine and model in the cache folder.
+
+    Its name changes with everything that the profile is keyed by.
+    """
     key = json.dumps([asdict(machine), config.to_dict()], sort_keys=True)
     name = re.sub(r"\W+", "-", machine.device, flags=re.ASCII).strip("-").lower()[:60]
     return (

@@ -1,5 +1,7 @@
-"""Profiling: what the operations of a model cost here, measured warm and taking turns, kept in a
-profile as they become known."""
+"""Profiling: what the operations of a model cost here, measured warm and taking turns.
+
+The profile keeps them as they become known.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,10 @@ class Profiler:
     def _memory(
         self, wanted: dict[int, list[Operation]], precision: str
     ) -> dict[tuple[Operation, int], int | None]:
-        """Peak bytes of each operation and batch, with the weights of its own depth only, as
-        `odelt-fast sample` loads them."""
+        """Peak bytes of each operation and batch, with the weights of its own depth only.
+
+        So `odelt-fast sample` loads them.
+        """
         deepest = {op: op.deepest or 0 for operations in wanted.values() for op in operations}
         # What PyTorch sets up once in a process is none of an operation's memory.
         first = min(deepest, key=deepest.__getitem__)
@@ -161,8 +165,10 @@ class Profiler:
     def _rounds(
         self, model: DiT, operations: Sequence[Operation], precision: str, batch: int
     ) -> dict[Operation, list[tuple[float, float]]]:
-        """Seconds, and evaluations an image, of every operation in each of its rounds. None always
-        follows the same one."""
+        """Seconds, and evaluations an image, of every operation in each of its rounds.
+
+        None always follows the same one.
+        """
         rounds: dict[Operation, list[tuple[float, float]]] = {each: [] for each in operations}
         for group in self._groups(operations):
             samplers = {each: self._sampler(model, each, precision, batch) for each in group}
@@ -199,8 +205,10 @@ def operations_of(
     tolerances: Iterable[float],
     guidance_scale: float | None = None,
 ) -> tuple[Operation, ...]:
-    """Every depth with every solver, at every number of steps or, if it chooses its own, every
-    tolerance. ValueError for an unknown solver."""
+    """Every depth with every solver, at all its steps or, if it chooses them, all tolerances.
+
+    ValueError for an unknown solver.
+    """
     steps, tolerances, found = tuple(steps), tuple(tolerances), []
     for depth, solver in itertools.product(depths, tuple(solvers)):
         scale = effective_guidance(guidance_scale)

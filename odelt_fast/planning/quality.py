@@ -68,8 +68,10 @@ class Quality:
         return tuple(operation for operation in self.rows if operation.guidance_scale == scale)
 
     def check(self, config: DiTConfig, weights: str | None) -> None:
-        """ValueError if it is the quality of another model. weights: SHA-256 of the model's files
-        (`machine.model_hash`)."""
+        """ValueError if it is the quality of another model.
+
+        weights: SHA-256 of the model's files (`machine.model_hash`).
+        """
         known = self.weights is not None and weights is not None
         if self.config != config or (known and self.weights != weights):
             raise ValueError(

@@ -1,5 +1,4 @@
-"""Requests become batches: a bounded queue, and one thread that draws the images of several
-requests at once.
+"""Requests become batches: a bounded queue, and a thread that draws for several requests at once.
 
 Jobs of one `Key` share batches; the key whose oldest job has waited longest is next. An image's
 noise depends on its request's seed and its index alone, so sharing changes no picture. The asyncio
@@ -33,8 +32,11 @@ _KEYS = 256  # keys whose durations are remembered
 
 
 class Rejected(Exception):
-    """A request that is not served: HTTP status, a word for the metrics, and for how many seconds
-    it is useless to ask again."""
+    """A request that is not served.
+
+    status: of HTTP. reason: a word for the metrics. retry_after: seconds in which it is useless to
+    ask again.
+    """
 
     def __init__(
         self, status: int, reason: str, message: str, retry_after: float | None = None
@@ -51,8 +53,10 @@ class Rejected(Exception):
 
 
 class Key(NamedTuple):
-    """What the images of one batch have in common. alone: a number that no other request has, for
-    one that shares no batch."""
+    """What the images of one batch have in common.
+
+    alone: a number that no other request has, for one that shares no batch.
+    """
 
     operation: Operation
     alone: int = 0
@@ -60,8 +64,10 @@ class Key(NamedTuple):
 
 @dataclass(eq=False)
 class Job:
-    """The images of one request. labels: one each, or None to draw them from the seed. deadline: of
-    time.monotonic()."""
+    """The images of one request.
+
+    labels: one each, or None to draw them from the seed. deadline: of time.monotonic().
+    """
 
     key: Key
     seed: int
@@ -109,8 +115,7 @@ class Durations:
         )
 
     def decay(self, key: Key) -> None:
-        """A request was rejected because of the estimate, so that no batch will correct it: it
-        shrinks until one is tried again."""
+        """Shrinks an estimate that no batch will correct: a request was rejected because of it."""
         sizes = self.seconds.get(key, {})
         for size in sizes:
             sizes[size] *= 0.9
@@ -200,8 +205,10 @@ class Batcher:
             self._changed.notify()
 
     def withdraw(self, job: Job) -> bool:
-        """Takes back the images of a job that have not been begun; False if there are none. The
-        future is left to the caller."""
+        """Takes back the images of a job that have not been begun; False if there are none.
+
+        The future is left to the caller.
+        """
         with self._changed:
             if not job.left:
                 return False

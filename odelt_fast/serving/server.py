@@ -1,5 +1,7 @@
-"""The service over HTTP: routes, errors, limits, start and stop (extra `serve`). What may be
-asked: service.py."""
+"""The service over HTTP: routes, errors, limits, start and stop (extra `serve`).
+
+What may be asked: service.py.
+"""
 
 from __future__ import annotations
 
@@ -159,8 +161,10 @@ def create_app(
 
 
 def observed(app: ASGIApp, observe: Callable[[Scope, int, float], None]) -> ASGIApp:
-    """`app`, with observe(scope, status, seconds) called after each request; status 499: the client
-    left before it had an answer."""
+    """`app`, with observe(scope, status, seconds) called after each request.
+
+    Status 499: the client left before it had an answer.
+    """
 
     async def observing(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -244,8 +248,10 @@ def explain(wrong: ValidationError) -> tuple[int, str]:
 
 
 class Server(uvicorn.Server):
-    """Returns after SIGTERM and SIGINT, which uvicorn's own would raise again, once what runs is
-    finished; a second SIGINT hangs up on everybody."""
+    """Returns after SIGTERM and SIGINT, once what runs is finished.
+
+    uvicorn's own would raise them again. A second SIGINT hangs up on everybody.
+    """
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and sig == signal.SIGINT:

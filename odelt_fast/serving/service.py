@@ -1,5 +1,6 @@
-"""What a client may ask for, and what becomes of it: a checked request is a job, a batch of jobs is
-images, images are an answer.
+"""What a client may ask for, and what becomes of it.
+
+A checked request is a job, a batch of jobs is images, images are an answer.
 
 Nothing here knows HTTP (server.py) or threads (batching.py).
 """
@@ -114,8 +115,11 @@ class GenerateRequest(BaseModel):
 
 
 class Service:
-    """Draws what requests ask for, with one model. plan: turns deadlines into (l, T), as
-    `evidence.deadline_planner` makes it; or the reason why there is none."""
+    """Draws what requests ask for, with one model.
+
+    plan: turns deadlines into (l, T), as `evidence.deadline_planner` makes it; or the reason why
+    there is none.
+    """
 
     def __init__(
         self,
