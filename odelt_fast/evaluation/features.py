@@ -27,7 +27,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.errors import check_finite, refusals
-from odelt_fast.evaluation.machine import file_hash
 from odelt_fast.evaluation.small_features import (
     SmallNetwork,
     is_small,
@@ -237,7 +236,7 @@ def _torchscript(path: Path, device: str | torch.device) -> FeatureNetwork:
         out = module(torch.zeros(2, 3, 299, 299, device=device))
         if not isinstance(out, Tensor) or out.dim() != 2:
             raise ValueError("a TorchScript feature network must turn (B, 3, 299, 299) into (B, D)")
-    digest = file_hash(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     name, sizes = f"torchscript {path.stem}", (out.shape[1], None, 3)
     return FeatureNetwork(name, *sizes, digest, lambda x: (module(x), None))
 
