@@ -192,17 +192,20 @@ class DiT(nn.Module):
         map_location: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         depth: int | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
+        **download: Any,
     ) -> DiT:
         """The model of a folder, a bundled name or a Hub id, in eval mode on the device
-        `map_location`; see `load_model` for dtype, depth, errors. What follows `depth` says how a
-        Hub id is downloaded, as everywhere in huggingface_hub."""
-        download = {"revision": revision, "token": token, "cache_dir": cache_dir}
-        download |= {"force_download": force_download, "local_files_only": local_files_only}
+        `map_location`.
+
+        Args:
+            dtype, depth: as for `load_model`.
+            download: how a Hub id is downloaded, as everywhere in huggingface_hub: revision, token,
+                cache_dir, force_download, local_files_only.
+
+        Raises:
+            TypeError: another keyword.
+            CheckpointError, ValueError: as of `load_model`.
+        """
         return _checkpoints("folder").load_model(
             pretrained_model_name_or_path, map_location, dtype, depth, download=download
         )

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
+from odelt_fast.checks import one_of
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.sampling.decoder import Decoder, Overlapped
@@ -29,6 +29,11 @@ except ImportError:
         "OdeltPipeline needs diffusers: pip install 'odelt-fast[diffusers]'"
     ) from None
 
+# Keywords of `from_pretrained` that say how the Hub's files are downloaded.
+_DOWNLOAD = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "token",
+    "use_safetensors", "variant",
+)  # fmt: skip
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # What a saved pipeline carries for diffusers' `custom_pipeline`, file -> the one class in it. The
 # second name is the one that diffusers looks for in the folder of a component of another library.
@@ -77,13 +82,8 @@ class OdeltTransformer(ModelMixin):
         """Loads a model as `load_model` does. device_map: a device, or {"": device}. torch_dtype is
         what diffusers calls dtype; its other options have no meaning here."""
         device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
-        return cls(
-            load_model(
-                pretrained_model_name_or_path,
-                "cpu" if device is None else device,
-                dtype or torch_dtype,
-            )
-        )
+        place = "cpu" if device is None else device
+        return cls(load_model(pretrained_model_name_or_path, place, dtype or torch_dtype))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """Saves the model as `save_model` does."""
@@ -117,12 +117,9 @@ class OdeltPipeline(DiffusionPipeline):
                 "transformer must be a DiT, as load_model returns, not"
                 f" {type(transformer).__name__}"
             )
-        self.register_modules(
-            transformer=(
-                OdeltTransformer(transformer) if isinstance(transformer, DiT) else transformer
-            ),
-            vae=vae,
-        )
+        if isinstance(transformer, DiT):
+            transformer = OdeltTransformer(transformer)
+        self.register_modules(transformer=transformer, vae=vae)
         self.register_to_config(id2label=id2label)
         names = (
             (name.strip(), int(label))
@@ -172,10 +169,7 @@ class OdeltPipeline(DiffusionPipeline):
         Returns ImagePipelineOutput, or the tuple (images,) if not return_dict. Raises ValueError
         for what cannot be used.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f"output_type must be one of {', '.join(OUTPUT_TYPES)}, not {output_type!r}"
-            )
+        one_of("output_type", output_type, OUTPUT_TYPES)
         if seed is not None and generator is not None:
             raise ValueError("generator and seed are both given: leave one out")
         compiled = hasattr(self.transformer, "_orig_mod")  # torch.compile was put around it
@@ -191,29 +185,17 @@ class OdeltPipeline(DiffusionPipeline):
         noise = None
         if seed is None:
             shape = (len(labels), config.channels, config.image_size, config.image_size)
-            noise = randn_tensor(
-                shape, generator=generator, device=model.device, dtype=torch.float32
-            )
+            noise = randn_tensor(shape, generator, model.device, torch.float32)
             seed = _seed_of(generator) if config.sampling == "consistency" else 0
         decoder = None if output_type == "latent" or self.vae is None else Decoder(self.vae)
         # An offloaded autoencoder sends the transformer away when it starts: then all is sampled
         # first.
-        overlapped = (
-            None if decoder is None or hasattr(self.vae, "_hf_hook") else Overlapped(decoder)
-        )
-        guidance = guidance_scale if guidance_scale is not None and guidance_scale > 1 else None
+        overlapped = Overlapped(decoder) if decoder and not hasattr(self.vae, "_hf_hook") else None
         options = ({"backend": "compile"} if compiled else {}) | options
-        sampler = Sampler(
-            model,
-            depth,
-            num_inference_steps,
-            guidance_scale=guidance,
-            decoder=overlapped,
-            **options,
-        )
-        with self.progress_bar(
-            total=(math.inf if sampler.operation.adaptive else len(labels) * num_inference_steps)
-        ) as bar:
+        options["guidance_scale"] = guidance_scale if (guidance_scale or 0) > 1 else None
+        sampler = Sampler(model, depth, num_inference_steps, decoder=overlapped, **options)
+        total = math.inf if sampler.operation.adaptive else len(labels) * num_inference_steps
+        with self.progress_bar(total=total) as bar:
             images = sampler(len(labels), labels, seed, noise=noise, progress=bar.update)
         if overlapped:
             images = overlapped.images()
@@ -230,31 +212,14 @@ class OdeltPipeline(DiffusionPipeline):
         pipeline. Runs no code of the folder."""
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            names = (
-                "cache_dir",
-                "force_download",
-                "local_files_only",
-                "proxies",
-                "revision",
-                "token",
-                "use_safetensors",
-                "variant",
-            )
-            folder = Path(
-                cls.download(
-                    str(pretrained_model_name_or_path),
-                    **{name: options[name] for name in names if name in options},
-                )
-            )
+            download = {name: options[name] for name in _DOWNLOAD if name in options}
+            folder = Path(cls.download(str(pretrained_model_name_or_path), **download))
         if options.get("transformer") is None:
-            dtype, device = (
-                options.get("dtype") or options.get("torch_dtype"),
-                options.get("device_map"),
-            )
-            dtype = (
-                dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
-            )
-            device = None if device == "balanced" else device
+            dtype, device = options.get("dtype") or options.get("torch_dtype"), None
+            if isinstance(dtype, dict):
+                dtype = dtype.get("transformer", dtype.get("default"))
+            if options.get("device_map") != "balanced":
+                device = options.get("device_map")
             options["transformer"] = OdeltTransformer.from_pretrained(
                 folder / "transformer", dtype=dtype, device_map=device
             )
@@ -286,12 +251,8 @@ def _class_labels(class_labels: Any, generator: Any) -> Tensor:
         labels = torch.as_tensor(class_labels).reshape(-1)
     except (TypeError, ValueError, RuntimeError):
         labels = torch.empty(0)
-    if (
-        not len(labels)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
+    kind = labels.dtype
+    if not len(labels) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(
             "class_labels must be at least one whole number (get_label_ids gives those of names),"
             f" not {class_labels!r}"
@@ -315,9 +276,7 @@ def _finished(images: Tensor, output_type: str) -> Any:
     if output_type == "pil":
         from PIL import Image
 
-        arrays: list[np.ndarray] = list(to_uint8(images))
-        return [
-            Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in arrays
-        ]
+        grey = images.shape[1] == 1
+        return [Image.fromarray(a[:, :, 0] if grey else a) for a in to_uint8(images)]
     scaled = (images / 2 + 0.5).clamp(0, 1)
     return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()

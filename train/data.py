@@ -29,18 +29,12 @@ class Loader:
     def batch(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Rows `rows` of the global batch of step `step`: images (B, C, H, W) float32 in [-1, 1]
         and labels (B,) int64, on the CPU."""
-        positions = step * self.global_batch + rows
-        indices = np.array(
-            [
-                self._permutation(int(p) // len(self.source))[int(p) % len(self.source)]
-                for p in positions
-            ]
-        )
+        epochs, places = np.divmod(step * self.global_batch + rows, len(self.source))
+        indices = np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places)])
         flips = np.zeros(len(rows), bool)
         if self.random_flip:
             flips = (generator(self.seed, "flip", step).random(int(rows.max()) + 1) < 0.5)[rows]
-        noise = [
-            generator(self.seed, "posterior", step, int(row)) for row in rows
-        ]  # for sources of VAE posteriors
+        # For sources of VAE posteriors.
+        noise = [generator(self.seed, "posterior", step, int(row)) for row in rows]
         images, labels = self.source.read_many(indices, flips, noise)
         return torch.from_numpy(images), torch.from_numpy(labels)

@@ -140,9 +140,8 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        losses = [
-            self._accumulate(step, part) for part in range(config.gradient_accumulation_steps)
-        ]
+        parts = range(config.gradient_accumulation_steps)
+        losses = [self._accumulate(step, part) for part in parts]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -151,16 +150,13 @@ class Trainer:
         self.finished_steps += 1
         # A skipped step moves no average either: the state stays that of the last good step.
         live = local(self.weights.values())
-        update_average(
-            local(self.ema_weights.values()), live, (1 - config.ema_decay_at(step)) * moved
-        )
+        share = (1 - config.ema_decay_at(step)) * moved
+        update_average(local(self.ema_weights.values()), live, share)
         refresh(self.ema)
         self.power.update(live, self.finished_steps - self.skipped_steps, moved)
         if config.objective == "progressive" and self.teacher is not None:
-            before, after = (
-                stage(done, config.steps, config.log2_steps) for done in (step, step + 1)
-            )
-            if after > before:
+            stages = {stage(n, config.steps, config.log2_steps) for n in (step, step + 1)}
+            if len(stages) > 1:
                 self.teacher.load_state_dict(gather(self.ema_weights, keep=True))
         return torch.cat(losses)
 
@@ -188,9 +184,8 @@ class Trainer:
     def _skip_if_not_finite(self) -> Tensor:
         """Has the optimizer leave out a step whose gradient is not finite, and counts such steps. 1
         if so, else 0, on the device."""
-        norms = torch._foreach_norm(
-            local(p.grad for p in self.weights.values() if p.grad is not None)
-        )
+        gradients = local(p.grad for p in self.weights.values() if p.grad is not None)
+        norms = torch._foreach_norm(gradients)
         bad = (~torch.isfinite(torch.stack(norms)).all()).float()
         if self.accelerator.num_processes > 1:
             # shards of one gradient may lie in several processes
@@ -215,16 +210,14 @@ class Trainer:
         kept = checkpoints(self.config.output_dir)
         if self.finished_steps and (not kept or step_of(kept[-1]) < self.finished_steps):
             kept = [self.save()]
-        problem = (
+        rest = "there is no checkpoint, since no step was good"
+        if kept:
+            rest = f"the newest checkpoint is {kept[-1]}"
+        raise ValueError(
             f"the loss was not finite in the last {row} steps, to step {reached}: lower the"
-            " learning rate or check the data"
+            " learning rate or check the data; went back to step"
+            f" {self.finished_steps}, {rest}"
         )
-        rest = (
-            f"the newest checkpoint is {kept[-1]}"
-            if kept
-            else "there is no checkpoint, since no step was good"
-        )
-        raise ValueError(f"{problem}; went back to step {self.finished_steps}, {rest}")
 
     def ema_model(self) -> DiT | None:
         """The EMA network, whole, in the main process; None in others. Every process must call
@@ -250,8 +243,8 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             if ema is not None:
                 save_model(ema, partial / "ema", metadata=self.metadata())
-                skipped = int(self.skipped_steps)
-                state = {"finished_steps": self.finished_steps, "skipped_steps": skipped}
+                steps = {"finished_steps": self.finished_steps}
+                state = steps | {"skipped_steps": int(self.skipped_steps)}
                 (partial / STATE_NAME).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         return folder
@@ -299,8 +292,7 @@ class Trainer:
 
 def _mix(seed: int, step: int, part: int) -> int:
     """One 64-bit seed from three numbers (SplitMix64's finaliser over their combination)."""
-    z = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB) & (
-        2**64 - 1
-    )
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    z = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB
+    z %= 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     return z ^ (z >> 31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -31,20 +32,11 @@ def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
     global batch and its kinds of rows."""
     sizes = {}
     for parts in range(2, config.train_batch_size + 1):
-        if config.train_batch_size % parts == 0:
-            size, accumulation = (
-                config.train_batch_size // parts,
-                config.gradient_accumulation_steps * parts,
-            )
-            try:
-                smaller = replace(
-                    config, train_batch_size=size, gradient_accumulation_steps=accumulation
-                )
-            except ValueError:  # its kinds of rows do not divide the size
-                continue
-            if {
-                name: rows * parts for name, rows in smaller.row_sizes().items()
-            } == config.row_sizes():
+        size, more = config.train_batch_size // parts, config.gradient_accumulation_steps * parts
+        with contextlib.suppress(ValueError):  # its kinds of rows do not divide the size
+            smaller = replace(config, train_batch_size=size, gradient_accumulation_steps=more)
+            together = {name: rows * parts for name, rows in smaller.row_sizes().items()}
+            if together == config.row_sizes():
                 sizes[size] = smaller
     return sizes
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from odelt_fast.checks import number
 from odelt_fast.solvers.probability_flow import LAST_TIME, vp_schedule
 
+Pair = tuple[Tensor, Tensor]  # a value and its derivative in time
+
 
 class Path(ABC):
     """p_t(x|z) = N(mean, std^2). z is (x0, x1), or x1 alone: then x0 is not looked at.
@@ -24,35 +26,29 @@ class Path(ABC):
     """
 
     last_time: ClassVar[float] = 1.0
-    extra_noise: ClassVar[bool] = (
-        False  # std is above 0 although z holds x0: a sample needs noise that is independent of x0
-    )
+    # Whether sigma is above 0 although z holds x0: then a sample needs noise independent of x0.
+    extra_noise: ClassVar[bool] = False
 
     @abstractmethod
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """mu_t(z), of the shape of x1."""
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
+        """mu_t(z) and d mu_t(z) / dt, each of the shape of x1."""
 
-    def std(self, t: Tensor) -> Tensor:
-        """sigma_t (B,); 0 unless a path says otherwise."""
-        return torch.zeros_like(t)
-
-    @abstractmethod
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        """d mu_t(z) / dt, of the shape of x1."""
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        """d sigma_t / dt (B,)."""
-        return torch.zeros_like(t)
+    def std(self, t: Tensor) -> Pair:
+        """sigma_t and d sigma_t / dt, each (B,); 0 unless a path says otherwise."""
+        return torch.zeros_like(t), torch.zeros_like(t)
 
     def sample(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None = None) -> Tensor:
         """x_t = mu_t + sigma_t noise; noise None: x0, of paths whose z is x1 alone."""
-        return self.mean(t, x0, x1) + as_rows(self.std(t), x1) * (x0 if noise is None else noise)
+        return self._of(0, t, x0, x1, noise)
 
     def velocity(self, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None = None) -> Tensor:
         """The field of equation 4, u_t(x|z) = (x - mu) sigma'/sigma + mu', at `sample`: sigma'
         noise + mu', which needs no division by sigma."""
-        moved = as_rows(self.std_derivative(t), x1) * (x0 if noise is None else noise)
-        return moved + self.mean_derivative(t, x0, x1)
+        return self._of(1, t, x0, x1, noise)
+
+    def _of(self, order: int, t: Tensor, x0: Tensor, x1: Tensor, noise: Tensor | None) -> Tensor:
+        spread = as_rows(self.std(t)[order], x1) * (x0 if noise is None else noise)
+        return self.mean(t, x0, x1)[order] + spread
 
 
 @dataclass(frozen=True)
@@ -69,17 +65,13 @@ class VarianceExploding(Path):
                 f"0 < sigma_min < sigma_max must hold, not {self.sigma_min} and {self.sigma_max}"
             )
 
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return x1
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
+        return x1, torch.zeros_like(x1)
 
-    def std(self, t: Tensor) -> Tensor:
-        return self.sigma_min * torch.exp(math.log(self.sigma_max / self.sigma_min) * (1 - t))
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return torch.zeros_like(x1)
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        return -math.log(self.sigma_max / self.sigma_min) * self.std(t)
+    def std(self, t: Tensor) -> Pair:
+        rate = math.log(self.sigma_max / self.sigma_min)
+        std = self.sigma_min * torch.exp(rate * (1 - t))
+        return std, -rate * std
 
 
 @dataclass(frozen=True)
@@ -91,19 +83,13 @@ class VariancePreserving(Path):
 
     last_time: ClassVar[float] = LAST_TIME
 
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return as_rows(vp_schedule(t)[0], x1) * x1
-
-    def std(self, t: Tensor) -> Tensor:
-        return vp_schedule(t)[1]
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
         alpha, _, beta = vp_schedule(t)
-        return as_rows(0.5 * alpha * beta, x1) * x1
+        return as_rows(alpha, x1) * x1, as_rows(0.5 * alpha * beta, x1) * x1
 
-    def std_derivative(self, t: Tensor) -> Tensor:
+    def std(self, t: Tensor) -> Pair:
         alpha, sigma, beta = vp_schedule(t.clamp(max=LAST_TIME))
-        return -0.5 * alpha.square() * beta / sigma
+        return vp_schedule(t)[1], -0.5 * alpha.square() * beta / sigma
 
 
 @dataclass(frozen=True)
@@ -116,28 +102,19 @@ class FlowMatchingPath(Path):
     def __post_init__(self) -> None:
         number("sigma", self.sigma, 0, 1)
 
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return as_rows(t, x1) * x1
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
+        return as_rows(t, x1) * x1, x1
 
-    def std(self, t: Tensor) -> Tensor:
-        return 1 - (1 - self.sigma) * t
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return x1
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        return torch.full_like(t, self.sigma - 1)
+    def std(self, t: Tensor) -> Pair:
+        return 1 - (1 - self.sigma) * t, torch.full_like(t, self.sigma - 1)
 
 
 @dataclass(frozen=True)
 class Rectified(Path):
     """mu = (1 - t) x0 + t x1, sigma = 0 (Liu et al. 2023). Times [0, 1]."""
 
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return as_rows(1 - t, x1) * x0 + as_rows(t, x1) * x1
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return x1 - x0
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
+        return as_rows(1 - t, x1) * x0 + as_rows(t, x1) * x1, x1 - x0
 
 
 @dataclass(frozen=True)
@@ -150,8 +127,8 @@ class IndependentCFM(Rectified):
     def __post_init__(self) -> None:
         number("sigma", self.sigma, 0, 1)
 
-    def std(self, t: Tensor) -> Tensor:
-        return torch.full_like(t, self.sigma)
+    def std(self, t: Tensor) -> Pair:
+        return torch.full_like(t, self.sigma), torch.zeros_like(t)
 
 
 @dataclass(frozen=True)
@@ -159,13 +136,10 @@ class Trigonometric(Path):
     """mu = cos(pi t/2) x0 + sin(pi t/2) x1, sigma = 0: variance-preserving FM (Albergo and
     Vanden-Eijnden 2023). Times [0, 1]."""
 
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
         angle = as_rows(0.5 * math.pi * t, x1)
-        return angle.cos() * x0 + angle.sin() * x1
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        angle = as_rows(0.5 * math.pi * t, x1)
-        return 0.5 * math.pi * (angle.cos() * x1 - angle.sin() * x0)
+        cos, sin = angle.cos(), angle.sin()
+        return cos * x0 + sin * x1, 0.5 * math.pi * (cos * x1 - sin * x0)
 
 
 @dataclass(frozen=True)
@@ -179,24 +153,20 @@ class UnitVariance(Path):
 
     path: Path
 
-    def _scale(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        std = self.path.std(t)
+    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Pair:
+        scale, change = (as_rows(value, x1) for value in self._scale(t))
+        mean, derivative = self.path.mean(t, x0, x1)
+        return scale * mean, change * mean + scale * derivative
+
+    def std(self, t: Tensor) -> Pair:
+        (scale, change), (std, derivative) = self._scale(t), self.path.std(t)
+        return scale * std, change * std + scale * derivative
+
+    def _scale(self, t: Tensor) -> Pair:
+        """c and dc/dt."""
+        std, derivative = self.path.std(t)
         scale = torch.rsqrt(1 + std.square())
-        return scale, -std * self.path.std_derivative(t) * scale**3
-
-    def mean(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        return as_rows(self._scale(t)[0], x1) * self.path.mean(t, x0, x1)
-
-    def std(self, t: Tensor) -> Tensor:
-        return self._scale(t)[0] * self.path.std(t)
-
-    def mean_derivative(self, t: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
-        scale, derivative = (as_rows(value, x1) for value in self._scale(t))
-        return derivative * self.path.mean(t, x0, x1) + scale * self.path.mean_derivative(t, x0, x1)
-
-    def std_derivative(self, t: Tensor) -> Tensor:
-        scale, derivative = self._scale(t)
-        return derivative * self.path.std(t) + scale * self.path.std_derivative(t)
+        return scale, -std * derivative * scale**3
 
 
 def training_path(name: str, sigma: float) -> Path:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
-from odelt_fast.train.ema import SNAPSHOTS
+from odelt_fast.train.ema import SNAPSHOTS, snapshot_metadata
 from odelt_fast.train.power_functions import PowerFunction, exponent, mixture
 
 
@@ -27,6 +27,10 @@ class Snapshot:
     width: float
     step: int
     updates: int
+
+    def metadata(self) -> dict[str, str]:
+        """What the weights of such an average say of themselves."""
+        return snapshot_metadata(self.width, self.step, self.updates)
 
 
 def find_snapshots(run: Path) -> list[Snapshot]:

@@ -36,8 +36,7 @@ _TABLE_7 = replace(
 
 
 def _recipe(base: TrainConfig, name: RecipeName, model: DiTConfig, **changes: Any) -> TrainConfig:
-    folder = Path("runs") / name
-    return replace(base, recipe=name, model=model, output_dir=folder, **changes)
+    return replace(base, recipe=name, model=model, output_dir=Path("runs", name), **changes)
 
 
 _IMAGENET: dict[str, Any] = {

@@ -101,7 +101,7 @@ def _log_grid(trainer: Trainer) -> None:
 def _flat(config: TrainConfig) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     values |= {f"model.{name}": value for name, value in values.pop("model").items()}
-    plain = int | float | str
     return {
-        name: value if isinstance(value, plain) else str(value) for name, value in values.items()
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in values.items()
     }

@@ -16,6 +16,10 @@ CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
 
+# Of a Hub id: the keywords with which huggingface_hub downloads.
+DOWNLOAD_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+
+
 def bundled_models() -> tuple[str, ...]:
     """Names of the models that come with the package, sorted."""
     models = importlib.resources.files("odelt_fast").joinpath("models")
@@ -30,7 +34,14 @@ def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> 
 
     Raises:
         CheckpointError: `name` is none of them.
+        TypeError: an option of the download that is unknown.
     """
+    for option in download or ():
+        if option not in DOWNLOAD_OPTIONS:
+            raise TypeError(
+                f"{option} is no option of loading a model: there are dtype, depth and, for a"
+                f" download, {', '.join(DOWNLOAD_OPTIONS)}"
+            )
     if os.path.isdir(name):
         return _transformer(Path(name))
     if isinstance(name, str) and name in bundled_models():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from odelt_fast.files import check_folder
+from odelt_fast.commands.options import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -39,31 +40,15 @@ def run(options: Command) -> None:
             f"{options.file} {'is not a file' if options.file.exists() else 'does not exist'}: give"
             " the reference's .pkl file"
         )
-    out, problem = options.out, None
-    if out.exists() and not out.is_dir():
-        problem = "is not a folder"
-    elif out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        problem = "holds other files"
-    if problem:
-        raise ValueError(
-            f"--out {out} {problem}: give a new or empty folder, or a model folder to replace"
-        )
-    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    check_folder("--out", out, nearest)
+    check_model_folder(options.out)
 
     from odelt_fast.checkpoints.folder import save_model
     from odelt_fast.checkpoints.reference import convert_reference_checkpoint
 
-    model = convert_reference_checkpoint(
-        options.file,
-        num_heads=options.num_heads,
-        depth_min=options.depth_min,
-        depth_group=options.depth_group,
-        image_size=options.image_size,
-        step_conditioned=options.step_conditioned,
-        weights=options.weights,
-    )
-    save_model(model, out, metadata={"weights": options.weights})
+    arguments = dataclasses.asdict(options)
+    del arguments["file"], arguments["out"]
+    model = convert_reference_checkpoint(options.file, **arguments)
+    out = save_model(model, options.out, metadata={"weights": options.weights})
     count = sum(parameter.numel() for parameter in model.parameters())
     depths = ", ".join(map(str, model.config.depths))
     print(f"{out}: {options.weights} weights, {count:,} parameters")

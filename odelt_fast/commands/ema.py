@@ -7,8 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from odelt_fast.commands.options import Whole
-from odelt_fast.files import check_folder
+from odelt_fast.commands.options import Whole, check_model_folder
 
 
 @dataclass(frozen=True)
@@ -31,26 +30,13 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     if not options.run.is_dir():
         raise ValueError(f"{options.run} is not a folder: give the output folder of a run")
-    if options.out.exists() and (
-        not options.out.is_dir()
-        or (any(options.out.iterdir()) and not (options.out / "config.json").is_file())
-    ):
-        raise ValueError(
-            f"--out {options.out} holds other files: give a new or empty folder, or a model folder"
-            " to replace"
-        )
-    nearest = next(
-        folder for folder in (options.out, *options.out.absolute().parents) if folder.is_dir()
-    )
-    check_folder("--out", options.out, nearest)
+    check_model_folder(options.out)
 
     from odelt_fast.checkpoints.folder import save_model
-    from odelt_fast.train.ema import snapshot_metadata
     from odelt_fast.train.post_hoc import reconstruct
 
     model, made, error = reconstruct(options.run, options.width, options.step)
-    metadata = snapshot_metadata(made.width, made.step, made.updates)
-    save_model(model, options.out, metadata=metadata)
+    save_model(model, options.out, metadata=made.metadata())
     print(
         f"{options.out}: width {made.width:g} at step {made.step}; the profile of its weights is"
         f" within {error:.1e} of the wanted one"

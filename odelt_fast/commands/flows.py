@@ -7,16 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from odelt_fast.checks import check_seed
+import numpy as np
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
+from odelt_fast.commands.sample_options import Command
+from odelt_fast.images import open_source
+from odelt_fast.images.pixels import decode_failure, decode_image
+from odelt_fast.sampling.flow_map import interpolate, invert, trajectory
+from odelt_fast.sampling.noise import drawn_labels
+from odelt_fast.sampling.sampler import Sampler
 
-    from odelt_fast.commands.sample_options import Command
-    from odelt_fast.sampling.sampler import Sampler
+Labels = np.ndarray | None
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Drawing:
     user."""
 
     images: Tensor
-    labels: np.ndarray | None
+    labels: Labels
     tiles: Tensor
     columns: int | None = None
     arrays: dict[str, Any] = field(default_factory=dict)
@@ -41,92 +46,47 @@ class Plan:
     tiles: int
     columns: int | None
     steps: int
-    draw: Callable[[Callable[[int], None]], Drawing]
+    draw: Callable[[Progress], Drawing]
 
 
-def check_options(options: Command) -> None:
-    """ValueError for options that exclude each other or are out of range."""
-    given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
-    if len(given) > 1:
-        raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
-    times = list(options.trajectory)
-    if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
-        raise ValueError(
-            "--trajectory must be rising times from 0 (noise) to 1 (data), not"
-            f" {' '.join(map(str, times))}"
-        )
-    for seed in options.interpolate or ():
-        check_seed(seed, "--interpolate: a seed")
-    if options.frames < 2:
-        raise ValueError(
-            f"--frames must be at least 2, the two seeds' own images, not {options.frames}"
-        )
-    if options.interpolate is not None and len(options.labels) > 1:
-        raise ValueError(f"--interpolate draws one class, not {len(options.labels)} --labels")
-
-
-def plan(options: Command, sampler: Sampler, labels: np.ndarray | None) -> Plan:
+def plan(options: Command, sampler: Sampler, labels: Labels) -> Plan:
     """What the options ask for; opens the images of --invert."""
     count, steps = options.num_images, sampler.operation.steps or 0
     if options.trajectory:
-        times = options.trajectory
-        tiles = count * len(times)
+        columns = len(options.trajectory)
         states = partial(_trajectory, options, sampler, labels)
-        return Plan(tiles, len(times), count * steps, states)
+        return Plan(count * columns, columns, count * steps, states)
     if options.interpolate is not None:
-        frames, (seed_a, seed_b) = options.frames, options.interpolate
-        label = None if labels is None else int(labels[0])
-
-        def between(update: Callable[[int], None]) -> Drawing:
-            import numpy as np
-
-            from odelt_fast.sampling.flow_map import interpolate
-            from odelt_fast.sampling.noise import drawn_labels
-
-            drawn = drawn_labels(seed_a, [0], sampler.model.config.num_classes)
-            chosen = int(drawn[0]) if label is None else label
-            images = interpolate(sampler, seed_a, seed_b, frames, chosen, progress=update)
-            return Drawing(images, np.full(frames, chosen), images, frames)
-
-        return Plan(frames, frames, frames * steps, between)
+        frames = options.frames
+        return Plan(frames, frames, frames * steps, partial(_interpolate, options, sampler, labels))
     if options.invert is not None:
         images, own, _ = data_images(options.invert, sampler, count)
-        chosen = labels[: len(images)] if labels is not None else own
-        tiles = 3 * len(images)
-        there_and_back = partial(_invert, sampler, images, chosen)
-        return Plan(tiles, 3, 2 * len(images) * steps, there_and_back)
-
-    def draw(update: Callable[[int], None]) -> Drawing:
-        images = sampler(num_images=count, labels=labels, seed=options.seed, progress=update)
-        return Drawing(images, labels, images)
-
-    return Plan(count, None, count * steps, draw)
+        there_and_back = partial(
+            _invert, sampler, images, own if labels is None else labels[: len(images)]
+        )
+        return Plan(3 * len(images), 3, 2 * len(images) * steps, there_and_back)
+    return Plan(count, None, count * steps, partial(_draw, options, sampler, labels))
 
 
-def data_images(
-    data: Path, sampler: Sampler, count: int
-) -> tuple[Tensor, np.ndarray | None, float | None]:
+def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, Labels, float | None]:
     """The first `count` images (N, C, H, W) of an image file or of what `open_source` opens, at the
     model's size; their labels where their classes can be those of the model (None: the null label
     is to be used); the distance between levels (`quantisation_step`)."""
-    import torch
-
-    from odelt_fast.images import open_source
-    from odelt_fast.images.pixels import decode_failure, decode_image
-    from odelt_fast.sampling.likelihood import quantisation_step
+    from odelt_fast.sampling.likelihood import quantisation_step  # loads scipy
 
     config = sampler.model.config
-    if data.is_file() and data.suffix != ".parquet" and config.channels in (1, 3):
+    size, channels = config.image_size, config.channels
+    if data.is_file() and data.suffix != ".parquet" and channels in (1, 3):
         try:
-            pixels = decode_image(str(data), config.image_size, config.channels)
+            pixels = decode_image(str(data), size, channels)
         except Exception as error:  # Pillow's readers raise most kinds
             raise ValueError(f"{data} cannot be read: {decode_failure(error)}") from None
         return torch.from_numpy(pixels[None] / 127.5 - 1).float(), None, 1 / 127.5
-    pixelwise: dict[str, Any] = {}
-    if config.channels in (1, 3):
-        pixelwise = {"image_size": config.image_size, "channels": config.channels}
-    source = open_source(str(data), **pixelwise)
-    if source.channels != config.channels or source.image_size != config.image_size:
+    if channels in (1, 3):
+        source = open_source(str(data), image_size=size, channels=channels)
+    else:
+        source = open_source(str(data))
+    if source.channels != channels or source.image_size != size:
         has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
         raise ValueError(f"{data} has {has} numbers an image, the model wants {wants}")
     images, labels = source.read_many(range(min(count, len(source))))
@@ -134,45 +94,51 @@ def data_images(
     return torch.from_numpy(images), fitting, quantisation_step(source)
 
 
-def _trajectory(
-    options: Command, sampler: Sampler, labels: np.ndarray | None, update: Callable[[int], None]
-) -> Drawing:
-    import numpy as np
+def channels_last(images: Tensor) -> np.ndarray:
+    """(..., C, H, W) as an array (..., H, W, C)."""
+    return images.movedim(-3, -1).cpu().numpy()
 
-    from odelt_fast.sampling.flow_map import trajectory
 
+def _draw(options: Command, sampler: Sampler, labels: Labels, progress: Progress) -> Drawing:
+    images = sampler(options.num_images, labels, options.seed, progress=progress)
+    return Drawing(images, labels, images)
+
+
+def _interpolate(options: Command, sampler: Sampler, labels: Labels, progress: Progress) -> Drawing:
+    assert options.interpolate is not None
+    (seed_a, seed_b), frames = options.interpolate, options.frames
+    if labels is None:
+        labels = drawn_labels(seed_a, [0], sampler.model.config.num_classes)
+    label = int(labels[0])
+    images = interpolate(sampler, seed_a, seed_b, frames, label, progress=progress)
+    return Drawing(images, np.full(frames, label), images, frames)
+
+
+def _trajectory(options: Command, sampler: Sampler, labels: Labels, progress: Progress) -> Drawing:
+    times = options.trajectory
     solution = trajectory(
-        sampler, options.trajectory, options.num_images, labels, options.seed, progress=update
+        sampler, times, options.num_images, labels, options.seed, progress=progress
     )
     assert solution.trajectory is not None
     states = solution.trajectory.transpose(0, 1)  # (N, S, C, H, W): an image's states side by side
-    arrays = {
-        "trajectory": states.permute(0, 1, 3, 4, 2).cpu().numpy(),
-        "times": np.array(options.trajectory),
-    }
+    arrays = {"trajectory": channels_last(states), "times": np.array(times)}
     images, tiles = (_decoded(sampler, x) for x in (solution.x, states.flatten(0, 1)))
-    return Drawing(images, labels, tiles, states.shape[1], arrays)
+    return Drawing(images, labels, tiles, len(times), arrays)
 
 
-def _invert(
-    sampler: Sampler, images: Tensor, labels: np.ndarray | None, update: Callable[[int], None]
-) -> Drawing:
-    import numpy as np
-    import torch
-
-    from odelt_fast.sampling.flow_map import invert
-
-    inverted = invert(sampler, images, labels, progress=update)
+def _invert(sampler: Sampler, images: Tensor, labels: Labels, progress: Progress) -> Drawing:
+    inverted = invert(sampler, images, labels, progress=progress)
     noise, error = inverted.noise, inverted.error
     rows = torch.stack([images.to(noise), noise, inverted.images], 1)
-    arrays = {"noise": noise.permute(0, 2, 3, 1).cpu().numpy(), "error": error.cpu().numpy()}
+    arrays = {"noise": channels_last(noise), "error": error.cpu().numpy()}
     remark = (
         f"originals, their noise, and what it becomes: error {error.mean():.2g} (root mean"
         f" square; at most {error.max():.2g})"
     )
-    null = np.full(len(images), sampler.model.config.num_classes)
+    if labels is None:
+        labels = np.full(len(images), sampler.model.config.num_classes)
     back, tiles = (_decoded(sampler, x) for x in (inverted.images, rows.flatten(0, 1)))
-    return Drawing(back, null if labels is None else labels, tiles, 3, arrays, remark)
+    return Drawing(back, labels, tiles, 3, arrays, remark)
 
 
 def _decoded(sampler: Sampler, states: Tensor) -> Tensor:

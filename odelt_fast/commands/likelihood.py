@@ -10,9 +10,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
-from odelt_fast.commands.flows import data_images
 from odelt_fast.commands.operations import operation_of
-from odelt_fast.commands.options import Device, Dtype, File, Number, Whole, load, plural
+from odelt_fast.commands.options import (
+    Device,
+    Dtype,
+    File,
+    Number,
+    Whole,
+    check_counts,
+    load,
+    plural,
+)
 from odelt_fast.files import check_target, write_whole
 
 
@@ -76,10 +84,7 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    for name in ("num_images", "steps", "max_steps", "probes", "batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    check_counts(options, "num_images", "steps", "max_steps", "probes", "batch_size")
     check_seed(options.seed, "--seed")
     operation = operation_of(options)
     if options.npz is not None:
@@ -88,6 +93,7 @@ def run(options: Command) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from odelt_fast.commands.flows import channels_last, data_images
     from odelt_fast.sampling.likelihood import dequantise, log_likelihood
     from odelt_fast.sampling.sampler import Sampler
 
@@ -116,9 +122,9 @@ def run(options: Command) -> None:
             "log_prob": measured.log_prob.cpu().numpy(),
             "error": measured.error.cpu().numpy(),
             "bits_per_dimension": bits,
+            "labels": np.full(count, model.config.num_classes) if labels is None else labels,
+            "noise": channels_last(measured.noise),
         }
-        arrays["labels"] = np.full(count, model.config.num_classes) if labels is None else labels
-        arrays["noise"] = measured.noise.permute(0, 2, 3, 1).cpu().numpy()
         write_whole(options.npz, lambda file: np.savez(file, **arrays))
     about = sampler.explain()
     spread = float(bits.std(ddof=1) / count**0.5) if count > 1 else None

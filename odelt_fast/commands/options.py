@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from odelt_fast.files import check_folder
+
 if TYPE_CHECKING:
     import torch
 
@@ -88,6 +90,30 @@ def choose_dtype(name: Dtype, device: str) -> torch.dtype:
     flags = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     fast = device == "cuda" or any(getattr(torch.cpu, flag, bool)() for flag in flags)
     return torch.bfloat16 if fast else torch.float32
+
+
+def check_counts(options: Any, *names: str) -> None:
+    """ValueError for the first of these options that is given and below 1."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def check_model_folder(out: Path) -> None:
+    """ValueError unless a model can be written to --out: a new or empty folder, or one of a
+    model."""
+    problem = None
+    if out.exists() and not out.is_dir():
+        problem = "is not a folder"
+    elif out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
+        problem = "holds other files"
+    if problem:
+        raise ValueError(
+            f"--out {out} {problem}: give a new or empty folder, or a model folder to replace"
+        )
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    check_folder("--out", out, nearest)
 
 
 def plural(count: int, noun: str) -> str:

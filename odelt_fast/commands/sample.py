@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from odelt_fast.checks import check_seed
 from odelt_fast.commands.budgets import choice_json, choose_for
-from odelt_fast.commands.flows import check_options, plan
 from odelt_fast.commands.operations import operation_of
-from odelt_fast.commands.options import load, load_decoder, plural
-from odelt_fast.commands.sample_options import Command
+from odelt_fast.commands.options import check_counts, load, load_decoder, plural
+from odelt_fast.commands.sample_options import Command, check_modes
 from odelt_fast.files import check_target, picture_formats, save_picture, try_out, write_whole
 
 if TYPE_CHECKING:
@@ -23,17 +22,14 @@ if TYPE_CHECKING:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    for name in ("steps", "num_images", "batch_size", "max_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    check_counts(options, "steps", "num_images", "batch_size", "max_steps")
     check_seed(options.seed, "--seed")
     if len(options.labels) > options.num_images:
         raise ValueError(
             f"--labels: {len(options.labels)} labels for {options.num_images} images: raise"
             " --num-images"
         )
-    check_options(options)
+    check_modes(options)
     operation = operation_of(options)
     picture = Path("samples.png") if options.out is None and options.npz is None else options.out
     if picture is not None:
@@ -48,6 +44,7 @@ def run(options: Command) -> None:
     import numpy as np
     from tqdm import tqdm
 
+    from odelt_fast.commands.flows import channels_last, plan
     from odelt_fast.sampling.noise import drawn_labels
     from odelt_fast.sampling.pictures import image_grid, to_uint8
     from odelt_fast.sampling.sampler import Sampler
@@ -71,15 +68,12 @@ def run(options: Command) -> None:
     written = []
     if options.npz is not None:
         images = drawing.images
-        arrays = (
-            to_uint8(images) if channels in (1, 3) else images.permute(0, 2, 3, 1).cpu().numpy()
-        )
+        shown = to_uint8(images) if channels in (1, 3) else channels_last(images)
         labels = drawing.labels
         if labels is None:
             labels = drawn_labels(options.seed, range(len(images)), config.num_classes)
-        write_whole(
-            options.npz, lambda file: np.savez(file, arr_0=arrays, arr_1=labels, **drawing.arrays)
-        )
+        arrays = {"arr_0": shown, "arr_1": labels, **drawing.arrays}
+        write_whole(options.npz, lambda file: np.savez(file, **arrays))
         written.append(options.npz)
     if picture is not None:
         save_picture(picture, image_grid(to_uint8(drawing.tiles), drawing.columns))

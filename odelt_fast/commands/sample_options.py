@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from odelt_fast.checks import check_seed
 from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole
 
 
@@ -94,3 +95,24 @@ class Command:
     """Print one JSON object instead of text."""
     quiet: bool = False
     """No progress bar."""
+
+
+def check_modes(options: Command) -> None:
+    """ValueError for options that exclude each other or are out of range."""
+    given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
+    times = list(options.trajectory)
+    if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
+        raise ValueError(
+            "--trajectory must be rising times from 0 (noise) to 1 (data), not"
+            f" {' '.join(map(str, times))}"
+        )
+    for seed in options.interpolate or ():
+        check_seed(seed, "--interpolate: a seed")
+    if options.frames < 2:
+        raise ValueError(
+            f"--frames must be at least 2, the two seeds' own images, not {options.frames}"
+        )
+    if options.interpolate is not None and len(options.labels) > 1:
+        raise ValueError(f"--interpolate draws one class, not {len(options.labels)} --labels")

@@ -13,6 +13,7 @@ from odelt_fast.commands.options import (
     File,
     Text,
     Whole,
+    check_counts,
     device_of,
     load,
     load_decoder,
@@ -75,10 +76,7 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    for name in ("shutdown", "max_connections"):
-        value = getattr(options, name)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    check_counts(options, "shutdown", "max_connections")
     try:
         from odelt_fast.serving.listening import listen, url_of
         from odelt_fast.serving.server import HttpLimits, create_app, create_server

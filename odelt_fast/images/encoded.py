@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,34 +53,33 @@ class EncodedImages(ImageSource):
         self._store, self._rows, self._resize = store, good, image_size
         # Decoded sooner than handed to another thread.
         self._small = math.prod(check.size) < 1 << 14
-        self._kept: np.ndarray | None = None
-        self._used: np.ndarray | None = None
         reasons = dict(zip(self.skipped, check.skipped.values()))
         warn_left_out("images", reasons, len(store))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None, "_used": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
-    def _make_room(self) -> None:
+    @cached_property
+    def _kept(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Pixels of small sets by index, and the image whose pixels stand there; -1: none yet."""
         shape = (len(self), self.channels, self.image_size, self.image_size)
-        if self._kept is None and math.prod(shape) <= self._KEPT:
-            self._kept = np.empty(shape, np.uint8)  # memory is taken as images come
-            # The image whose pixels stand at an index; -1: none yet.
-            self._used = np.full(len(self), -1)
+        if math.prod(shape) > self._KEPT:
+            return None
+        return np.empty(shape, np.uint8), np.full(len(self), -1)  # memory is taken as images come
 
     def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
         indices = check_indices(indices, len(self))
-        self._make_room()
-        if self._kept is None or self._used is None:
+        if self._kept is None:
             decoded = self._decode_all(indices)
             shape = (-1, self.channels, self.image_size, self.image_size)
             pixels = np.array([image for image, _ in decoded], np.uint8).reshape(shape)
             labels = self.labels[np.array([used for _, used in decoded], np.int64)]
         else:
-            missing = np.unique(indices[self._used[indices] < 0])
+            kept, shown = self._kept
+            missing = np.unique(indices[shown[indices] < 0])
             for index, (image, used) in zip(missing, self._decode_all(missing)):
-                self._kept[index], self._used[index] = image, used
-            pixels, labels = self._kept[indices], self.labels[self._used[indices]]
+                kept[index], shown[index] = image, used
+            pixels, labels = kept[indices], self.labels[shown[indices]]
         images = pixels.astype(np.float32)
         images /= 127.5
         images -= 1

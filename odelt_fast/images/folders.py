@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from odelt_fast.images.pixels import SUFFIXES, Store
+from odelt_fast.images.pixels import SUFFIXES, Opened
 
 
 class FileStore:
@@ -37,7 +37,7 @@ class FileStore:
         return digest.hexdigest()
 
 
-def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+def open_folder(folder: Path, split: str) -> Opened:
     """A folder of class folders, or one folder of images (one class).
 
     Labels are the positions of the class folders in sorted order; images may lie in folders below
@@ -59,22 +59,23 @@ def open_folder(folder: Path, split: str) -> tuple[Store, np.ndarray, tuple[str,
         )
     if loose:
         return FileStore(folder, loose), np.zeros(len(loose), np.int64), (folder.resolve().name,)
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        images = _images_below(folder, name)
-        if not images:
+    images = {name: _images_below(folder, name) for name in classes}
+    for name, paths in images.items():
+        if not paths:
             raise ValueError(
                 f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)})"
             )
-        paths += images
-        labels += [label] * len(images)
-    if not paths:
+    if not images:
         raise ValueError(
             f"{folder} has no images: a folder for each class is needed, with {', '.join(SUFFIXES)}"
             " files in it"
         )
-    return FileStore(folder, paths), np.array(labels, np.int64), tuple(classes)
+    labels = np.repeat(np.arange(len(images)), list(map(len, images.values())))
+    return (
+        FileStore(folder, [path for paths in images.values() for path in paths]),
+        labels,
+        tuple(images),
+    )
 
 
 def _entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -109,9 +110,6 @@ def _images_below(folder: Path, name: str) -> list[str]:
     found = []
     for place, folders, files in os.walk(folder / name):
         folders[:] = [sub for sub in folders if not sub.startswith(".")]
-        for file in files:
-            path = os.path.join(place, file)
-            image = file.lower().endswith(SUFFIXES) and not file.startswith(".")
-            if image and os.path.isfile(path):
-                found.append(os.path.relpath(path, folder))
-    return sorted(found)
+        images = [file for file in files if file.lower().endswith(SUFFIXES) and file[0] != "."]
+        found += [os.path.join(place, file) for file in images]
+    return sorted(os.path.relpath(path, folder) for path in found if os.path.isfile(path))

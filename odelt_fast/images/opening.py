@@ -6,8 +6,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-
 from odelt_fast.checks import one_of, whole
 from odelt_fast.files import one_line
 from odelt_fast.images.digits import DigitsSource
@@ -16,7 +14,7 @@ from odelt_fast.images.folders import open_folder
 from odelt_fast.images.foreign_latents import open_fast_dit, open_repa
 from odelt_fast.images.latents import LatentSource
 from odelt_fast.images.parquet import open_parquet, parquet_files
-from odelt_fast.images.pixels import SUFFIXES, Store
+from odelt_fast.images.pixels import SUFFIXES, Opened
 from odelt_fast.images.shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from odelt_fast.images.sources import ImageSource
 from odelt_fast.images.tables import SAVED_MARKS, open_dataset
@@ -75,9 +73,7 @@ def open_source(
         raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
 
 
-def _open_store(
-    data: str, path: Path, kind: str, split: str
-) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+def _open_store(data: str, path: Path, kind: str, split: str) -> Opened:
     if kind == "dataset":
         return open_dataset(str(path) if path.exists() else data, split)
     if kind == "parquet":

@@ -7,13 +7,14 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from odelt_fast.files import cache_folder, locked, one_line, write_atomically
-from odelt_fast.images.pixels import Store
+from odelt_fast.images.pixels import Opened
 from odelt_fast.images.tables import (
     Columns,
     check_image_type,
@@ -55,7 +56,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
     return chosen
 
 
-def open_parquet(files: Sequence[Path]) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+def open_parquet(files: Sequence[Path]) -> Opened:
     """Parquet files with the same columns.
 
     Returns:
@@ -108,12 +109,9 @@ class ParquetStore:
     def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
         self.files, self.column = [Path(file) for file in files], column
         self._ends = np.cumsum(lengths)
-        self._data: np.ndarray | None = None
-        self._offsets: np.ndarray | None = None
-        self._paths: list[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_data": None, "_offsets": None, "_paths": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -132,12 +130,13 @@ class ParquetStore:
         path, place = self._path(row), f"row {inside} of {self.files[index].name}"
         return f"{path} ({place})" if path else place
 
+    def open(self) -> None:
+        """Unpacks or maps the images now, instead of at the first read."""
+        _ = self._content
+
     def encoded(self, row: int) -> bytes | str:
-        if self._data is None:
-            self.open()
-        assert self._data is not None
-        assert self._offsets is not None
-        content = self._data[self._offsets[row] : self._offsets[row + 1]].tobytes()
+        data, offsets = self._content
+        content: bytes = data[offsets[row] : offsets[row + 1]].tobytes()
         if content:
             return content
         folder, path = self.files[self._place(row)[0]].parent.resolve(), self._path(row)
@@ -149,30 +148,35 @@ class ParquetStore:
         return str(file)
 
     def _path(self, row: int) -> str | None:
-        if self._paths is None:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            self._paths = []
-            for file in self.files:
-                type_ = pq.read_schema(file).field(self.column).type
-                fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
-                paths = None
-                if pa.types.is_string(fields.get("path", pa.null())):
-                    table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
-                    paths = table[self.column].combine_chunks().field("path")
-                self._paths.append(paths)
         index, inside = self._place(row)
         paths = self._paths[index]
         return None if paths is None else paths[inside].as_py()
 
-    def open(self) -> None:
-        """Unpacks or maps the images; ValueError if the cache folder cannot be written."""
+    @cached_property
+    def _paths(self) -> list[Any]:
+        """The column of paths of each file; None where it has none."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = []
+        for file in self.files:
+            type_ = pq.read_schema(file).field(self.column).type
+            fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
+            paths = None
+            if fields.get("path") == pa.string():
+                table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
+                paths = table[self.column].combine_chunks().field("path")
+            columns.append(paths)
+        return columns
+
+    @cached_property
+    def _content(self) -> tuple[np.ndarray, np.ndarray]:
+        """All images' bytes, and where each begins; ValueError if the cache folder cannot be
+        written."""
         if sum(file.stat().st_size for file in self.files) <= _IN_MEMORY:
             memory = io.BytesIO()
-            self._offsets = self._unpack(memory)
-            self._data = np.frombuffer(memory.getbuffer(), np.uint8)
-            return
+            starts = self._unpack(memory)
+            return np.frombuffer(memory.getbuffer(), np.uint8), starts
         base = cache_folder() / f"table-{self.fingerprint()[:32]}"
         content, offsets = base.with_suffix(".images"), base.with_suffix(".offsets")
         with locked(base.with_suffix(".lock")):
@@ -185,24 +189,16 @@ class ParquetStore:
                     raise ValueError(
                         f"the images cannot be unpacked into {where}: {one_line(error)}"
                     ) from None
-        self._offsets = np.fromfile(offsets, np.int64)
-        self._data = np.memmap(content, np.uint8, mode="r")
+        return np.memmap(content, np.uint8, mode="r"), np.fromfile(offsets, np.int64)
 
     def _unpack(self, file: Any) -> np.ndarray:
         """Writes all images one after another; where each begins, and the end (N + 1,) int64."""
         import pyarrow.parquet as pq
         from tqdm import tqdm
 
-        lengths = np.zeros(len(self) + 1, np.int64)
-        row = 1
-        progress = tqdm(
-            total=len(self),
-            desc="unpacking images",
-            unit="image",
-            delay=2,
-            disable=None,
-            leave=False,
-        )
+        ends = [0]
+        look: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}
+        progress = tqdm(total=len(self), desc="unpacking images", **look)
         with progress:
             for source in self.files:
                 table = pq.ParquetFile(source)
@@ -210,7 +206,6 @@ class ParquetStore:
                     for item in batch.column(0).to_pylist():
                         content = (item.get("bytes") if isinstance(item, dict) else item) or b""
                         file.write(content)
-                        lengths[row] = len(content)
-                        row += 1
+                        ends.append(ends[-1] + len(content))
                     progress.update(len(batch))
-        return np.cumsum(lengths)
+        return np.array(ends, np.int64)

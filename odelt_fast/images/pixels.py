@@ -41,6 +41,9 @@ class Store(Protocol):
     def fingerprint(self) -> str: ...
 
 
+Opened = tuple[Store, np.ndarray, tuple[str, ...]]  # images, labels (N,) int64, class names
+
+
 @dataclass(frozen=True)
 class Check:
     """What a full decode of a store found.
@@ -177,8 +180,8 @@ def check_images(store: Store, *, one_size: bool) -> Check:
             remembered = _read_check(path, len(store))
             check = remembered or _check_all(store, one_size)
             if remembered is None:
+                found = json.dumps(asdict(check)).encode()
                 with contextlib.suppress(OSError):
-                    found = json.dumps(asdict(check)).encode()
                     write_atomically(path, lambda file: file.write(found))
     if len(check.skipped) == len(store):
         row, reason = next(iter(check.skipped.items()))
@@ -202,9 +205,8 @@ def _check_all(store: Store, one_size: bool) -> Check:
     from tqdm import tqdm
 
     skipped: dict[int, str] = {}
-    first: tuple[int, int, int] | None = None
-    other: tuple[int, int, int, int] | None = None
-    grey = True
+    first, size, grey = -1, (0, 0), True
+    other: tuple[int, ...] | None = None
     rows = range(len(store))
     chunks = [rows[start : start + 64] for start in rows[::64]]
     progress = tqdm(
@@ -217,17 +219,16 @@ def _check_all(store: Store, one_size: bool) -> Check:
                 if isinstance(result, str):
                     skipped[row] = result
                     continue
-                width, height, is_grey = result
-                grey = grey and is_grey
-                if first is None:
-                    first = (row, width, height)
-                elif other is None and (width, height) != first[1:]:
-                    other = (first[0], row, width, height)
+                grey = grey and result[2]
+                if first < 0:
+                    first, size = row, result[:2]
+                elif other is None and result[:2] != size:
+                    other = (first, row, *result[:2])
                     if one_size:
                         pool.shutdown(cancel_futures=True)
-                        raise ValueError(_mixed_sizes(store, first[1:], other))
+                        raise ValueError(_mixed_sizes(store, size, other))
             progress.update(len(chunk))
-    return Check(len(store), skipped, first[1:] if first else (0, 0), other, grey)
+    return Check(len(store), skipped, size, other, grey)
 
 
 def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
@@ -248,12 +249,11 @@ def _read_check(path: Path, count: int) -> Check | None:
     """A remembered check; None if there is none or it is damaged."""
     try:
         values = json.loads(path.read_text())
-        skipped = {int(row): str(reason) for row, reason in values["skipped"].items()}
         width, height = map(int, values["size"])
         other = None if values["other"] is None else tuple(map(int, values["other"]))
-        if values["count"] != count or not all(0 <= row < count for row in skipped):
-            return None
-        return Check(count, skipped, (width, height), other, bool(values["grey"]))
+        skipped = {int(row): str(reason) for row, reason in values["skipped"].items()}
+        check = Check(values["count"], skipped, (width, height), other, bool(values["grey"]))
+        return check if check.count == count and skipped.keys() <= set(range(count)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

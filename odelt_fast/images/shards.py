@@ -7,11 +7,14 @@ if the source may be flipped, the mirrored image; 2: mean and standard deviation
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -96,25 +99,23 @@ class ShardedLatents(LatentSource):
         self.class_names, self.flippable = manifest.class_names, manifest.copies == 2
         self.scale = manifest.scale
         self._starts = np.concatenate([[0], np.cumsum(manifest.lengths)])
-        self._shards: list[np.ndarray] | None = None
-        self._open()
-        labels = [
-            map_array(folder / _file("labels", i), np.int64, (length,))
-            for i, length in enumerate(manifest.lengths)
-        ]
-        self.labels = np.concatenate(labels)
+        _ = self._shards  # a damaged file is found out now
+        self.labels = np.concatenate(self._mapped("labels", np.int64))
         check_labels(self.labels, self.class_names, self.sample_name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
 
-    def _open(self) -> list[np.ndarray]:
+    @cached_property
+    def _shards(self) -> list[np.ndarray]:
         shape = (self.manifest.copies, 2, self.channels, self.image_size, self.image_size)
-        self._shards = [
-            map_array(self.folder / _file("moments", i), np.float16, (length, *shape))
+        return self._mapped("moments", np.float16, *shape)
+
+    def _mapped(self, kind: str, dtype: Any, *shape: int) -> list[np.ndarray]:
+        return [
+            map_array(self.folder / _file(kind, i), dtype, (length, *shape))
             for i, length in enumerate(self.manifest.lengths)
         ]
-        return self._shards
 
     def _place(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -125,9 +126,8 @@ class ShardedLatents(LatentSource):
         return f"row {row} of {_file('moments', shard)}"
 
     def moments(self, index: int, flip: bool) -> Moments:
-        shards = self._open() if self._shards is None else self._shards
         shard, row = self._place(index)
-        mean, std = shards[shard][row, int(flip)].astype(np.float32)
+        mean, std = self._shards[shard][row, int(flip)].astype(np.float32)
         return mean, std
 
 
@@ -177,7 +177,7 @@ class LatentWriter:
         if started.is_file():
             self._continue(started)
         else:
-            self._write(SETTINGS_NAME, json.dumps(self._settings))
+            self._write(SETTINGS_NAME, self._settings)
 
     def _continue(self, started: Path) -> None:
         before = _read(started, dict)
@@ -193,16 +193,14 @@ class LatentWriter:
             return
         # Only whole shards are trusted: a shorter last one is written again.
         length = self.shard_length
-        while (self.folder / _file("moments", len(self._lengths))).is_file():
-            moments, labels = (
-                self.folder / _file(kind, len(self._lengths)) for kind in ("moments", "labels")
-            )
-            try:
+        with contextlib.suppress(ValueError):
+            for shard in itertools.count():
+                moments, labels = (
+                    self.folder / _file(kind, shard) for kind in ("moments", "labels")
+                )
                 map_array(moments, np.float16, (length, *self._shape))
                 map_array(labels, np.int64, (length,))
-            except ValueError:
-                return
-            self._lengths.append(length)
+                self._lengths.append(length)
 
     @property
     def completed(self) -> int:
@@ -254,23 +252,18 @@ class LatentWriter:
             for i, length in enumerate(self._lengths)
         ]
         manifest = self._settings | {"count": self.completed, "shards": shards}
-        self._write(MANIFEST_NAME, json.dumps(manifest, indent=1))
+        self._write(MANIFEST_NAME, manifest, indent=1)
         (self.folder / SETTINGS_NAME).unlink(missing_ok=True)
         self.finished = True
 
     def _write_shard(self, length: int) -> None:
         shard = len(self._lengths)
         moments, labels = (np.concatenate(parts) for parts in zip(*self._pending))
-        self._write(_file("labels", shard), labels[:length])
-        self._write(_file("moments", shard), moments[:length])
+        for kind, array in (("labels", labels), ("moments", moments)):
+            write_atomically(self.folder / _file(kind, shard), partial(np.save, arr=array[:length]))
         self._lengths.append(length)
         self._pending = [(moments[length:].copy(), labels[length:])] if len(labels) > length else []
 
-    def _write(self, name: str, content: str | np.ndarray) -> None:
-        def write(file: BinaryIO) -> None:
-            if isinstance(content, str):
-                file.write(content.encode())
-            else:
-                np.save(file, content, allow_pickle=False)
-
-        write_atomically(self.folder / name, write)
+    def _write(self, name: str, values: dict[str, Any], indent: int | None = None) -> None:
+        text = json.dumps(values, indent=indent).encode()
+        write_atomically(self.folder / name, lambda file: file.write(text))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from odelt_fast.files import one_line
-from odelt_fast.images.pixels import Store
+from odelt_fast.images.pixels import Opened
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "class", "cls")
@@ -120,19 +120,13 @@ def check_image_type(type_: Any, where: str) -> None:
     import pyarrow as pa
 
     fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {"bytes": type_}
-    if not _is_binary(fields.get("bytes", pa.null())):
+    if fields.get("bytes") not in (pa.binary(), pa.large_binary()):
         raise ValueError(
             f"{where} holds {one_line(type_)}; encoded images are needed: {{bytes, path}}, or bytes"
         )
 
 
-def _is_binary(type_: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
-
-
-def open_dataset(name: str, split: str) -> tuple[Store, np.ndarray, tuple[str, ...]]:
+def open_dataset(name: str, split: str) -> Opened:
     """A data set by its Hub id (`user/name`, `user/name:config`), or a folder of `save_to_disk`.
 
     Returns:

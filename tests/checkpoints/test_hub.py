@@ -92,6 +92,8 @@ def test_loading_options(model: DiT, tmp_path: Path) -> None:
     assert DiT.from_pretrained("digits", depth=4).config.num_classes == 10
     with pytest.raises(CheckpointError, match="cannot be had from the Hub"):
         DiT.from_pretrained("user/nowhere", local_files_only=True, cache_dir=tmp_path)
+    with pytest.raises(TypeError, match="revison is no option of loading a model"):
+        DiT.from_pretrained("digits", revison="main")
 
 
 def test_a_truncated_model_is_not_saved(model: DiT, tmp_path: Path) -> None:

@@ -492,7 +492,7 @@ def test_large_parquet_is_unpacked_once_and_mapped(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "x.parquet", rows(7), [0] * 7, ["a"])
     for _ in range(2):
         source = open_source(str(path))
-        assert isinstance(source._store._data, np.memmap)
+        assert isinstance(source._store._content[0], np.memmap)
         np.testing.assert_allclose(source.read(4)[0], as_pixels(picture(4)), atol=1e-6)
         monkeypatch.setattr(
             parquet.ParquetStore, "_unpack", None

@@ -329,8 +329,8 @@ def test_diffusion_target_is_the_noise_in_the_state() -> None:
     images = batch_of().images
     path = VariancePreserving()
     expected = (
-        column(path.mean(targets.t, None, torch.ones(BATCH))) * images
-        + column(path.std(targets.t)) * targets.velocity
+        column(path.mean(targets.t, torch.ones(BATCH), torch.ones(BATCH))[0]) * images
+        + column(path.std(targets.t)[0]) * targets.velocity
     )
     torch.testing.assert_close(targets.x_t, expected, rtol=1e-5, atol=1e-6)
     assert targets.velocity.std().item() == pytest.approx(1, abs=0.1)

@@ -36,7 +36,7 @@ class Consistency(Method):
     @torch.no_grad()
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
         k = min(batch.step * self.log2_steps // self.total_steps, self.log2_steps)
-        y = batch.labels if self.compat else self.dropped(batch)
+        y = self.dropped(batch, len(batch))
         t, noise = grid_times(batch.uniform(), 2**k), batch.noise()
         later = t + 0.5**k
         x_t = SHORTCUT_MODELS_PATH.sample(t, noise, batch.images)
@@ -60,7 +60,7 @@ class ConsistencyDistillation(Method):
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
         assert networks.teacher is not None
         d = 0.5**self.log2_steps
-        y = batch.labels if self.compat else self.dropped(batch)
+        y = self.dropped(batch, len(batch))
         t, noise = grid_times(batch.uniform(), 2**self.log2_steps), batch.noise()
         x_t, index = (
             SHORTCUT_MODELS_PATH.sample(t, noise, batch.images),
@@ -82,6 +82,6 @@ def _targets(
     y: Tensor,
 ) -> Targets:
     """The velocity from x_t to the data that the EMA network predicts at x_later."""
-    velocity = networks.ema(x_later, later, index, y, depth=networks.depth(slice(0, len(t))))
+    velocity = networks.ema(x_later, later, index, y, depth=networks.depth(slice(len(t))))
     data = x_later + as_rows(1 - later, x_t) * velocity
     return Targets(x_t, t, index, y, (data - x_t) / as_rows(1 - t, x_t))

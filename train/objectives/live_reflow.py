@@ -40,7 +40,7 @@ class LiveReflow(Method):
         n, reflow = self.reflow_rows, slice(0, self.reflow_rows)
         if self.compat:
             batch = batch.starting_again(n)
-        y = self.dropped(batch, n if self.compat else 0)
+        y = self.dropped(batch, n)
         if self.guidance_scale == 0 and not self.compat:
             y[reflow] = self.num_classes
         t, noise = grid_times(batch.uniform(), 2**self.log2_steps), batch.noise()

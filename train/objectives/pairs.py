@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from odelt_fast.config import NUM_STEP_INDICES
 from odelt_fast.files import flush, one_line, read_object
-from odelt_fast.images import ImageSource
+from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws
@@ -57,13 +56,12 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
             _create_arrays(partial, count, _image_shape(teacher))
         state.wait_for_everyone()
         with contextlib.ExitStack() as stack:
-            files = {
-                name: stack.enter_context((partial / f"{name}.npy").open("r+b")) for name in _ARRAYS
-            }
-            for file in files.values():
+            files, headers = {}, {}
+            for name in _ARRAYS:
+                files[name] = file = stack.enter_context((partial / f"{name}.npy").open("r+b"))
                 np.lib.format.read_magic(file)
                 np.lib.format.read_array_header_1_0(file)
-            headers = {name: file.tell() for name, file in files.items()}
+                headers[name] = file.tell()
             starts = range(state.process_index * size, count, state.num_processes * size)
             for start in tqdm(starts, desc="pairs", unit="batch", disable=None if main else True):
                 rows = np.arange(start, min(start + size, count))
@@ -86,8 +84,8 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
                 "seed": config.seed,
             }
             (partial / MANIFEST).write_text(json.dumps(manifest))
-            for path in (partial / MANIFEST, partial):
-                flush(path)
+            flush(partial / MANIFEST)
+            flush(partial)
             os.replace(partial, folder)
             flush(folder.parent)
         state.wait_for_everyone()
@@ -146,18 +144,14 @@ class PairSource(ImageSource):
             manifest = read_object(folder / MANIFEST, 1 << 20)
             shape, num_classes = tuple(manifest["shape"]), int(manifest["num_classes"])
             shapes = [(int(manifest["count"]), *shape[:axes]) for _, axes in _ARRAYS.values()]
-            arrays = [
-                np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-                for name in _ARRAYS
-            ]
+            arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
         except FileNotFoundError as error:
             raise ValueError(f"{folder} holds no pairs: {error.filename} is missing") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds no readable pairs: {one_line(error)}") from None
         self._noise, self._data, labels = arrays
-        if [array.shape for array in arrays] != shapes or any(
-            array.dtype != np.float32 for array in arrays[:2]
-        ):
+        kinds = {self._noise.dtype, self._data.dtype}
+        if [array.shape for array in arrays] != shapes or kinds != {np.dtype("f4")}:
             raise ValueError(
                 f"{folder} holds no readable pairs: its arrays are not {shapes[0][0]} of shape"
                 f" {one_line(shape)}"
@@ -166,13 +160,8 @@ class PairSource(ImageSource):
         if not len(labels) or self.labels.min() < 0 or self.labels.max() > num_classes:
             raise ValueError(f"{folder} holds no readable pairs: labels must be 0..{num_classes}")
         self.channels, self.image_size = shape[:2]
-        self.class_names = tuple(str(label) for label in range(num_classes))
+        self.class_names = tuple(map(str, range(num_classes)))
 
-    def read_many(
-        self,
-        indices: Sequence[int] | np.ndarray,
-        flips: Sequence[bool] | np.ndarray | None = None,
-        noise: Any = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
         rows = np.asarray(indices)
         return np.concatenate([self._noise[rows], self._data[rows]], axis=1), self.labels[rows]

@@ -45,7 +45,7 @@ class Progressive(Method):
         finest = self.log2_steps - 1
         k = finest - stage(batch.step, self.total_steps, self.log2_steps)
         teacher = self.guided(networks.teacher) if k == finest else networks.teacher
-        y = batch.labels if self.compat else self.dropped(batch)
+        y = self.dropped(batch, len(batch))
         t = grid_times(batch.uniform(), 2**k)
         x_t = SHORTCUT_MODELS_PATH.sample(t, batch.noise(), batch.images)
         depth = networks.depth(batch.rows)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from odelt_fast.train.draws import to_device
 from odelt_fast.train.objectives.targets import (
+    Depths,
     Method,
     Model,
     Networks,
@@ -52,7 +53,7 @@ class Shortcut(Method):
             index, uniform, noise = index[rows], uniform[rows], noise[rows]
             rows[n:] = torch.arange(len(batch) - n, device=device)
             batch = replace(batch, images=images[rows], labels=labels[rows])
-        y = self.dropped(batch, n if self.compat else 0)
+        y = self.dropped(batch, n)
 
         t = grid_times(uniform, torch.exp2(index.float()))  # of T in flow rows, 2^k in time rows
         velocity = batch.images - noise
@@ -70,9 +71,7 @@ class Shortcut(Method):
         if scale is None or not self.compat:
             return self.guided(ema, torch.arange(half, self.time_rows))
 
-        def mixed(
-            x: Tensor, t: Tensor, index: Tensor, y: Tensor, depth: list[int] | None
-        ) -> Tensor:
+        def mixed(x: Tensor, t: Tensor, index: Tensor, y: Tensor, depth: Depths) -> Tensor:
             y = torch.cat([y[:half], torch.full_like(y[half:], self.num_classes)])
             v = ema(x, t, index, y, depth=depth)
             return torch.cat([v[:half], v[half:] + scale * (v[:half] - v[half:])])

@@ -44,7 +44,7 @@ class ShortcutModels(Method):
             levels = batch.draws.integers("step_index", time, self.log2_steps)
         index = batch.full(self.log2_steps)
         index[time] = to_device(levels, index.device)
-        y = self.dropped(batch, n if self.compat else 0)
+        y = self.dropped(batch, n)
 
         t, noise = grid_times(batch.uniform(), torch.exp2(index.float())), batch.noise()
         x_t = SHORTCUT_MODELS_PATH.sample(t, noise, batch.images)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from odelt_fast.train.draws import StepDraws, to_device
 from odelt_fast.train.paths import FlowMatchingPath, as_rows
 
+Depths = list[int] | None  # per row, on the host; None: all blocks
 Model = Callable[..., Tensor]  # (x, t, log2_steps, y, depth=None) -> velocity, as DiT
 SHORTCUT_MODELS_PATH = FlowMatchingPath(1e-5)  # of all methods of shortcut-models
 
@@ -27,9 +28,9 @@ class Networks:
     live: Model
     ema: Model
     teacher: Model | None = None
-    depths: list[int] | None = None
+    depths: Depths = None
 
-    def depth(self, rows: slice) -> list[int] | None:
+    def depth(self, rows: slice) -> Depths:
         """Depth at which a teacher runs for these rows of the batch; None is all blocks."""
         return None if self.depths is None else self.depths[rows]
 
@@ -85,8 +86,7 @@ class Targets:
     log2_steps: Tensor  # (B,) int64
     y: Tensor  # (B,) int64, the null label where dropped
     velocity: Tensor  # (B, C, H, W); for the diffusion baseline, the noise
-    # Per row, on the host, where the schedule of shrinking prefixes is made; None: all blocks.
-    depth: list[int] | None = None
+    depth: Depths = None  # on the host, where the schedule of shrinking prefixes is made
 
 
 Objective = Callable[[Networks, StepBatch], Targets]  # a training method; builds no graph
@@ -110,8 +110,12 @@ class Method:
     guidance_scale: float | None = None
     compat: bool = False
 
-    def dropped(self, batch: StepBatch, first: int = 0) -> Tensor:
-        """The labels (B,), with the null label where a row from `first` on draws it."""
+    def dropped(self, batch: StepBatch, kept: int = 0) -> Tensor:
+        """The labels (B,), with the null label where a row draws it; compat: the first `kept` rows
+        keep theirs."""
+        first = kept if self.compat else 0
+        if first == len(batch):
+            return batch.labels
         rows = slice(first, len(batch))
         drawn = batch.draws.bernoulli("label_drop", rows, self.label_dropout)
         drop = to_device(drawn, batch.labels.device)
@@ -155,7 +159,7 @@ def guided(model: Model, scale: float | None, null_label: int, rows: Tensor | No
         return model
 
     def velocities(
-        x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: list[int] | None = None
+        x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: Depths = None
     ) -> Tensor:
         chosen = torch.arange(len(x)) if rows is None else rows
         picked = to_device(chosen, x.device)
@@ -177,7 +181,7 @@ def two_half_steps(
     t: Tensor,
     index: Tensor,
     y: Tensor,
-    depth: list[int] | None,
+    depth: Depths,
     clip: float | None = None,
 ) -> Tensor:
     """The velocity of one step from t that ends where two Euler steps of the teacher do.
@@ -192,9 +196,7 @@ def two_half_steps(
     return (first + teacher(middle, t + d, index, y, depth=depth)) / 2
 
 
-def euler(
-    teacher: Model, x: Tensor, index: Tensor, y: Tensor, depth: list[int] | None, steps: int
-) -> Tensor:
+def euler(teacher: Model, x: Tensor, index: Tensor, y: Tensor, depth: Depths, steps: int) -> Tensor:
     """The teacher's data from noise x, by Euler's method in `steps` steps."""
     for i in range(steps):
         t = torch.full((len(x),), i / steps, device=x.device)
