@@ -42,22 +42,16 @@ def model_card(
         config.check_depth(depth)
         if steps < 1:
             raise ValueError(f"quality at {steps} steps: there must be at least 1")
+    tags = "diffusion flow-matching odelt model_hub_mixin pytorch_model_hub_mixin"
     header: dict[str, object] = {
         "library_name": "odelt-fast",
         "pipeline_tag": "unconditional-image-generation",
+        "tags": tags.split(),
     }
-    header |= {
-        "tags": [
-            "diffusion",
-            "flow-matching",
-            "odelt",
-            "model_hub_mixin",
-            "pytorch_model_hub_mixin",
-        ]
-    }
-    header |= ({"license": license} if license else {}) | (
-        {"datasets": list(datasets)} if datasets else {}
-    )
+    if license:
+        header["license"] = license
+    if datasets:
+        header["datasets"] = list(datasets)
     yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in header.items())
     inputs = f"{config.channels}x{config.image_size}x{config.image_size}"
     kind = (
@@ -102,14 +96,11 @@ def _table(config: DiTConfig, quality: Mapping[tuple[int, int], str]) -> str:
     most = config.live_blocks(depths[0]) * columns[0]
     rows = [["", *(f"T = {steps}" for steps in columns)], ["---"] * (len(columns) + 1)]
     for depth in depths:
-        costs = {steps: config.live_blocks(depth) * steps for steps in columns}
-        shares = {
-            steps: f"1/{most / cost:.4g}" if 0 < cost < most else str(min(cost, 1))
-            for steps, cost in costs.items()
-        }
-        found = {
-            steps: quality.get((depth, steps), "not measured") + ", " if quality else ""
-            for steps in columns
-        }
-        rows.append([f"l = {depth}", *(found[steps] + shares[steps] for steps in columns)])
+        row = [f"l = {depth}"]
+        for steps in columns:
+            cost = config.live_blocks(depth) * steps
+            share = f"1/{most / cost:.4g}" if 0 < cost < most else str(min(cost, 1))
+            measured = quality.get((depth, steps), "not measured") + ", " if quality else ""
+            row.append(measured + share)
+        rows.append(row)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
