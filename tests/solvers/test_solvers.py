@@ -19,7 +19,7 @@ from odelt_fast.cli import main
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation, step_index
 from odelt_fast.sampling.velocity import VelocityField
-from odelt_fast.solvers.dispatch import solve
+from odelt_fast.solvers import solve
 from odelt_fast.solvers.fixed import integrate_fixed
 from odelt_fast.solvers.options import (
     TORCHDIFFEQ_ADAPTIVE,
