@@ -120,6 +120,11 @@ class DiTConfig:
         return tuple(range(self.depth_min, self.depth + 1, self.depth_group))
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees."""
+        return self.channels, self.image_size, self.image_size
+
+    @property
     def mlp_size(self) -> int:
         return int(self.hidden_size * self.mlp_ratio)
 

@@ -184,7 +184,7 @@ class OdeltPipeline(DiffusionPipeline):
         self._onload(self.transformer)
         noise = None
         if seed is None:
-            shape = (len(labels), config.channels, config.image_size, config.image_size)
+            shape = (len(labels), *config.image_shape)
             noise = randn_tensor(shape, generator, model.device, torch.float32)
             seed = _seed_of(generator) if config.sampling == "consistency" else 0
         decoder = None if output_type == "latent" or self.vae is None else Decoder(self.vae)

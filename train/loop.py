@@ -140,8 +140,9 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        parts = range(config.gradient_accumulation_steps)
-        losses = [self._accumulate(step, part) for part in parts]
+        losses = [
+            self._accumulate(step, part) for part in range(config.gradient_accumulation_steps)
+        ]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -243,8 +244,8 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             if ema is not None:
                 save_model(ema, partial / "ema", metadata=self.metadata())
-                steps = {"finished_steps": self.finished_steps}
-                state = steps | {"skipped_steps": int(self.skipped_steps)}
+                skipped = int(self.skipped_steps)
+                state = {"finished_steps": self.finished_steps, "skipped_steps": skipped}
                 (partial / STATE_NAME).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         return folder

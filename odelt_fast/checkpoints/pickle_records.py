@@ -22,22 +22,6 @@ _OPCODES = 400_000
 _SHORT = 1024  # bytes; longer strings are not copied out of the file
 _LONG_INTEGER = 255  # bytes
 _DTYPES = {"f2": 2, "f4": 4, "f8": 8}
-_RECONSTRUCT, _SCALAR, _FROM_BUFFER = (
-    tuple((f"numpy.{core}.{module}", name) for core in ("core", "_core"))
-    for module, name in (
-        ("multiarray", "_reconstruct"),
-        ("multiarray", "scalar"),
-        ("numeric", "_frombuffer"),
-    )
-)
-_BFLOAT16 = tuple(
-    (module, "bfloat16")
-    for module in ("ml_dtypes", "ml_dtypes._custom_floats", "jaxlib.xla_extension")
-)
-_JAX_ARRAYS = (
-    ("jax._src.array", "_reconstruct_array"),
-    ("jax._src.device_array", "reconstruct_device_array"),
-)
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,6 +50,24 @@ class Call:
     arguments: Any
     state: Any = None
     items: dict[str, Any] | None = None
+
+
+_RECONSTRUCT, _SCALAR, _FROM_BUFFER = (
+    tuple(Global(f"numpy.{core}.{module}", name) for core in ("core", "_core"))
+    for module, name in (
+        ("multiarray", "_reconstruct"),
+        ("multiarray", "scalar"),
+        ("numeric", "_frombuffer"),
+    )
+)
+_BFLOAT16 = tuple(
+    Global(module, "bfloat16")
+    for module in ("ml_dtypes", "ml_dtypes._custom_floats", "jaxlib.xla_extension")
+)
+_JAX_ARRAYS = (
+    Global("jax._src.array", "_reconstruct_array"),
+    Global("jax._src.device_array", "reconstruct_device_array"),
+)
 
 
 def read_records(data: memoryview) -> Any:
@@ -292,12 +294,8 @@ def is_array(record: Any) -> bool:
     """Whether the record is a call of one of the functions that rebuild arrays."""
     return (
         isinstance(record, Call)
-        and _name(record.function) in _RECONSTRUCT + _SCALAR + _FROM_BUFFER + _JAX_ARRAYS
+        and record.function in _RECONSTRUCT + _SCALAR + _FROM_BUFFER + _JAX_ARRAYS
     )
-
-
-def _name(record: Any) -> tuple[str, str]:
-    return (record.module, record.name) if isinstance(record, Global) else ("", "")
 
 
 def as_array(record: Any) -> np.ndarray:
@@ -314,17 +312,19 @@ def as_array(record: Any) -> np.ndarray:
     """
     if not is_array(record) or not isinstance(record.arguments, tuple):
         raise ValueError("is not an array")
-    name, arguments, state = _name(record.function), record.arguments, record.state
+    function, arguments, state = record.function, record.arguments, record.state
     axes: Any = None
-    if name in _JAX_ARRAYS and len(arguments) >= 3:  # a NumPy array's function, arguments and state
-        name, state = _name(arguments[0]), arguments[2]
+    if (
+        function in _JAX_ARRAYS and len(arguments) >= 3
+    ):  # a NumPy array's function, arguments and state
+        function, _, state, *_ = arguments
     fields = state if isinstance(state, tuple) else ()
-    if name in _RECONSTRUCT and len(fields) == 5 and isinstance(fields[3], bool):
+    if function in _RECONSTRUCT and len(fields) == 5 and isinstance(fields[3], bool):
         _, shape, dtype, fortran, data = fields
         order = "F" if fortran else "C"
-    elif name in _SCALAR and len(arguments) == 2:
+    elif function in _SCALAR and len(arguments) == 2:
         (dtype, data), shape, order = arguments, (), "C"
-    elif name in _FROM_BUFFER and len(arguments) in (4, 5):
+    elif function in _FROM_BUFFER and len(arguments) in (4, 5):
         data, dtype, shape, order, *rest = arguments
         axes = rest[0] if rest else None
         if order not in ("C", "F", "K") or (order == "K") != (axes is not None):
@@ -353,24 +353,20 @@ def _is_integers(value: Any) -> bool:
 
 def _dtype(record: Any) -> tuple[str, int]:
     """NumPy's name and the item size of an allowed dtype record; bfloat16 is read as uint16."""
-    if (
-        not isinstance(record, Call)
-        or record.function != Global("numpy", "dtype")
-        or not isinstance(record.arguments, tuple)
-    ):
-        raise ValueError("has a type that is unknown")
-    kind = record.arguments[0] if record.arguments else None
-    order, state = "<", record.state
-    if state is not None:
-        if (
-            not isinstance(state, tuple)
-            or len(state) < 5
-            or state[1] not in ("<", ">", "=", "|")
-            or state[2:5] != (None, None, None)
+    order = "<"
+    match record:
+        case Call(Global("numpy", "dtype"), tuple(arguments), None):
+            pass
+        case Call(
+            Global("numpy", "dtype"),
+            tuple(arguments),
+            tuple((_, "<" | ">" | "=" | "|" as mark, None, None, None, *_)),
         ):
+            order = ">" if mark == ">" else "<"
+        case _:
             raise ValueError("has a type that is unknown")
-        order = ">" if state[1] == ">" else "<"
-    if _name(kind) in _BFLOAT16:
+    kind = arguments[0] if arguments else None
+    if kind in _BFLOAT16:
         return order + "u2", 2
     if isinstance(kind, str) and len(kind) == 3 and kind[0] in "<>=|":
         order, kind = (">" if kind[0] == ">" else order), kind[1:]
@@ -381,14 +377,13 @@ def _dtype(record: Any) -> tuple[str, int]:
 
 def _bytes(record: Any) -> bytes | memoryview:
     """The bytes of a string record; protocol 2 writes them as Latin-1 text."""
-    if isinstance(record, Call) and isinstance(record.arguments, tuple):
-        name, arguments = _name(record.function), record.arguments
-        if name in (("__builtin__", "bytes"), ("builtins", "bytes")) and not arguments:
+    match record:
+        case bytes() | memoryview():
+            return record
+        case Call(Global("__builtin__" | "builtins", "bytes"), tuple(())):
             return b""
-        if name == ("_codecs", "encode") and len(arguments) == 2 and arguments[1] == "latin1":
-            text = _decode(arguments[0].data) if isinstance(arguments[0], Text) else arguments[0]
-            if isinstance(text, str):
-                return text.encode("latin-1")
-    if not isinstance(record, bytes | memoryview):
-        raise ValueError("has no bytes of its own")
-    return record
+        case Call(Global("_codecs", "encode"), tuple((Text(data), "latin1"))):
+            return _decode(data).encode("latin-1")
+        case Call(Global("_codecs", "encode"), tuple((str(text), "latin1"))):
+            return text.encode("latin-1")
+    raise ValueError("has no bytes of its own")

@@ -28,6 +28,13 @@ _UNUSED = "Embed_0/embedding"  # 256 x 1, written by the reference and read by n
 _TREES = {"ema": "params_ema", "raw": "params"}
 _NESTING = 8  # of the parameters' dicts; the reference has 4
 _NODES = 65_536  # dicts and parameters; 1024 blocks have 22 each
+_BLOCK = {
+    "modulation": ["Dense_0"],
+    "qkv": ["Dense_2", "Dense_1", "Dense_3"],
+    "attention_out": ["Dense_4"],
+    "mlp_in": ["MlpBlock_0/Dense_0"],
+    "mlp_out": ["MlpBlock_0/Dense_1"],
+}
 
 
 def convert_reference_checkpoint(
@@ -187,8 +194,12 @@ def _shape(parameters: Mapping[str, np.ndarray], name: str, dimensions: int) -> 
     return shape
 
 
-def _linear(ours: str, theirs: str) -> dict[str, tuple[str, ...]]:
-    return {f"{ours}.weight": (f"{theirs}/kernel",), f"{ours}.bias": (f"{theirs}/bias",)}
+def _linear(ours: str, *theirs: str) -> dict[str, tuple[str, ...]]:
+    leaves = {"weight": "kernel", "bias": "bias"}
+    return {
+        f"{ours}.{kind}": tuple(f"{name}/{leaf}" for name in theirs)
+        for kind, leaf in leaves.items()
+    }
 
 
 def parameter_names(config: DiTConfig) -> dict[str, tuple[str, ...]]:
@@ -209,13 +220,8 @@ def parameter_names(config: DiTConfig) -> dict[str, tuple[str, ...]]:
     if config.length_conditioned:
         names["length_embed.weight"] = ("BlockEmbedder_0/Embed_0/embedding",)
     for i in range(config.depth):
-        ours, theirs = f"blocks.{i}", f"DiTBlock_{i}"
-        names |= _linear(f"{ours}.modulation", f"{theirs}/Dense_0")
-        for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
-            names[f"{ours}.qkv.{kind}"] = tuple(f"{theirs}/Dense_{j}/{leaf}" for j in (2, 1, 3))
-        names |= _linear(f"{ours}.attention_out", f"{theirs}/Dense_4")
-        names |= _linear(f"{ours}.mlp_in", f"{theirs}/MlpBlock_0/Dense_0")
-        names |= _linear(f"{ours}.mlp_out", f"{theirs}/MlpBlock_0/Dense_1")
+        for ours, theirs in _BLOCK.items():
+            names |= _linear(f"blocks.{i}.{ours}", *(f"DiTBlock_{i}/{name}" for name in theirs))
     return names
 
 

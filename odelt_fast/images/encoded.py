@@ -62,7 +62,7 @@ class EncodedImages(ImageSource):
     @cached_property
     def _kept(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Pixels of small sets by index, and the image whose pixels stand there; -1: none yet."""
-        shape = (len(self), self.channels, self.image_size, self.image_size)
+        shape = (len(self), *self.image_shape)
         if math.prod(shape) > self._KEPT:
             return None
         return np.empty(shape, np.uint8), np.full(len(self), -1)  # memory is taken as images come
@@ -71,7 +71,7 @@ class EncodedImages(ImageSource):
         indices = check_indices(indices, len(self))
         if self._kept is None:
             decoded = self._decode_all(indices)
-            shape = (-1, self.channels, self.image_size, self.image_size)
+            shape = (-1, *self.image_shape)
             pixels = np.array([image for image, _ in decoded], np.uint8).reshape(shape)
             labels = self.labels[np.array([used for _, used in decoded], np.int64)]
         else:

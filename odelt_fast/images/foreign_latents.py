@@ -76,7 +76,7 @@ class FileLatents(LatentSource):
 
     def moments(self, index: int, flip: bool) -> Moments:
         array = np.load(self.folder / self._paths[index], allow_pickle=False).astype(np.float32)
-        array = array.reshape(-1, self.channels, self.image_size, self.image_size)
+        array = array.reshape(-1, *self.image_shape)
         if len(array) != 1 + self._posterior:
             raise ValueError("its shape has changed")
         return array[0], (array[1] if self._posterior else None)
@@ -96,12 +96,14 @@ def npy_header(path: Path, seen: dict[bytes, Header]) -> Header:
         offset = 128
         if head not in seen:
             file.seek(0)
-            version = np.lib.format.read_magic(file)
-            if version not in ((1, 0), (2, 0)):
-                raise ValueError(f"version {version} of the npy format")
             formats = np.lib.format
-            first, second = formats.read_array_header_1_0, formats.read_array_header_2_0
-            shape, _, dtype = (first if version == (1, 0) else second)(file)
+            version = formats.read_magic(file)
+            if version == (1, 0):
+                shape, _, dtype = formats.read_array_header_1_0(file)
+            elif version == (2, 0):
+                shape, _, dtype = formats.read_array_header_2_0(file)
+            else:
+                raise ValueError(f"version {version} of the npy format")
             offset = file.tell()
             if dtype.hasobject:
                 raise ValueError("pickled objects")

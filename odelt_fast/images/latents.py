@@ -44,7 +44,7 @@ class LatentSource(ImageSource):
             raise ValueError(f"{self.name} has no latents of mirrored images: flip none")
         if len(mirrored) != len(indices) or (noise is not None and len(noise) != len(indices)):
             raise ValueError(f"{len(indices)} indices need as many flips and generators of noise")
-        shape = (len(indices), self.channels, self.image_size, self.image_size)
+        shape = (len(indices), *self.image_shape)
         latents, labels = np.empty(shape, np.float32), np.empty(len(indices), np.int64)
         for row, index in enumerate(indices):
 

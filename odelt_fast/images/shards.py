@@ -108,7 +108,7 @@ class ShardedLatents(LatentSource):
 
     @cached_property
     def _shards(self) -> list[np.ndarray]:
-        shape = (self.manifest.copies, 2, self.channels, self.image_size, self.image_size)
+        shape = (self.manifest.copies, 2, *self.image_shape)
         return self._mapped("moments", np.float16, *shape)
 
     def _mapped(self, kind: str, dtype: Any, *shape: int) -> list[np.ndarray]:

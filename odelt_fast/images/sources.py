@@ -45,6 +45,11 @@ class ImageSource(ABC):
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.channels, self.image_size, self.image_size
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -62,7 +62,7 @@ def trajectory(
     check_seed(seed)
     config = sampler.model.config
     if noise is None:
-        shape = (config.channels, config.image_size, config.image_size)
+        shape = config.image_shape
         noise = stack_noise(seed, range(num_images), shape)
     chosen = check_labels(labels, len(noise), config.num_classes)
     if chosen is None:
@@ -107,7 +107,7 @@ def interpolate(
     if whole("frames", frames) < 2:
         raise ValueError(f"frames must be at least 2, the two seeds' own images, not {frames}")
     config = sampler.model.config
-    shape = (config.channels, config.image_size, config.image_size)
+    shape = config.image_shape
     a, b = (stack_noise(check_seed(seed), [0], shape)[0] for seed in (seed_a, seed_b))
     chosen = int(drawn_labels(seed_a, [0], config.num_classes)[0]) if label is None else label
     noise = torch.stack([slerp(a, b, frame / (frames - 1)) for frame in range(frames)])

@@ -168,7 +168,7 @@ class Sampler:
         """
         config = self.model.config
         seed, first_image = check_seed(seed), whole("first_image", first_image, 0)
-        shape: tuple[int, ...] = (config.channels, config.image_size, config.image_size)
+        shape: tuple[int, ...] = config.image_shape
         if noise is not None:
             noise = self._check_noise(noise, num_images)
             num_images, shape = len(noise), tuple(noise.shape[1:])

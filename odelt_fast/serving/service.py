@@ -134,7 +134,7 @@ class Service:
         self.limits, config = limits or RequestLimits(), model.config
         self.decoding = 0.0  # seconds an image, which profiles leave out
         self.channels = decoder.channels if decoder else config.channels
-        self.shape = (config.channels, config.image_size, config.image_size)
+        self.shape = config.image_shape
         self.formats = ("png", "json", "npz") if self.channels in (1, 3) else ("npz",)
         # Every batch size is a graph of its own there: powers of two only.
         self.pads = model.device.type != "cpu"

@@ -53,7 +53,7 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
     state.wait_for_everyone()  # nobody looks for the folder any more
     try:
         if main:
-            _create_arrays(partial, count, _image_shape(teacher))
+            _create_arrays(partial, count, teacher.config.image_shape)
         state.wait_for_everyone()
         with contextlib.ExitStack() as stack:
             files, headers = {}, {}
@@ -77,7 +77,7 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
         if main:
             manifest = {
                 "count": count,
-                "shape": _image_shape(teacher),
+                "shape": teacher.config.image_shape,
                 "num_classes": teacher.config.num_classes,
                 "steps": config.denoise_timesteps,
                 "guidance_scale": config.guidance_scale,
@@ -96,10 +96,6 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
     return folder
 
 
-def _image_shape(model: DiT) -> tuple[int, int, int]:
-    return model.config.channels, model.config.image_size, model.config.image_size
-
-
 def _create_arrays(folder: Path, count: int, shape: tuple[int, ...]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -116,7 +112,7 @@ def _pairs(teacher: DiT, config: TrainConfig, rows: np.ndarray) -> dict[str, np.
     null = teacher.config.num_classes
     drop = draws.bernoulli("pair_drop", every, 1.0 if null == 1 else config.label_dropout)
     y = torch.where(drop, null, draws.integers("pair_label", every, null))
-    noise = draws.normal("pair_noise", every, _image_shape(teacher))
+    noise = draws.normal("pair_noise", every, teacher.config.image_shape)
     # Only shortcuts are given the number of steps; flow rows of the other methods were trained with
     # the index of 128 steps.
     shortcut = teacher.config.sampling == "shortcut"
