@@ -48,13 +48,14 @@ def points(results: Mapping[str, Any], metric: str | None = None) -> list[Point]
 
 def paper_points() -> list[Point]:
     """Table 3 of the paper, and T = 1 with the FID of Table 2 and the latency of Figure 2."""
-    found = []
-    for (depth, solver, at), (value, latency, _) in paper.TABLE_3.items():
-        label = f"T={at:g}" if solver == "euler" else f"tol={at:g}"
-        found.append(Point(latency, value, depth, solver, label, None))
-    for depth, latency in paper.ONE_STEP_LATENCY.items():
-        found.append(Point(latency, paper.TABLE_2[f"l = {depth}"][2], depth, "euler", "T=1", None))
-    return found
+    several = [
+        Point(latency, value, depth, solver, f"{'T' if solver == 'euler' else 'tol'}={at:g}", None)
+        for (depth, solver, at), (value, latency, _) in paper.TABLE_3.items()
+    ]
+    return several + [
+        Point(latency, paper.TABLE_2[f"l = {depth}"][2], depth, "euler", "T=1", None)
+        for depth, latency in paper.ONE_STEP_LATENCY.items()
+    ]
 
 
 def frontier(found: Sequence[Point], higher_is_better: bool = False) -> list[Point]:

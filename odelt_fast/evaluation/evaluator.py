@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,10 +188,8 @@ class Evaluator:
     ) -> tuple[Tensor, float, int]:
         """Samples of a batch, seconds on an idle device, peak bytes (-1: unknown)."""
         self.memory.start()
-        samples, seconds = timed(
-            lambda: sampler(noise=noise, labels=labels, seed=seed, first_image=first), self.device
-        )
-        return samples, seconds, self.memory.peak()
+        make = partial(sampler, noise=noise, labels=labels, seed=seed, first_image=first)
+        return *timed(make, self.device), self.memory.peak()
 
     def _measure(
         self, cell: Cell, sampler: Sampler, files: BatchFiles, reference: Reference | None
@@ -211,16 +210,15 @@ class Evaluator:
         ]
         if not full:  # too few for a warm one: once more, of images that nothing is measured of
             images = range(settings.num_images, settings.num_images + settings.batch_size)
-            inputs = self.inputs
-            noise = inputs.noise(cell.seed, images).to(self.device)
-            again = noise, inputs.labels(cell.seed, images), cell.seed, images.start
+            noise = self.inputs.noise(cell.seed, images).to(self.device)
+            again = noise, self.inputs.labels(cell.seed, images), cell.seed, images.start
             full = [self._timed(sampler, *again)[1] for _ in range(2)][1:]
-        few, compared = settings.allow_few_samples, (settings.metrics, self.network, reference)
+        compared = settings.metrics, self.network, reference
         return {
             **cell.record(),
             "live_blocks": cell.live_blocks(self.config),
             "evaluations": sum(evaluations) / settings.num_images,
-            "metrics": compare(files, *compared, allow_few=few),
+            "metrics": compare(files, *compared, allow_few=settings.allow_few_samples),
             "latency": float(np.median(full)),
             "peak_memory": max(peaks) if max(peaks) >= 0 else None,
         }
