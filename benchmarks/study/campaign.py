@@ -87,7 +87,7 @@ class Study:
     def bind(self) -> None:
         """Ties the folder to the budget of its trainings: others would not be comparable."""
         path, budget = self.out / "study.json", self.budget
-        bound: Record = {"set": self.options.set, "options": [*budget.options]}
+        bound: Record = {"set": self.options.set, "options": budget.options.split()}
         bound |= {"steps": budget.steps, "pairs": budget.pairs}
         if not path.exists():
             write_json(path, bound)
@@ -108,7 +108,14 @@ class Study:
     def training(self, run: Run) -> list[str]:
         """Options of `odelt-fast train`."""
         folder, steps = self.out / run.name, str(int(self.budget.steps * run.share))
-        command = [*self.budget.options, "--data", self.budget.data, *run.options, "--steps", steps]
+        command = [
+            *self.budget.options.split(),
+            "--data",
+            self.budget.data,
+            *run.options.split(),
+            "--steps",
+            steps,
+        ]
         if run.teacher:
             command += ["--init-from", str(self.out / run.teacher)]
         if run.needs_pairs:

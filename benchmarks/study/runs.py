@@ -23,7 +23,7 @@ class Run:
 
     name: str
     title: str
-    options: tuple[str, ...]
+    options: str
     share: float = 1.0
     teacher: str | None = None
     depths: tuple[int, ...] = (12,)
@@ -44,15 +44,15 @@ class Run:
 
 
 _ABLATIONS = (
-    Run("k0", "K = 0", ("--length-consistency-every", "0"), depths=(8, 4)),
-    Run("k4", "K = 1/4", ("--length-consistency-every", "4"), depths=(8, 4)),
-    Run("g1", "G = 1", ("--model.depth-group", "1"), depths=(8, 4)),
-    Run("g2", "G = 2", ("--model.depth-group", "2"), depths=(8, 4)),
+    Run("k0", "K = 0", "--length-consistency-every 0", depths=(8, 4)),
+    Run("k4", "K = 1/4", "--length-consistency-every 4", depths=(8, 4)),
+    Run("g1", "G = 1", "--model.depth-group 1", depths=(8, 4)),
+    Run("g2", "G = 2", "--model.depth-group 2", depths=(8, 4)),
 )
 # For the Pareto plot, and for adaptive solvers to compare with.
 _CURVE = (128, 64, 32, 16, 8, 4, 2, 1)
 _MAIN = Run(
-    "odelt", "ODE_t(ODE_l)", (), depths=(12, 8, 4), steps=_CURVE, guided=True, adaptive=True
+    "odelt", "ODE_t(ODE_l)", "", depths=(12, 8, 4), steps=_CURVE, guided=True, adaptive=True
 )
 RUNS = (
     _MAIN,
@@ -61,39 +61,39 @@ RUNS = (
     Run(
         "odelt-flow",
         "ODE_t(ODE_l), RFM",
-        ("--objective", "flow", "--times", "continuous"),
+        "--objective flow --times continuous",
         depths=(12, 8, 4),
         steps=_CURVE,
         adaptive=True,
     ),
-    Run("shortcut", "shortcut (SM)", (_CONVENTIONAL,), adaptive=True),
-    Run("flow", "RFM", ("--objective", "flow", _CONVENTIONAL)),
+    Run("shortcut", "shortcut (SM)", _CONVENTIONAL, adaptive=True),
+    Run("flow", "RFM", f"--objective flow {_CONVENTIONAL}"),
     *_ABLATIONS,
-    Run("diffusion", "diffusion", ("--objective", "diffusion", _CONVENTIONAL)),
+    Run("diffusion", "diffusion", f"--objective diffusion {_CONVENTIONAL}"),
     Run(
         "teacher",
         "RFM, half of the steps",
-        ("--objective", "flow", _CONVENTIONAL),
+        f"--objective flow {_CONVENTIONAL}",
         share=0.5,
         depths=(),
     ),
     Run(
         "progressive",
         "progressive distillation",
-        ("--objective", "progressive", _CONVENTIONAL),
+        f"--objective progressive {_CONVENTIONAL}",
         share=0.5,
         teacher="teacher",
     ),
-    Run("reflow", "Reflow", ("--objective", "reflow", _CONVENTIONAL), share=0.5, teacher="teacher"),
-    Run("consistency", "consistency training", ("--objective", "consistency", _CONVENTIONAL)),
-    Run("live-reflow", "live Reflow", ("--objective", "live-reflow", _CONVENTIONAL)),
+    Run("reflow", "Reflow", f"--objective reflow {_CONVENTIONAL}", share=0.5, teacher="teacher"),
+    Run("consistency", "consistency training", f"--objective consistency {_CONVENTIONAL}"),
+    Run("live-reflow", "live Reflow", f"--objective live-reflow {_CONVENTIONAL}"),
     # The ablations once more from another training seed: a difference that it does not repeat is
     # none.
     *(
         Run(
             f"{run.name}-again",
             f"{run.title}, seed 1",
-            (*run.options, "--seed", "1"),
+            f"{run.options} --seed 1",
             depths=run.depths,
             repeats=run.name,
         )
@@ -112,7 +112,7 @@ class DataSet:
     """
 
     data: str
-    options: tuple[str, ...]
+    options: str
     steps: int
     pairs: int
     num_images: int
@@ -122,15 +122,14 @@ class DataSet:
     file: str | None = None
 
 
-_SMALL_NETWORK = ("--model.hidden-size", "64", "--model.patch-size", "4", "--model.num-heads", "2")
+_SMALL_NETWORK = "--model.hidden-size 64 --model.patch-size 4 --model.num-heads 2"
 DATA_SETS = {
     # At most 10 minutes a run on one CPU core.
     "digits": DataSet(
         data="digits",
         options=(
-            *("--recipe", "digits", *_SMALL_NETWORK, "--train-batch-size", "64"),
-            *("--learning-rate", "4e-3", "--warmup-steps", "200"),
-            *("--sampling-steps", "0", "--checkpointing-steps", "200"),
+            f"--recipe digits {_SMALL_NETWORK} --train-batch-size 64 --learning-rate 4e-3"
+            " --warmup-steps 200 --sampling-steps 0 --checkpointing-steps 200"
         ),
         steps=3600,
         pairs=4000,
@@ -142,7 +141,7 @@ DATA_SETS = {
     # 10 to 15 minutes a run on one H200.
     "cifar10": DataSet(
         data="uoft-cs/cifar10",
-        options=("--recipe", "cifar10", "--sampling-steps", "0", "--checkpointing-steps", "1000"),
+        options="--recipe cifar10 --sampling-steps 0 --checkpointing-steps 1000",
         steps=20_000,
         pairs=50_000,
         num_images=50_000,

@@ -484,9 +484,7 @@ def test_paper_s_numbers_are_those_of_its_tables() -> None:
         assert memory == pytest.approx(depth / 12, abs=0.01)
     for depth in (8, 4):
         assert (
-            paper.TABLE_4[depth, 4]
-            == paper.TABLE_5[depth, 1 / 8]
-            == paper.TABLE_2[f"l = {depth}"]
+            paper.TABLE_4[depth, 4] == paper.TABLE_5[depth, 1 / 8] == paper.TABLE_2[f"l = {depth}"]
         )
     best = {(point.depth, point.label) for point in frontier(paper_points())}
     assert (12, "tol=0.01") in best
