@@ -40,7 +40,7 @@ class Run:
     @property
     def needs_pairs(self) -> bool:
         """Its teacher first makes pairs of noise and data."""
-        return "reflow" in self.options
+        return "--objective reflow" in self.options
 
 
 _ABLATIONS = (
