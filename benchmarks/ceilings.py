@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import Timer, dtype_name, graph_timer, take_turns
 from odelt_fast.config import DiTConfig
+
+from .measure import Timer, dtype_name, graph_timer, take_turns
 
 CPU_PRODUCT = (2048, 768, 3072)  # rows, inner, columns: the first MLP product of DiT-B/2 at batch 8
 GPU_PRODUCT = (8192, 8192, 8192)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks.measure import ROOT, SOURCES, Record, source_digest
+from .measure import ROOT, SOURCES, Record, source_digest
 
 TESTS = ROOT / "tests"
 WHEELS_HINT = "carry the wheels in a folder and pass --wheels FOLDER"

@@ -21,8 +21,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ceilings import CPU_PRODUCT, evaluation_flops, product_timer
-from benchmarks.measure import (
+from odelt_fast.engine.cpu import choose
+from odelt_fast.engine.native import cpu_ops
+from odelt_fast.engine.native.build import load as load_operators
+from odelt_fast.operation import Operation
+
+from .ceilings import CPU_PRODUCT, evaluation_flops, product_timer
+from .measure import (
     Record,
     Timer,
     command_parser,
@@ -34,12 +39,8 @@ from benchmarks.measure import (
     take_turns,
     write_json,
 )
-from benchmarks.sampling import Inputs, Workload, sampler_call
-from benchmarks.tables import spread, table
-from odelt_fast.engine.cpu import choose
-from odelt_fast.engine.native import cpu_ops
-from odelt_fast.engine.native.build import load as load_operators
-from odelt_fast.operation import Operation
+from .sampling import Inputs, Workload, sampler_call
+from .tables import spread, table
 
 CPU = torch.device("cpu")
 TARGET = 0.95

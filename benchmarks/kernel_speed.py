@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.ceilings import floor_seconds
-from benchmarks.kernel_table import KernelCase, Operator
-from benchmarks.measure import Record, Timer
+from . import measure
+from .ceilings import floor_seconds
+from .kernel_table import KernelCase, Operator
+from .measure import Record, Timer
 
 # Several times the last cache: 60 MB on an H200.
 COLD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}

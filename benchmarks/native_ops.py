@@ -22,15 +22,16 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from benchmarks import measure
-from benchmarks.ceilings import token_count
-from benchmarks.measure import Record
 from odelt_fast.config import LAYER_NORM_EPS, PRESETS, DiTConfig
 from odelt_fast.engine.cpu import CpuNetwork
 from odelt_fast.engine.native import cpu_ops
 from odelt_fast.engine.native.build import load
 from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
 from odelt_fast.model import DiT
+
+from . import measure
+from .ceilings import token_count
+from .measure import Record
 
 CPU = torch.device("cpu")
 Call = Callable[[], object]

@@ -15,10 +15,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks.measure import Record, command_parser
-from benchmarks.solver_report import solver_tables
-from benchmarks.tables import mebibytes, not_run, seconds, spread, table
-from benchmarks.targets import Parts, samples, targets
+from .measure import Record, command_parser
+from .solver_report import solver_tables
+from .tables import mebibytes, not_run, seconds, spread, table
+from .targets import Parts, samples, targets
 
 _SAMPLING = (
     "configuration | variant | median (10 % to 90 %) | evaluation | rate | share of floor"

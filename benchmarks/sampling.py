@@ -18,9 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
-from benchmarks.jax_peer import JaxPeer
-from benchmarks.measure import (
+from odelt_fast.config import PRESETS, DiTConfig
+from odelt_fast.model import DiT
+from odelt_fast.operation import Operation, step_index
+from odelt_fast.sampling.sampler import Sampler
+
+from .ceilings import evaluation_bytes, evaluation_flops, floor_seconds
+from .jax_peer import JaxPeer
+from .measure import (
     Record,
     Timer,
     check_error,
@@ -34,10 +39,6 @@ from benchmarks.measure import (
     synchronize,
     take_turns,
 )
-from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.model import DiT
-from odelt_fast.operation import Operation, step_index
-from odelt_fast.sampling.sampler import Sampler
 
 MODES = ("max-autotune", "reduce-overhead")
 FP8_BOUND = 4e-2  # relative, of fp8's samples to float32's

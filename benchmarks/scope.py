@@ -8,8 +8,9 @@ from itertools import product, starmap
 
 import torch
 
-from benchmarks.sampling import MODES, Workload, dopri5
 from odelt_fast.operation import Operation
+
+from .sampling import MODES, Workload, dopri5
 
 # Random weights at which Dopri5 takes 32 evaluations at 1e-2 and 50 at 1e-4 (DiT-S/2), near the
 # paper's 33 to 34 and 71 to 72.

@@ -5,9 +5,10 @@ Ours beside the paper's Table 3, the race against torchdiffeq, and what a solve 
 
 from __future__ import annotations
 
-from benchmarks.measure import Record
-from benchmarks.tables import mebibytes, not_run, seconds, spread, table
 from odelt_fast.evaluation.paper import TABLE_3
+
+from .measure import Record
+from .tables import mebibytes, not_run, seconds, spread, table
 
 LEAST_GAIN = {1: 3.0, 128: 1.15}  # over torchdiffeq on the same compiled network, by batch
 _TABLE_3 = (

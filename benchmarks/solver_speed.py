@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import (
+from odelt_fast.engine import operators
+from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
+from odelt_fast.engine.graphs import capture
+from odelt_fast.model import DiT
+from odelt_fast.sampling.sampler import Sampler
+from odelt_fast.sampling.velocity import compiled
+from odelt_fast.solvers.options import Limits
+from odelt_fast.solvers.tableau import find_tableau
+
+from .measure import (
     Record,
     Timer,
     check_error,
@@ -31,15 +40,7 @@ from benchmarks.measure import (
     synchronize,
     take_turns,
 )
-from benchmarks.sampling import LEAST_BOUND, Inputs, Workload, dopri5
-from odelt_fast.engine import operators
-from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
-from odelt_fast.engine.graphs import capture
-from odelt_fast.model import DiT
-from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.sampling.velocity import compiled
-from odelt_fast.solvers.options import Limits
-from odelt_fast.solvers.tableau import find_tableau
+from .sampling import LEAST_BOUND, Inputs, Workload, dopri5
 
 THEIRS = "torchdiffeq"
 Outcome = tuple[Tensor, float]  # samples, and evaluations of the network for each

@@ -33,16 +33,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import correctness
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.jax_peer import JaxPeer
-from benchmarks.kernel_speed import measure_kernel
-from benchmarks.kernel_table import cases
-from benchmarks.measure import Record, Results, command_parser, nvidia_smi, release
-from benchmarks.report import part_table
-from benchmarks.sampling import CONFIGS, Workload, dopri5, measure_memory, measure_workload
-from benchmarks.scope import GRIDS, SCALE, Scope, table3, workloads
-from benchmarks.solver_speed import measure_proof, measure_race
+from . import correctness
+from .ceilings import measure_ceilings
+from .jax_peer import JaxPeer
+from .kernel_speed import measure_kernel
+from .kernel_table import cases
+from .measure import Record, Results, command_parser, nvidia_smi, release
+from .report import part_table
+from .sampling import CONFIGS, Workload, dopri5, measure_memory, measure_workload
+from .scope import GRIDS, SCALE, Scope, table3, workloads
+from .solver_speed import measure_proof, measure_race
 
 PARTS = ("correctness", "kernels", "latency", "throughput", "xl", "solvers", "peers", "training")
 FINISHED, REFUSED, AGAIN = 0, 1, 3
@@ -114,7 +114,7 @@ class Session:
 
 
 def measure_training(device: torch.device, limit_s: float) -> Record:
-    from benchmarks.training_speed import Options, measure
+    from .training_speed import Options, measure
 
     return {"rows": measure(Options(), device.type, limit_s)}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from benchmarks.measure import Record
-from benchmarks.tables import seconds
+from .measure import Record
+from .tables import seconds
 
 Parts = dict[str, Record]  # part -> content of its file
 Sample = tuple[Record, str, Record]  # cell, variant, row

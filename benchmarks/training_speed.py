@@ -28,8 +28,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from benchmarks.ceilings import evaluation_flops
-from benchmarks.measure import (
+from odelt_fast.config import PRESETS, DiTConfig
+from odelt_fast.images.shards import LatentWriter
+from odelt_fast.model import DiT
+from odelt_fast.train.config import DEFAULT, TrainConfig
+from odelt_fast.train.loop import Trainer, row_losses
+
+from .ceilings import evaluation_flops
+from .measure import (
     Record,
     device_record,
     host_timer,
@@ -37,11 +43,6 @@ from benchmarks.measure import (
     relative_error,
     write_json,
 )
-from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.images.shards import LatentWriter
-from odelt_fast.model import DiT
-from odelt_fast.train.config import DEFAULT, TrainConfig
-from odelt_fast.train.loop import Trainer, row_losses
 
 METHODS: dict[str, Record] = {
     "RFM + LC": {"objective": "flow"},

@@ -21,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.ceilings import token_count
-from benchmarks.measure import (
+from odelt_fast.config import PRESETS, DiTConfig
+from odelt_fast.engine import availability, operators, tuning
+from odelt_fast.files import one_line
+from odelt_fast.kernels.quantize import quantize_rows_reference
+
+from .ceilings import token_count
+from .measure import (
     command_parser,
     device_record,
     dtype_name,
@@ -30,10 +35,6 @@ from benchmarks.measure import (
     take_turns,
     write_json,
 )
-from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.engine import availability, operators, tuning
-from odelt_fast.files import one_line
-from odelt_fast.kernels.quantize import quantize_rows_reference
 
 SECONDS = 0.15  # of measuring for each shape
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from odelt_fast.kernels.solver_update import stage_sum
+from .solver_update import stage_sum
 
 
 @triton.jit

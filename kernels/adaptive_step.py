@@ -26,10 +26,6 @@ import torch
 import triton
 from torch import Tensor
 
-from odelt_fast.kernels.adaptive_kernels import commit_kernel, decide_kernel, norm_kernel
-from odelt_fast.kernels.compile_case import CompileCase, kernel_case
-from odelt_fast.kernels.device import require_device
-from odelt_fast.kernels.solver_update import STATES, sum_type
 from odelt_fast.solvers.step_control import (
     RUNNING,
     Control,
@@ -39,6 +35,11 @@ from odelt_fast.solvers.step_control import (
     error_norm,
     proposed,
 )
+
+from .adaptive_kernels import commit_kernel, decide_kernel, norm_kernel
+from .compile_case import CompileCase, kernel_case
+from .device import require_device
+from .solver_update import STATES, sum_type
 
 MOST_SAMPLES = 1024  # whose step sizes one program decides: more spill
 _BLOCK, _WARPS, _CHUNK = 1024, 4, 16384

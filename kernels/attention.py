@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
-from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import rows
+from .compile_case import DTYPES, CompileCase, kernel_case
+from .device import launch_options, require_device, wait_for_inputs
+from .rows import rows
 
 MAX_HEAD_DIM = 256
 

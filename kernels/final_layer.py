@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
-from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import check_layer, check_tokens, like_first, rows
+from .compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
+from .device import launch_options, require_device, wait_for_inputs
+from .rows import check_layer, check_tokens, like_first, rows
 
 _BLOCK_OUT, _BLOCK_D, _WARPS, _STAGES = 64, 64, 4, 4
 # (fewest tokens of all samples, tokens of a tile): small tiles spread a batch of one sample over

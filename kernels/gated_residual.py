@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import CompileCase
-from odelt_fast.kernels.norm_modulate import norm_modulate_reference
-from odelt_fast.kernels.residual_rows import Columns, launch_residual, residual_kernel
-from odelt_fast.kernels.rows import likes_first, row_cases
+from .compile_case import CompileCase
+from .norm_modulate import norm_modulate_reference
+from .residual_rows import Columns, launch_residual, residual_kernel
+from .rows import likes_first, row_cases
 
 
 def gated_residual_reference(

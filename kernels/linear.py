@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
-from odelt_fast.kernels.device import architecture, launch_options, require_device
-from odelt_fast.kernels.linear_tiles import descriptor_kernel, pointer_kernel
-from odelt_fast.kernels.quantize import FP8
-from odelt_fast.kernels.tiles import SPLITS, TILES, Tile, choose_tile, workspace_elements
+from .compile_case import DTYPES, CompileCase, kernel_case
+from .device import architecture, launch_options, require_device
+from .linear_tiles import descriptor_kernel, pointer_kernel
+from .quantize import FP8
+from .tiles import SPLITS, TILES, Tile, choose_tile, workspace_elements
 
 ACTIVATIONS = ("none", "gelu")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from odelt_fast.kernels.device import wait_for_inputs
+from .device import wait_for_inputs
 
 
 @triton.jit

@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
-from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import check_layer, rows
+from .compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
+from .device import launch_options, require_device, wait_for_inputs
+from .rows import check_layer, rows
 
 FEW_ROWS = 16  # the narrow side of a tensor-core tile
 # (rows of W, columns) of a tile: 64 x 128 in 16-bit dtypes is 64 KiB in flight a program. Exact

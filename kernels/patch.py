@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
-from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import check_layer
+from .compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
+from .device import launch_options, require_device, wait_for_inputs
+from .rows import check_layer
 
 _BLOCK_D, _WARPS = 64, 4
 

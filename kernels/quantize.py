@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
-from odelt_fast.kernels.device import require_device
+from .compile_case import DTYPES, CompileCase, kernel_case
+from .device import require_device
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0

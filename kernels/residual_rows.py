@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from odelt_fast.config import LAYER_NORM_EPS
-from odelt_fast.kernels.device import launch_options, require_device, wait_for_inputs
-from odelt_fast.kernels.rows import (
+
+from .device import launch_options, require_device, wait_for_inputs
+from .rows import (
     check_modulation,
     check_tokens,
     empty_rows,

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.kernels.gated_residual import gated_residual_reference
-from odelt_fast.kernels.group_end import group_end_reference
-from odelt_fast.kernels.norm_modulate import launch_norm, norm_modulate_reference
-from odelt_fast.kernels.quantize import FP8, quantize_rows_reference
-from odelt_fast.kernels.residual_rows import Columns, GroupEnd, launch_residual
-from odelt_fast.kernels.rows import like_first
+from .gated_residual import gated_residual_reference
+from .group_end import group_end_reference
+from .norm_modulate import launch_norm, norm_modulate_reference
+from .quantize import FP8, quantize_rows_reference
+from .residual_rows import Columns, GroupEnd, launch_residual
+from .rows import like_first
 
 
 def norm_modulate_float8_reference(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
-from odelt_fast.kernels.quantize import FP8, quantize_tile
+from .compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
+from .quantize import FP8, quantize_tile
 
 MAX_COLUMNS = 8192
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from odelt_fast.kernels.compile_case import DTYPES, CompileCase, kernel_case
-from odelt_fast.kernels.device import require_device
-from odelt_fast.kernels.rows import like_first
+from .compile_case import DTYPES, CompileCase, kernel_case
+from .device import require_device
+from .rows import like_first
 
 STATES = {**DTYPES, torch.float64: "fp64"}
 _BLOCK, _WARPS = 1024, 4

@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 import triton
 
-from odelt_fast.kernels.quantize import FP8
+from .quantize import FP8
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from odelt_fast.images import ImageSource
-from odelt_fast.train.draws import generator
+
+from .draws import generator
 
 
 class Loader:

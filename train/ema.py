@@ -14,8 +14,9 @@ from torch import Tensor
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.train.power_functions import exponent
-from odelt_fast.train.sharding import gather, local, scatter
+
+from .power_functions import exponent
+from .sharding import gather, local, scatter
 
 SNAPSHOTS = "ema-snapshots"
 

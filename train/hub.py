@@ -6,7 +6,8 @@ from pathlib import Path
 
 from odelt_fast.checkpoints.lookup import CONFIG_NAME, WEIGHTS_NAME
 from odelt_fast.files import one_line
-from odelt_fast.train.config import TrainConfig
+
+from .config import TrainConfig
 
 
 def find_repository(config: TrainConfig) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.images import ImageSource, open_source
 from odelt_fast.model import DiT
-from odelt_fast.train.checkpoints import (
+
+from .checkpoints import (
     STATE_NAME,
     checkpoints,
     recover,
@@ -24,16 +25,16 @@ from odelt_fast.train.checkpoints import (
     unfinished,
     written_whole,
 )
-from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.data import Loader
-from odelt_fast.train.draws import StepDraws, global_rows, to_device
-from odelt_fast.train.ema import PowerAverages, update_average, whole_model
-from odelt_fast.train.memory import device_memory, out_of_memory
-from odelt_fast.train.objectives.build import build_objective
-from odelt_fast.train.objectives.progressive import stage
-from odelt_fast.train.objectives.targets import Model, Networks, StepBatch, Targets
-from odelt_fast.train.objectives.teacher import check_same, load_start, open_pairs
-from odelt_fast.train.sharding import gather, is_sharded, local, refresh, scatter, shard
+from .config import TrainConfig
+from .data import Loader
+from .draws import StepDraws, global_rows, to_device
+from .ema import PowerAverages, update_average, whole_model
+from .memory import device_memory, out_of_memory
+from .objectives.build import build_objective
+from .objectives.progressive import stage
+from .objectives.targets import Model, Networks, StepBatch, Targets
+from .objectives.teacher import check_same, load_start, open_pairs
+from .sharding import gather, is_sharded, local, refresh, scatter, shard
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from odelt_fast.train.config import TrainConfig
+from .config import TrainConfig
 
 _USABLE = 0.92  # of the device's memory: the rest is the driver's, other libraries' and fragments
 

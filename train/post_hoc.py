@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
-from odelt_fast.train.ema import SNAPSHOTS, snapshot_metadata
-from odelt_fast.train.power_functions import PowerFunction, exponent, mixture
+
+from .ema import SNAPSHOTS, snapshot_metadata
+from .power_functions import PowerFunction, exponent, mixture
 
 
 @dataclass(frozen=True)

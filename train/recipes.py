@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from odelt_fast.config import PRESETS, DiTConfig
-from odelt_fast.train.config import DEFAULT, RecipeName, TrainConfig
+
+from .config import DEFAULT, RecipeName, TrainConfig
 
 # What the small sets share: short runs at a high learning rate, whose teacher must start to move
 # early.

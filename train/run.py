@@ -13,9 +13,10 @@ import numpy as np
 
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.model import DiT
-from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.hub import find_repository, upload
-from odelt_fast.train.loop import Trainer
+
+from .config import TrainConfig
+from .hub import find_repository, upload
+from .loop import Trainer
 
 
 def train(config: TrainConfig) -> Path:

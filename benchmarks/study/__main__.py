@@ -20,9 +20,9 @@ import sys
 
 import tyro
 
-from benchmarks.study.campaign import Options, Study
-from benchmarks.study.latency import time_everything
-from benchmarks.study.report import report
+from .campaign import Options, Study
+from .latency import time_everything
+from .report import report
 
 
 def main() -> None:

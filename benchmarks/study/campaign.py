@@ -14,10 +14,11 @@ from typing import Annotated, Literal
 import tyro
 
 from benchmarks.measure import Record, write_json
-from benchmarks.study.real import measure_real
-from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS, Run
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import locked
+
+from .real import measure_real
+from .runs import BY_NAME, DATA_SETS, RUNS, Run
 
 METRICS = ("frechet", "kid", "precision_recall", "recognised")
 GUIDANCE = 1.5  # the paper's on ImageNet

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study.campaign import Study
-from benchmarks.study.runs import BY_NAME
-from benchmarks.study.tables import METHODS, Results
 from odelt_fast.evaluation.paper import STEPS
 from odelt_fast.files import save_picture
+
+from .campaign import Study
+from .runs import BY_NAME
+from .tables import METHODS, Results
 
 _IMAGES = 10  # one of each class
 

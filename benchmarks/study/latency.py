@@ -32,8 +32,9 @@ from benchmarks.measure import (
     take_turns,
     write_json,
 )
-from benchmarks.study.campaign import Study
-from benchmarks.study.runs import BY_NAME, RUNS, Run
+
+from .campaign import Study
+from .runs import BY_NAME, RUNS, Run
 
 if TYPE_CHECKING:
     from odelt_fast.train.loop import Trainer

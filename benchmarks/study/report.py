@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import Record, write_json, write_text
-from benchmarks.study.campaign import Study
-from benchmarks.study.figures import draw
-from benchmarks.study.latency import latency_of
-from benchmarks.study.tables import Results, tables
+
+from .campaign import Study
+from .figures import draw
+from .latency import latency_of
+from .tables import Results, tables
 
 _NO_TIMES: Record = {"machine": {}, "latency": {}, "training": {}, "parameters": {}}
 

@@ -7,11 +7,12 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from benchmarks.study.runs import BY_NAME, RUNS
 from benchmarks.tables import table
 from odelt_fast.evaluation import paper
 from odelt_fast.evaluation.paper import STEPS
 from odelt_fast.evaluation.results import number
+
+from .runs import BY_NAME, RUNS
 
 METHODS = {  # rows of Table 2, and what they are called in `paper`
     "diffusion": "reference: diffusion",

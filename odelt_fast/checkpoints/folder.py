@@ -24,11 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from odelt_fast.checkpoints.errors import CheckpointError, check_finite, refusals
-from odelt_fast.checkpoints.lookup import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import flush, locked, one_line, parse_object, read_bytes
 from odelt_fast.model import DiT
+
+from .errors import CheckpointError, check_finite, refusals
+from .lookup import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, find_folder
 
 _PARTIAL = ".partial"  # the folder, in the model's folder, of files that are being written
 _JSON_LIMIT = 1 << 20  # bytes of config.json and of the shard index

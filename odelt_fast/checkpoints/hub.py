@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from odelt_fast.checkpoints.folder import save_model
-from odelt_fast.checkpoints.model_card import PICTURE_NAME, model_card
+from .folder import save_model
+from .model_card import PICTURE_NAME, model_card
 
 if TYPE_CHECKING:
     from odelt_fast.model import DiT

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from odelt_fast.checkpoints.errors import CheckpointError
 from odelt_fast.files import one_line
+
+from .errors import CheckpointError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"

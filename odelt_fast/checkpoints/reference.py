@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.errors import CheckpointError, check_finite, refusals
-from odelt_fast.checkpoints.folder import WithoutStorage
-from odelt_fast.checkpoints.pickle_records import as_array, as_mapping, read_records
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
+
+from .errors import CheckpointError, check_finite, refusals
+from .folder import WithoutStorage
+from .pickle_records import as_array, as_mapping, read_records
 
 _UNUSED = "Embed_0/embedding"  # 256 x 1, written by the reference and read by nothing
 _TREES = {"ema": "params_ema", "raw": "params"}

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import parse_memory, parse_seconds
-from odelt_fast.commands.options import choose_dtype, device_of
 from odelt_fast.evaluation.operation_fields import operation_fields
 from odelt_fast.operation import Operation
+
+from .options import choose_dtype, device_of
 
 if TYPE_CHECKING:
     import torch
 
-    from odelt_fast.commands.sample_options import Command
     from odelt_fast.planning.planner import Candidate, Choice
+
+    from .sample_options import Command
 
 
 def limits(max_latency: str | None, max_memory: str | None) -> tuple[float | None, int | None]:

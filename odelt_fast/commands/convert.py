@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from odelt_fast.commands.options import check_model_folder
+from .options import check_model_folder
 
 
 @dataclass(frozen=True)

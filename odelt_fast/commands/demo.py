@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from odelt_fast.commands.options import Device, Dtype, Text, load, load_decoder
+from .options import Device, Dtype, Text, load, load_decoder
 
 _FIRST_SECONDS = 5.0  # spent on latencies for the plot before the page is there
 

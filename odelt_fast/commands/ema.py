@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from odelt_fast.commands.options import Whole, check_model_folder
+from .options import Whole, check_model_folder
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from odelt_fast.checks import whole
-from odelt_fast.commands.options import Device, Dtype, Whole, choose_dtype, device_of
+
+from .options import Device, Dtype, Whole, choose_dtype, device_of
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from odelt_fast import __version__
-from odelt_fast.commands.options import choose_dtype
+
+from .options import choose_dtype
 
 
 @dataclass(frozen=True)

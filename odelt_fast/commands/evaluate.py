@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from odelt_fast.commands.options import Device, Dtype, Number, Text, choose_dtype
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import check_folder
 from odelt_fast.operation import parse_schedule
+
+from .options import Device, Dtype, Number, Text, choose_dtype
 
 Schedules = Annotated[tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")]
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.commands.sample_options import Command
 from odelt_fast.images import open_source
 from odelt_fast.images.pixels import decode_failure, decode_image
 from odelt_fast.sampling.flow_map import interpolate, invert, trajectory
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.sampler import Sampler
+
+from .sample_options import Command
 
 Labels = np.ndarray | None
 Progress = Callable[[int], None]

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
-from odelt_fast.commands.operations import operation_of
-from odelt_fast.commands.options import (
+from odelt_fast.files import check_target, write_whole
+
+from .operations import operation_of
+from .options import (
     Device,
     Dtype,
     File,
@@ -21,7 +23,6 @@ from odelt_fast.commands.options import (
     load,
     plural,
 )
-from odelt_fast.files import check_target, write_whole
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def run(options: Command) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from odelt_fast.commands.flows import channels_last, data_images
     from odelt_fast.sampling.likelihood import dequantise, log_likelihood
     from odelt_fast.sampling.sampler import Sampler
+
+    from .flows import channels_last, data_images
 
     model = load(options.model, options.device, options.dtype, operation.deepest)
     sampler = Sampler.of(model, operation, batch_size=options.batch_size)

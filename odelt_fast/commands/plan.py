@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.commands.budgets import candidate_json, choice_json, limits, precision_of
-from odelt_fast.commands.options import Device, Dtype, File, Number, Text, device_of, plural
 from odelt_fast.files import check_folder
+
+from .budgets import candidate_json, choice_json, limits, precision_of
+from .options import Device, Dtype, File, Number, Text, device_of, plural
 
 if TYPE_CHECKING:
     import torch

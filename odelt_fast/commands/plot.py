@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, load
 from odelt_fast.evaluation.results import read_results
 from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
+
+from .options import Device, Dtype, File, Labels, Number, Text, load
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.commands.budgets import precision_of
-from odelt_fast.commands.options import Device, File, Number, Text, device_of, plural
 from odelt_fast.operation import Operation
 from odelt_fast.planning.profile import Measurement, Profile, default_path
+
+from .budgets import precision_of
+from .options import Device, File, Number, Text, device_of, plural
 
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]

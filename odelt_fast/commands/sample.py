@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odelt_fast.checks import check_seed
-from odelt_fast.commands.budgets import choice_json, choose_for
-from odelt_fast.commands.operations import operation_of
-from odelt_fast.commands.options import check_counts, load, load_decoder, plural
-from odelt_fast.commands.sample_options import Command, check_modes
 from odelt_fast.files import check_target, picture_formats, save_picture, try_out, write_whole
+
+from .budgets import choice_json, choose_for
+from .operations import operation_of
+from .options import check_counts, load, load_decoder, plural
+from .sample_options import Command, check_modes
 
 if TYPE_CHECKING:
     from odelt_fast.planning.planner import Choice
@@ -44,10 +45,11 @@ def run(options: Command) -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from odelt_fast.commands.flows import channels_last, plan
     from odelt_fast.sampling.noise import drawn_labels
     from odelt_fast.sampling.pictures import image_grid, to_uint8
     from odelt_fast.sampling.sampler import Sampler
+
+    from .flows import channels_last, plan
 
     model = load(options.model, options.device, options.dtype, operation.deepest)
     decoder = load_decoder(options.decoder, model)

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
-from odelt_fast.commands.options import Device, Dtype, File, Labels, Number, Text, Whole
+
+from .options import Device, Dtype, File, Labels, Number, Text, Whole
 
 
 @dataclass(frozen=True)

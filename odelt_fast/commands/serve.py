@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from odelt_fast.commands.options import (
+from .options import (
     Device,
     Dtype,
     File,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from odelt_fast.commands.options import Device, Text, Whole, plural
 from odelt_fast.files import check_target, write_whole
+
+from .options import Device, Text, Whole, plural
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from odelt_fast.demo.page import CSS, import_gradio
+from .page import CSS, import_gradio
 
 if TYPE_CHECKING:
     import gradio

@@ -17,7 +17,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import show_seconds
-from odelt_fast.demo.settings import (
+from odelt_fast.evaluation.charts import explored
+from odelt_fast.files import one_line
+from odelt_fast.sampling.pictures import image_grid
+
+from .settings import (
     GUIDANCE_STEP,
     LARGEST_GUIDANCE,
     LONGEST_TEXT,
@@ -29,10 +33,7 @@ from odelt_fast.demo.settings import (
     solvers,
     time_label,
 )
-from odelt_fast.demo.studio import GRID_STEPS, Drawing, MeasuredQuality, Studio
-from odelt_fast.evaluation.charts import explored
-from odelt_fast.files import one_line
-from odelt_fast.sampling.pictures import image_grid
+from .studio import GRID_STEPS, Drawing, MeasuredQuality, Studio
 
 if TYPE_CHECKING:
     import gradio

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from odelt_fast.config import DiTConfig
-from odelt_fast.demo.settings import STEPS, TOLERANCES, Setting, offered, solvers, time_label
 from odelt_fast.evaluation.charts import Point
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
 from odelt_fast.planning.quality import Quality, Value
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
+
+from .settings import STEPS, TOLERANCES, Setting, offered, solvers, time_label
 
 MeasuredQuality = Mapping[Operation, Value]
 GRID_STEPS = (128, 4, 1)  # columns of the paper's Figure 1

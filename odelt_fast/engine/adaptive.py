@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
-from odelt_fast.engine.engine import Engine
-from odelt_fast.engine.graphs import Captured
 from odelt_fast.operation import Operation
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
+
+from .device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
+from .engine import Engine
+from .graphs import Captured
 
 
 class AdaptiveTrajectory:

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from odelt_fast.engine.operators import ATTENTIONS
 from odelt_fast.files import one_line
 from odelt_fast.model import Block, DiT, FinalLayer, ScalarEmbedding
+
+from .operators import ATTENTIONS
 
 logger = logging.getLogger(__name__)
 

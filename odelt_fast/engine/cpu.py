@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from odelt_fast.engine.native import cpu_ops
-from odelt_fast.engine.native.build import load
-from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
-from odelt_fast.engine.weights import LAYERS, ParameterVersions
 from odelt_fast.model import DiT, position_table
+
+from .native import cpu_ops
+from .native.build import load
+from .native.cpu_ops import InnerState, Modulation
+from .weights import LAYERS, ParameterVersions
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.engine.graphs import capture
-from odelt_fast.engine.native.while_graph import WhileGraph, while_graph_unavailable
 from odelt_fast.files import one_line
 from odelt_fast.solvers.adaptive import AdaptiveSteps, State
 from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.solution import Field, Solution, check_times
 from odelt_fast.solvers.step_control import RUNNING, Control, Counts
 from odelt_fast.solvers.tableau import Tableau
+
+from .graphs import capture
+from .native.while_graph import WhileGraph, while_graph_unavailable
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checks import one_of
-from odelt_fast.engine.availability import (
+from odelt_fast.model import DiT, position_table
+
+from .availability import (
     attention_unavailable,
     kernels_unavailable,
     model_unsupported,
     try_attention,
 )
-from odelt_fast.engine.operators import (
+from .operators import (
     ATTENTIONS,
     PRECISIONS,
     attention_function,
@@ -33,9 +35,8 @@ from odelt_fast.engine.operators import (
     cublas_linear,
     load_operators,
 )
-from odelt_fast.engine.tuning import fastest, read_tuning
-from odelt_fast.engine.weights import Layer, PreparedWeights
-from odelt_fast.model import DiT, position_table
+from .tuning import fastest, read_tuning
+from .weights import Layer, PreparedWeights
 
 Tables = tuple[Tensor, Tensor]  # modulations: of the blocks (R, live*6*D), the final layer (R, 2*D)
 ROW_LAUNCHES, ENDS_LAUNCHES = 7, 3

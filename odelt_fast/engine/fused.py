@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from odelt_fast.engine import availability
-from odelt_fast.engine.adaptive import AdaptiveTrajectory, CapturedSolve
-from odelt_fast.engine.engine import Engine
-from odelt_fast.engine.graphs import (
+from odelt_fast.files import one_line
+from odelt_fast.model import DiT
+from odelt_fast.operation import Operation
+from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
+from odelt_fast.solvers.step_control import DONE, NON_FINITE
+
+from .adaptive import AdaptiveTrajectory, CapturedSolve
+from .engine import Engine
+from .graphs import (
     Captured,
     CaptureError,
     Function,
@@ -28,12 +34,7 @@ from odelt_fast.engine.graphs import (
     node_count,
     place,
 )
-from odelt_fast.engine.trajectory import Trajectory
-from odelt_fast.files import one_line
-from odelt_fast.model import DiT
-from odelt_fast.operation import Operation
-from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
-from odelt_fast.solvers.step_control import DONE, NON_FINITE
+from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from odelt_fast.engine.engine import Engine, Tables
 from odelt_fast.operation import Operation
 from odelt_fast.solvers.fixed import integrate_fixed, predict_and_renoise
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 from odelt_fast.solvers.tableau import Tableau
+
+from .engine import Engine, Tables
 
 TABLE_BYTES = 2**26  # of the modulations that are made at once
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.config import DiTConfig
-from odelt_fast.evaluation.operation_fields import operation_fields
-from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.operation import Operation, Schedule, show_schedule
 from odelt_fast.solvers.options import is_adaptive
+
+from .operation_fields import operation_fields
+from .settings import Evaluation
 
 if TYPE_CHECKING:
     from odelt_fast.model import DiT

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from odelt_fast.evaluation import paper
-from odelt_fast.evaluation.results import depth_text, higher_is_better, number
+
+from .results import depth_text, higher_is_better, number
 
 # Okabe and Ito's: told apart by everyone.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")

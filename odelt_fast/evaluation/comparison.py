@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from odelt_fast.evaluation.batch_files import BatchFiles
-from odelt_fast.evaluation.features import FeatureNetwork
-from odelt_fast.evaluation.metrics import (
+from odelt_fast.files import write_whole
+from odelt_fast.images import ImageSource
+
+from .batch_files import BatchFiles
+from .features import FeatureNetwork
+from .metrics import (
     Moments,
     Statistics,
     check_features,
@@ -24,8 +27,6 @@ from odelt_fast.evaluation.metrics import (
     read_statistics,
     write_statistics,
 )
-from odelt_fast.files import write_whole
-from odelt_fast.images import ImageSource
 
 _KID_SUBSET = 1000
 

@@ -20,25 +20,26 @@ from torch import Tensor
 from tqdm import tqdm
 
 from odelt_fast.checkpoints.folder import load_model
-from odelt_fast.evaluation.batch_files import BatchFiles
-from odelt_fast.evaluation.cells import Cell, plan_cells
-from odelt_fast.evaluation.comparison import (
+from odelt_fast.model import DiT
+from odelt_fast.sampling.pictures import to_uint8
+from odelt_fast.sampling.sampler import Sampler
+
+from .batch_files import BatchFiles
+from .cells import Cell, plan_cells
+from .comparison import (
     Reference,
     compare,
     features_of,
     merge_reference,
     stored_reference,
 )
-from odelt_fast.evaluation.folder import Folder
-from odelt_fast.evaluation.inputs import Inputs
-from odelt_fast.evaluation.machine import environment
-from odelt_fast.evaluation.measuring import PeakMemory, Processes, timed
-from odelt_fast.evaluation.metrics import check_features
-from odelt_fast.evaluation.results import FORMAT, summarise
-from odelt_fast.evaluation.settings import COMPARING, Evaluation
-from odelt_fast.model import DiT
-from odelt_fast.sampling.pictures import to_uint8
-from odelt_fast.sampling.sampler import Sampler
+from .folder import Folder
+from .inputs import Inputs
+from .machine import environment
+from .measuring import PeakMemory, Processes, timed
+from .metrics import check_features
+from .results import FORMAT, summarise
+from .settings import COMPARING, Evaluation
 
 
 class Evaluator:

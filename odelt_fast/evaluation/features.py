@@ -27,13 +27,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.errors import check_finite, refusals
-from odelt_fast.evaluation.small_features import (
+from odelt_fast.files import one_line
+
+from .small_features import (
     SmallNetwork,
     is_small,
     read_configuration,
     weights_of,
 )
-from odelt_fast.files import one_line
 
 PROTOCOLS = ("reference", "adm")
 BUNDLED = ("digits", "mnist", "cifar10")
@@ -209,7 +210,7 @@ def _small(path: Path, device: str | torch.device) -> FeatureNetwork:
 
 
 def _inception(path: Path, device: str | torch.device) -> FeatureNetwork:
-    from odelt_fast.evaluation.inception import DIMENSIONS, InceptionV3
+    from .inception import DIMENSIONS, InceptionV3
 
     network, digest = _load(path, InceptionV3, device)
     return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, digest, network)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from odelt_fast.evaluation.batch_files import BatchFiles
-from odelt_fast.evaluation.cells import Cell
-from odelt_fast.evaluation.measuring import Processes
-from odelt_fast.evaluation.results import to_markdown
 from odelt_fast.files import write_json, write_whole
+
+from .batch_files import BatchFiles
+from .cells import Cell
+from .measuring import Processes
+from .results import to_markdown
 
 
 @dataclass(frozen=True)

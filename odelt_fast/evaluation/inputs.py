@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from odelt_fast.config import DiTConfig
-from odelt_fast.evaluation.comparison import check_statistics
-from odelt_fast.evaluation.features import FeatureNetwork, bundled_for, load_features
-from odelt_fast.evaluation.machine import file_hash, model_hash
-from odelt_fast.evaluation.metrics import Statistics, read_statistics
-from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.images import ImageSource, open_source
 from odelt_fast.sampling.noise import drawn_labels, stack_noise
+
+from .comparison import check_statistics
+from .features import FeatureNetwork, bundled_for, load_features
+from .machine import file_hash, model_hash
+from .metrics import Statistics, read_statistics
+from .settings import Evaluation
 
 # What may differ between the runs that fill one folder.
 _EXTENDABLE = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from odelt_fast.images.pixels import resize_square
-from odelt_fast.images.sources import (
+from .pixels import resize_square
+from .sources import (
     Batch,
     Flips,
     ImageSource,

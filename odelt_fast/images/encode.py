@@ -12,9 +12,10 @@ import numpy as np
 
 from odelt_fast.checks import whole
 from odelt_fast.files import locked, one_line
-from odelt_fast.images.latents import SCALE
-from odelt_fast.images.shards import LatentWriter
-from odelt_fast.images.sources import Batch, ImageSource
+
+from .latents import SCALE
+from .shards import LatentWriter
+from .sources import Batch, ImageSource
 
 if TYPE_CHECKING:
     import torch

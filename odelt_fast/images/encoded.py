@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from odelt_fast.images.pixels import Store, check_images, decode_image, num_threads
-from odelt_fast.images.sources import (
+from .pixels import Store, check_images, decode_image, num_threads
+from .sources import (
     Batch,
     Flips,
     ImageSource,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from odelt_fast.images.pixels import SUFFIXES, Opened
+from .pixels import SUFFIXES, Opened
 
 
 class FileStore:

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from odelt_fast.files import one_line
-from odelt_fast.images.latents import SCALE, LatentSource, Moments
-from odelt_fast.images.sources import warn_left_out
-from odelt_fast.images.tables import check_labels, numbered_classes
+
+from .latents import SCALE, LatentSource, Moments
+from .sources import warn_left_out
+from .tables import check_labels, numbered_classes
 
 Header = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a .npy file
 

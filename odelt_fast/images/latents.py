@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from odelt_fast.images.sources import (
+from .sources import (
     Batch,
     Flips,
     ImageSource,

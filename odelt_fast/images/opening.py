@@ -8,16 +8,17 @@ from pathlib import Path
 
 from odelt_fast.checks import one_of, whole
 from odelt_fast.files import one_line
-from odelt_fast.images.digits import DigitsSource
-from odelt_fast.images.encoded import EncodedImages
-from odelt_fast.images.folders import open_folder
-from odelt_fast.images.foreign_latents import open_fast_dit, open_repa
-from odelt_fast.images.latents import LatentSource
-from odelt_fast.images.parquet import open_parquet, parquet_files
-from odelt_fast.images.pixels import SUFFIXES, Opened
-from odelt_fast.images.shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
-from odelt_fast.images.sources import ImageSource
-from odelt_fast.images.tables import SAVED_MARKS, open_dataset
+
+from .digits import DigitsSource
+from .encoded import EncodedImages
+from .folders import open_folder
+from .foreign_latents import open_fast_dit, open_repa
+from .latents import LatentSource
+from .parquet import open_parquet, parquet_files
+from .pixels import SUFFIXES, Opened
+from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
+from .sources import ImageSource
+from .tables import SAVED_MARKS, open_dataset
 
 
 def open_source(

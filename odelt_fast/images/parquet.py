@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from odelt_fast.files import cache_folder, locked, one_line, write_atomically
-from odelt_fast.images.pixels import Opened
-from odelt_fast.images.tables import (
+
+from .pixels import Opened
+from .tables import (
     Columns,
     check_image_type,
     find_columns,

@@ -20,8 +20,9 @@ import numpy as np
 
 from odelt_fast.checks import number, shown, whole
 from odelt_fast.files import PARTIAL, one_line, read_object, write_atomically
-from odelt_fast.images.latents import SCALE, LatentSource, Moments
-from odelt_fast.images.tables import check_labels
+
+from .latents import SCALE, LatentSource, Moments
+from .tables import check_labels
 
 MANIFEST_NAME, SETTINGS_NAME = "manifest.json", "encoding.json"
 _FORMAT = "odelt-fast latents"

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from odelt_fast.images.pixels import decode_failure
+from .pixels import decode_failure
 
 T = TypeVar("T")
 Indices = Sequence[int] | np.ndarray

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from odelt_fast.files import one_line
-from odelt_fast.images.pixels import Opened
+
+from .pixels import Opened
 
 IMAGE_COLUMNS = ("image", "img", "images", "jpg", "jpeg", "png", "webp")
 LABEL_COLUMNS = ("label", "labels", "class", "cls")

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from odelt_fast.config import DiTConfig
 from odelt_fast.evaluation.machine import model_hash, this_machine
 from odelt_fast.operation import Operation
-from odelt_fast.planning.planner import Candidate, Choice, best, candidates
-from odelt_fast.planning.profile import Profile, default_path, profile_command, read_profile
-from odelt_fast.planning.quality import FILE_NAME, Quality, read_quality
+
+from .planner import Candidate, Choice, best, candidates
+from .profile import Profile, default_path, profile_command, read_profile
+from .quality import FILE_NAME, Quality, read_quality
 
 if TYPE_CHECKING:
     import torch

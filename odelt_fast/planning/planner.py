@@ -23,8 +23,9 @@ from dataclasses import dataclass, replace
 from odelt_fast.checks import show_memory, show_seconds
 from odelt_fast.evaluation.results import higher_is_better
 from odelt_fast.operation import Operation
-from odelt_fast.planning.profile import Measurement, Profile, profile_command
-from odelt_fast.planning.quality import Quality, Value
+
+from .profile import Measurement, Profile, profile_command
+from .quality import Quality, Value
 
 
 @dataclass(frozen=True)

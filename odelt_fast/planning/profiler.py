@@ -20,8 +20,9 @@ from odelt_fast.evaluation.machine import model_hash, this_machine
 from odelt_fast.evaluation.measuring import PeakMemory, timed
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation, effective_guidance
-from odelt_fast.planning.profile import Measurement, Profile, read_profile, write_profile
 from odelt_fast.sampling.sampler import Sampler
+
+from .profile import Measurement, Profile, read_profile, write_profile
 
 _LEAST, _MOST = 5, 200  # rounds
 # Operations that take turns on a GPU: samplers of a model share a cache of 32 graphs, from which

@@ -20,10 +20,11 @@ from odelt_fast.evaluation.evaluator import Evaluator
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import write_json
 from odelt_fast.operation import Schedule
-from odelt_fast.planning.evidence import Evidence
-from odelt_fast.planning.planner import Candidate
-from odelt_fast.planning.profiler import Profiler
-from odelt_fast.planning.quality import read_quality
+
+from .evidence import Evidence
+from .planner import Candidate
+from .profiler import Profiler
+from .quality import read_quality
 
 
 @dataclass(frozen=True)

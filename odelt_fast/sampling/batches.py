@@ -15,7 +15,7 @@ from odelt_fast.solvers.solution import BatchResult, Solution
 from odelt_fast.solvers.step_control import DONE, MAX_STEPS, NON_FINITE, STATUSES
 
 if TYPE_CHECKING:
-    from odelt_fast.sampling.sampler import Sampler
+    from .sampler import Sampler
 
 # Tokens of a batch when no batch size is given: activations of DiT-XL stay below 1 GiB on a CPU; a
 # GPU needs more rows to be busy.

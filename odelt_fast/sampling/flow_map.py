@@ -17,14 +17,15 @@ from torch import Tensor
 
 from odelt_fast.checks import check_seed, whole
 from odelt_fast.operation import step_index
-from odelt_fast.sampling.batches import Batches, evaluating
-from odelt_fast.sampling.host import on_each_step
-from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
-from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.solution import BatchResult, Hook, Solution
 from odelt_fast.solvers.step_control import STATUSES
+
+from .batches import Batches, evaluating
+from .host import on_each_step
+from .noise import check_labels, drawn_labels, stack_noise
+from .sampler import Sampler
+from .velocity import VelocityField
 
 Labels = int | Sequence[int] | np.ndarray | Tensor | None
 

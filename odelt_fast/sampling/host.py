@@ -11,10 +11,11 @@ from torch import Tensor
 
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
-from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.fixed import predict_and_renoise
 from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
+
+from .velocity import VelocityField
 
 
 def on_each_step(progress: Hook | None, count: int) -> Hook | None:

@@ -16,14 +16,15 @@ from torch import Tensor
 from odelt_fast.checks import check_seed, one_of, whole
 from odelt_fast.images import DigitsSource, EncodedImages, ImageSource
 from odelt_fast.operation import step_index
-from odelt_fast.sampling.batches import Batches, default_batch, evaluating
-from odelt_fast.sampling.flow_map import Labels, labels_of_data, record
-from odelt_fast.sampling.host import on_each_step
-from odelt_fast.sampling.noise import image_noise
-from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.solution import BatchResult, Field, Hook, Solution
+
+from .batches import Batches, default_batch, evaluating
+from .flow_map import Labels, labels_of_data, record
+from .host import on_each_step
+from .noise import image_noise
+from .sampler import Sampler
+from .velocity import VelocityField
 
 PROBES = ("rademacher", "gaussian")
 

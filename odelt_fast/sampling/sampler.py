@@ -24,10 +24,11 @@ from odelt_fast.engine.operators import ATTENTIONS, PRECISIONS
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import DepthSchedule, Operation
-from odelt_fast.sampling.batches import Batches, evaluating
-from odelt_fast.sampling.host import Host
-from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
-from odelt_fast.sampling.velocity import compiled
+
+from .batches import Batches, evaluating
+from .host import Host
+from .noise import check_labels, drawn_labels, stack_noise
+from .velocity import compiled
 
 BACKENDS = ("auto", "eager", "compile", "fused")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from odelt_fast.serving.batching import MISSING, Batcher
+from .batching import MISSING, Batcher
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

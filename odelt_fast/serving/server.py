@@ -16,10 +16,11 @@ from types import FrameType
 from typing import Any
 
 from odelt_fast import __version__
-from odelt_fast.serving.batching import MISSING, Batcher, Job, Rejected
-from odelt_fast.serving.listening import allow_files
-from odelt_fast.serving.metrics import Metrics
-from odelt_fast.serving.service import GenerateRequest, Service
+
+from .batching import MISSING, Batcher, Job, Rejected
+from .listening import allow_files
+from .metrics import Metrics
+from .service import GenerateRequest, Service
 
 try:
     import h11

@@ -30,8 +30,9 @@ from odelt_fast.sampling.decoder import Decoder
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.serving.batching import MISSING, Batcher, Job, Key, Part, Rejected
 from odelt_fast.solvers.tableau import TABLEAUS, find_tableau
+
+from .batching import MISSING, Batcher, Job, Key, Part, Rejected
 
 try:
     from pydantic import BaseModel, ConfigDict, Field

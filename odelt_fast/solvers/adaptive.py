@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.options import Limits
-from odelt_fast.solvers.solution import (
+from .options import Limits
+from .solution import (
     Field,
     Hook,
     Solution,
@@ -24,7 +24,7 @@ from odelt_fast.solvers.solution import (
     finite_rows,
     hermite,
 )
-from odelt_fast.solvers.step_control import (
+from .step_control import (
     DONE,
     GROW,
     NON_FINITE,
@@ -37,7 +37,7 @@ from odelt_fast.solvers.step_control import (
     mean_square,
     proposed,
 )
-from odelt_fast.solvers.tableau import Tableau
+from .tableau import Tableau
 
 
 class State(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from odelt_fast.solvers.adaptive import integrate_adaptive
-from odelt_fast.solvers.fixed import integrate_fixed
-from odelt_fast.solvers.options import SolverOptions
-from odelt_fast.solvers.solution import Field, Hook, Solution
-from odelt_fast.solvers.torchdiffeq import integrate_torchdiffeq
+from .adaptive import integrate_adaptive
+from .fixed import integrate_fixed
+from .options import SolverOptions
+from .solution import Field, Hook, Solution
+from .torchdiffeq import integrate_torchdiffeq
 
 
 def solve(

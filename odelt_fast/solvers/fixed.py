@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.solution import Field, Hook, Noise, Solution, check_times, combine, hermite
-from odelt_fast.solvers.tableau import Tableau
+from .solution import Field, Hook, Noise, Solution, check_times, combine, hermite
+from .tableau import Tableau
 
 
 def integrate_fixed(

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 
 from odelt_fast.checks import one_of, shown, whole
-from odelt_fast.solvers.tableau import Tableau, find_tableau
+
+from .tableau import Tableau, find_tableau
 
 ERROR_NORMS = ("per_sample", "batch")
 TORCHDIFFEQ = "torchdiffeq:"  # begins the name of a solver of that package

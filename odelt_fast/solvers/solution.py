@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.step_control import DONE, NON_FINITE
+from .step_control import DONE, NON_FINITE
 
 Field = Callable[[Any, Tensor, int], Tensor]
 Hook = Callable[[int], None]

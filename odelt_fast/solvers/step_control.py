@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.options import Limits
+from .options import Limits
 
 STATUSES = ("done", "max_steps", "step_underflow", "non_finite")
 DONE, MAX_STEPS, STEP_UNDERFLOW, NON_FINITE = range(4)

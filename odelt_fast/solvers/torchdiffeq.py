@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.solvers.options import TORCHDIFFEQ_ADAPTIVE, Limits
-from odelt_fast.solvers.solution import Field, Hook, Solution, check_times
+from .options import TORCHDIFFEQ_ADAPTIVE, Limits
+from .solution import Field, Hook, Solution, check_times
 
 
 def integrate_torchdiffeq(

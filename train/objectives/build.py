@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.objectives.consistency import Consistency, ConsistencyDistillation
-from odelt_fast.train.objectives.flow_matching import Diffusion, FlowMatching, Reflow
-from odelt_fast.train.objectives.length_consistency import LengthConsistency
-from odelt_fast.train.objectives.live_reflow import LiveReflow
-from odelt_fast.train.objectives.progressive import Progressive
-from odelt_fast.train.objectives.shortcut import Shortcut
-from odelt_fast.train.objectives.shortcut_models import ShortcutModels
-from odelt_fast.train.objectives.targets import Objective, WithoutLabels
 from odelt_fast.train.paths import training_path
+
+from .consistency import Consistency, ConsistencyDistillation
+from .flow_matching import Diffusion, FlowMatching, Reflow
+from .length_consistency import LengthConsistency
+from .live_reflow import LiveReflow
+from .progressive import Progressive
+from .shortcut import Shortcut
+from .shortcut_models import ShortcutModels
+from .targets import Objective, WithoutLabels
 
 
 def build_objective(config: TrainConfig) -> Objective:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from odelt_fast.train.objectives.targets import (
+from odelt_fast.train.paths import as_rows
+
+from .targets import (
     SHORTCUT_MODELS_PATH,
     Method,
     Networks,
@@ -16,7 +18,6 @@ from odelt_fast.train.objectives.targets import (
     Targets,
     grid_times,
 )
-from odelt_fast.train.paths import as_rows
 
 
 @dataclass(frozen=True, kw_only=True)

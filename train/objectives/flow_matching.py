@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from odelt_fast.train.objectives.targets import Method, Networks, StepBatch, Targets, grid_times
 from odelt_fast.train.paths import Path, Rectified, VariancePreserving, as_rows
+
+from .targets import Method, Networks, StepBatch, Targets, grid_times
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
+from .targets import Networks, Objective, StepBatch, Targets
 
 
 @dataclass(frozen=True)

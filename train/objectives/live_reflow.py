@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from odelt_fast.train.objectives.targets import (
+from .targets import (
     SHORTCUT_MODELS_PATH,
     Method,
     Networks,

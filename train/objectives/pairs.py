@@ -18,7 +18,8 @@ from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws
-from odelt_fast.train.objectives.targets import euler, guided
+
+from .targets import euler, guided
 
 if TYPE_CHECKING:
     from accelerate.state import AcceleratorState

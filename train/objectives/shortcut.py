@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from odelt_fast.train.draws import to_device
-from odelt_fast.train.objectives.targets import (
+from odelt_fast.train.paths import as_rows
+
+from .targets import (
     Depths,
     Method,
     Model,
@@ -18,7 +20,6 @@ from odelt_fast.train.objectives.targets import (
     grid_times,
     two_half_steps,
 )
-from odelt_fast.train.paths import as_rows
 
 
 @dataclass(frozen=True, kw_only=True)

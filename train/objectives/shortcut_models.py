@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from odelt_fast.train.draws import to_device
-from odelt_fast.train.objectives.targets import (
+
+from .targets import (
     SHORTCUT_MODELS_PATH,
     Method,
     Networks,

@@ -11,7 +11,8 @@ from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DISTILLATIONS, TrainConfig
-from odelt_fast.train.objectives.pairs import PairSource, generate_pairs
+
+from .pairs import PairSource, generate_pairs
 
 if TYPE_CHECKING:
     from accelerate.state import AcceleratorState

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from odelt_fast.config import LAYER_NORM_EPS as EPS
-from odelt_fast.engine.native.build import LEVELS, library_path, load
+
+from .build import LEVELS, library_path, load
 
 PANEL, TILE, MAX_TOKENS, MAX_HEAD_DIM = 32, 32, 1024, 192  # of csrc/cpu/products.h
 

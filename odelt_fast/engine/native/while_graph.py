@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from odelt_fast.engine.native.build import library_path, load
+from .build import library_path, load
 
 WHILE_NODES = 12040  # CUDA 12.4, the first with while nodes
 
