@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import parse_memory, parse_seconds
-from odelt_fast.evaluation.operation_fields import operation_fields
-from odelt_fast.operation import Operation
 
 from .options import choose_dtype, device_of
 
@@ -39,6 +37,8 @@ def precision_of(dtype: Any, device: torch.device) -> str:
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
     """A candidate for --json."""
+    from odelt_fast.evaluation.operation_fields import operation_fields
+
     fields = operation_fields(candidate.operation)
     return {
         **{name: fields[name] for name in ("depth", "solver", "steps", "tolerance")},
@@ -59,22 +59,9 @@ def choice_json(choice: Choice) -> dict[str, Any]:
 
 
 # Options of `odelt-fast sample` that say what a budget chooses, and those whose effect on cost and
-# quality was not measured, with the values that leave them to it.
-_CHOSEN = {
-    "depth": None,
-    "steps": None,
-    "solver": None,
-    "depth_schedule": "",
-    "rtol": Operation.rtol,
-    "atol": Operation.atol,
-}
-_UNMEASURED = {
-    "time_shift": 1.0,
-    "error_norm": Operation.error_norm,
-    "trajectory": (),
-    "invert": None,
-    "interpolate": None,
-}
+# quality was not measured: their defaults leave them to it.
+_CHOSEN = ("depth", "steps", "solver", "depth_schedule", "rtol", "atol")
+_UNMEASURED = ("time_shift", "error_norm", "trajectory", "invert", "interpolate")
 
 
 def choose_for(options: Command) -> Choice | None:
@@ -97,8 +84,8 @@ def choose_for(options: Command) -> Choice | None:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} goes with a budget: --max-latency or --max-memory")
         return None
-    for name, default in (_CHOSEN | _UNMEASURED).items():
-        if getattr(options, name) != default:
+    for name in _CHOSEN + _UNMEASURED:
+        if getattr(options, name) != getattr(type(options), name):
             chosen, unknown = "is what a budget chooses", "has no measured cost or quality"
             raise ValueError(
                 f"--{name.replace('_', '-')} {chosen if name in _CHOSEN else unknown}: leave it"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from odelt_fast.operation import Operation, parse_schedule
+if TYPE_CHECKING:
+    from odelt_fast.operation import Operation
 
 
 def operation_of(options: Any) -> Operation:
@@ -14,6 +15,8 @@ def operation_of(options: Any) -> Operation:
     Raises:
         ValueError: for values that cannot be used, alone or together.
     """
+    from odelt_fast.operation import Operation, parse_schedule
+
     schedule = None
     if options.depth_schedule:
         try:

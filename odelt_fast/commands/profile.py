@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.operation import Operation
-from odelt_fast.planning.profile import Measurement, Profile, default_path
 
 from .budgets import precision_of
 from .options import Device, File, Number, Text, device_of, plural
+
+if TYPE_CHECKING:
+    from odelt_fast.operation import Operation
+    from odelt_fast.planning.profile import Measurement, Profile
 
 Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
@@ -88,6 +90,7 @@ def run(options: Command) -> None:
     from odelt_fast.checkpoints.folder import read_config
     from odelt_fast.evaluation.machine import this_machine
     from odelt_fast.planning.evidence import find_quality
+    from odelt_fast.planning.profile import default_path
     from odelt_fast.planning.profiler import Profiler, operations_of
 
     device = device_of(options.device)

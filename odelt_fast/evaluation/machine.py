@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +64,11 @@ def environment(device: torch.device, dtype: torch.dtype, processes: int) -> dic
 
 def package_version(package: str) -> str:
     """The version of an installed package, else "none"."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return "none"
 
 
