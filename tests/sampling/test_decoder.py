@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from odelt_fast import DiT, DiTConfig, Sampler
+from odelt_fast import Sampler
 from odelt_fast.sampling.decoder import Decoder, Overlapped, load_decoder
+from tests.helpers.small_model import latent_model
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +122,7 @@ def test_overlapped_decoding_keeps_the_order_and_hands_the_latents_on(
 
 
 def test_a_sampler_decodes_every_batch(folders: dict[str, Path]) -> None:
-    torch.manual_seed(0)
-    model = DiT(
-        DiTConfig(
-            image_size=4,
-            hidden_size=16,
-            depth=2,
-            depth_min=1,
-            depth_group=1,
-            num_heads=2,
-            num_classes=3,
-        )
-    )
-    torch.nn.init.normal_(model.final_layer.out.weight)
+    model = latent_model(4)
     decoder = load_decoder(folders["kl"])
     latents = Sampler(model, steps=2)(num_images=3, seed=1)
     images = Sampler(model, steps=2, decoder=decoder, batch_size=2)(num_images=3, seed=1)
@@ -199,19 +188,7 @@ def test_the_command_line_decodes_latents(
 
     from odelt_fast.cli import main
 
-    torch.manual_seed(0)
-    model = DiT(
-        DiTConfig(
-            image_size=8,
-            hidden_size=16,
-            depth=2,
-            depth_min=1,
-            depth_group=1,
-            num_heads=2,
-            num_classes=3,
-        )
-    )
-    torch.nn.init.normal_(model.final_layer.out.weight)
+    model = latent_model(8)
     model.save_pretrained(tmp_path / "model")
     picture, arrays = tmp_path / "a.png", tmp_path / "a.npz"
     command = [
