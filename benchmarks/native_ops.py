@@ -1,58 +1,34 @@
-"""Native CPU operators against PyTorch and Inductor, and what they change in an evaluation.
+"""Native CPU row operators against PyTorch and Inductor: GB/s of the bytes that an operator must
+read and write once, the variants in turn. Whole evaluations: benchmarks.cpu_rate.
 
-    python -m benchmarks.native_ops [--model DiT-B/2] [--batch 8] [--depth 4]
-        [--dtypes float32 bfloat16] [--seconds 5] [--no-inductor] [--output FILE.json]
-
-GB/s are of the bytes that an operator must read and write once; the variants take turns.
-`gemm_share`: the matrix products of an evaluation, timed alone into memory of their own, as a share
-of the evaluation. `native rows`: with PyTorch's products and attention. `faster`: its slowest tenth
-beats the others' fastest tenth.
+    python -m benchmarks.native_ops [--dtype float32 bfloat16] [--seconds 5] [--no-inductor]
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from odelt_fast.config import LAYER_NORM_EPS, PRESETS, DiTConfig
-from odelt_fast.engine.cpu import CpuNetwork
 from odelt_fast.engine.native import cpu_ops
 from odelt_fast.engine.native.build import load
 from odelt_fast.engine.native.cpu_ops import InnerState, Modulation
-from odelt_fast.model import DiT
 
-from . import measure
 from .ceilings import token_count
-from .measure import Record
+from .measure import command_parser, host_timer, summary, take_turns
+from .tables import spread, table
 
-CPU = torch.device("cpu")
 Call = Callable[[], object]
-Variants = dict[str, Call]
-
-
-@dataclass(frozen=True)
-class Options:
-    model: Literal["DiT-S/2", "DiT-B/2", "DiT-L/2", "DiT-XL/2"] = "DiT-B/2"
-    batch: int = 8
-    depth: int = 4
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    seconds: float = 5.0
-    """For each operator, and ten times that for the whole network."""
-    inductor: bool = True
-    output: Path | None = None
 
 
 def operators(
     config: DiTConfig, batch: int, dtype: torch.dtype, inductor: bool
-) -> Iterator[tuple[str, int, Variants]]:
+) -> Iterator[tuple[str, int, dict[str, Call]]]:
     """(name, bytes that it moves, variants) of every operator, on one set of inputs."""
     tokens, size, hidden = token_count(config), config.hidden_size, config.mlp_size
 
@@ -81,11 +57,11 @@ def operators(
     def gelu(x: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(x + bias, approximate="tanh")
 
-    def variants(native: Call, form: Callable[..., object], *inputs: Tensor) -> Variants:
-        found: Variants = {"pytorch": partial(form, *inputs), "native": native}
+    def variants(native: Call, form: Callable[..., object], *inputs: Tensor) -> dict[str, Call]:
+        found = {"pytorch": form, "native": native}
         if inductor:
-            found["inductor"] = partial(torch.compile(form, dynamic=False), *inputs)
-        return found
+            found["inductor"] = torch.compile(form, dynamic=False)
+        return {name: partial(call, *inputs * (name != "native")) for name, call in found.items()}
 
     rest, state = (bias, gate, shift, scale), InnerState(xr, vr)
     ours = partial(cpu_ops.gated_residual, x, y, bias, columns, out_x=a, out=b)
@@ -96,91 +72,28 @@ def operators(
     yield "bias_gelu", 2 * wide.nbytes, variants(ours, gelu, wide, long)
 
 
-def networks(config: DiTConfig, batch: int, depth: int, dtype: torch.dtype) -> Variants:
-    """One evaluation by the model, by the native network and with native rows alone.
-
-    The last is there where native products are; "gemm": the matrix products alone.
-    """
-    model = DiT(config).truncate(depth).to(dtype).eval()
-    forms: dict[str, Callable[..., object]] = {"model": model, "native": CpuNetwork(model)}
-    if (rows := CpuNetwork(model)).products:
-        rows.products = False
-        forms["native rows"] = rows
-    x = torch.randn(batch, config.channels, config.image_size, config.image_size)
-    y = torch.arange(batch)
-    calls = {name: partial(form, x, 0.5, 2, y, depth=depth) for name, form in forms.items()}
-    return {**calls, "gemm": products(model, batch, depth)}
-
-
-def products(model: DiT, batch: int, depth: int) -> Callable[[], None]:
-    """The matrix products of the blocks of one evaluation, into memory that is used again."""
-    rows, spare = batch * token_count(model.config), dict[tuple[int, bool], Tensor]()
-
-    def memory(columns: int, other: bool = False) -> Tensor:
-        return spare.setdefault((columns, other), torch.randn(rows, columns).to(model.dtype))
-
-    calls = []
-    for block in model.blocks[: model.config.live_blocks(depth)]:
-        for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
-            weight = block.get_parameter(f"{name}.weight")
-            columns, inner = weight.shape
-            # A result does not lie where its input does.
-            calls.append((memory(inner), weight.t(), memory(columns, columns == inner)))
-
-    def run() -> None:
-        for x, weight, out in calls:
-            torch.mm(x, weight, out=out)
-
-    return run
-
-
-def take_samples(variants: Variants, seconds: float) -> dict[str, dict[str, float]]:
-    timers = {name: measure.host_timer(call, CPU) for name, call in variants.items()}
-    samples = measure.take_turns(timers, seconds)
-    return {name: measure.summary(values) for name, values in samples.items()}
-
-
-def report(rows: dict[str, dict[str, float]], traffic: int) -> Record:
-    """Medians, spread and GB/s of each variant; whether ours is faster beyond the spread."""
-    for row in rows.values():
-        row["gb_per_s"] = traffic / row["median_s"] / 1e9
-    others = min(row["low_s"] for name, row in rows.items() if name != "native")
-    return {"bytes": traffic, **rows, "faster": rows["native"]["high_s"] < others}
-
-
-def measure_dtype(name: str, options: Options) -> Record:
-    """Times operators and evaluations in a dtype, and prints them."""
-    config, dtype, rows = PRESETS[options.model], getattr(torch, name), {}
-    for operator, traffic, variants in operators(config, options.batch, dtype, options.inductor):
-        row = rows[operator] = report(take_samples(variants, options.seconds), traffic)
-        speeds = ", ".join(f"{each} {row[each]['gb_per_s']:.1f}" for each in variants)
-        faster = ", native is faster" if row["faster"] else ""
-        print(f"{name} {operator}: {speeds} GB/s{faster}", flush=True)
-    variants = networks(config, options.batch, options.depth, dtype)
-    whole = take_samples(variants, 10 * options.seconds)
-    median = {key: row["median_s"] for key, row in whole.items()}
-    shares = {key: median["gemm"] / value for key, value in median.items() if key != "gemm"}
-    speedup = median["model"] / median["native"]
-    print(
-        f"{name} evaluation: GEMM share {shares['model']:.0%} -> {shares['native']:.0%},"
-        f" {speedup:.2f}x\n" + ", ".join(f"{key} {t * 1e3:.0f} ms" for key, t in median.items()),
-        flush=True,
-    )
-    return {"operators": rows, "evaluation": whole, "gemm_share": shares, "speedup": speedup}
-
-
-def main() -> None:
-    options = tyro.cli(Options, description=__doc__)
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_parser("native_ops", __doc__)
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=dtypes)
+    parser.add_argument("--seconds", type=float, default=5, help="of each operator")
+    parser.add_argument("--no-inductor", action="store_true")
+    options = parser.parse_args(arguments)
     if reason := load("cpu"):
         raise SystemExit(f"error: the native operators are not there: {reason}")
-    settings = {name: getattr(options, name) for name in ("model", "batch", "depth")}
-    record: Record = {**measure.device_record(), **settings}
-    record["vector_floats"] = torch.ops.odelt_native.cpu_width()
-    with torch.no_grad():
-        record |= {name: measure_dtype(name, options) for name in options.dtypes}
-    if options.output:
-        measure.write_json(options.output, record)
+    rows, cpu = [], torch.device("cpu")
+    for dtype in options.dtype:
+        cases = operators(PRESETS["DiT-B/2"], 8, getattr(torch, dtype), not options.no_inductor)
+        for operator, traffic, variants in cases:
+            timers = {name: host_timer(call, cpu) for name, call in variants.items()}
+            for name, samples in take_turns(timers, options.seconds).items():
+                row = summary(samples)
+                rate = f"{traffic / row['median_s'] / 1e9:.1f}"
+                rows.append((f"{operator} {dtype}", name, spread(row), rate))
+    print(table("operator | variant | time | GB/s", rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
