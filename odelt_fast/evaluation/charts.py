@@ -230,11 +230,11 @@ def scaling(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Any:
             style = {"marker": "o", "color": _COLOURS[i % len(_COLOURS)]}
             for axes, name in ((left, "latency"), (right, "peak_memory")):
                 values = [row[name] for row in rows]
-                if not all(values):
-                    continue  # memory is not known everywhere
-                most = f"{values[-1]:.3g} s" if axes is left else f"{values[-1] / 2**20:.0f} MiB"
-                shares, style["label"] = np.divide(values, values[-1]), f"{prefix}{at} ({most})"
-                axes.plot([row["depth"] for row in rows], shares, **style)
+                if all(values):  # memory is not known everywhere
+                    *_, most = values
+                    unit = f"{most:.3g} s" if axes is left else f"{most / 2**20:.0f} MiB"
+                    style["label"] = f"{prefix}{at} ({unit})"
+                    axes.plot([row["depth"] for row in rows], np.divide(values, most), **style)
     depths = sorted({row["depth"] for result in results for row in _of_one_depth(result)})
     dashes = {"color": "grey", "linestyle": "--", "linewidth": 1, "label": "proportional to l"}
     for axes, title in ((left, "latency"), (right, "peak memory of sampling")):

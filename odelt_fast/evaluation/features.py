@@ -29,12 +29,7 @@ from torch import Tensor, nn
 from odelt_fast.checkpoints.errors import check_finite, refusals
 from odelt_fast.files import one_line
 
-from .small_features import (
-    SmallNetwork,
-    is_small,
-    read_configuration,
-    weights_of,
-)
+from .small_features import SmallNetwork, is_small, read_configuration, weights_of
 
 PROTOCOLS = ("reference", "adm")
 BUNDLED = ("digits", "mnist", "cifar10")
@@ -157,10 +152,8 @@ def load_features(
             f"no feature network {one_line(repr(str(name)))}: give {', '.join(BUNDLED)}, inception"
             " or a file"
         )
-    if path.suffix == ".safetensors" and is_small(path):
-        return _small(path, device)
     if path.suffix in (".safetensors", ".pth") or name == "inception":
-        return _inception(path, device)
+        return _weighted(path, device)
     if not trust:
         raise ValueError(
             f"{path} is not .safetensors: a TorchScript file is a program that may read and write"
@@ -190,45 +183,38 @@ def find_inception_weights(given: str | Path | None = None) -> Path:
     Raises:
         ValueError: saying where they were looked for.
     """
+    if given is not None:
+        if not Path(given).is_file():
+            raise ValueError(f"--inception-weights {given}: there is no such file")
+        return Path(given)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    for path in [folder / name for name in INCEPTION_FILES] if given is None else [Path(given)]:
+    for path in (folder / name for name in INCEPTION_FILES):
         if path.is_file():
             return path
-    if given is not None:
-        raise ValueError(f"--inception-weights {given}: there is no such file")
     raise ValueError(
         f"no Inception weights: give --inception-weights FILE ({INCEPTION_FILES[1]} of pytorch-fid,"
         f" the same as torch-fidelity's {INCEPTION_FILES[0]}), or put it into {folder}"
     )
 
 
-def _small(path: Path, device: str | torch.device) -> FeatureNetwork:
-    config = read_configuration(path)
-    network, digest = _load(path, lambda: SmallNetwork(config), device)
-    sizes = config.widths[-1], config.image_size, config.channels
-    return FeatureNetwork(config.name, *sizes, digest, network)
-
-
-def _inception(path: Path, device: str | torch.device) -> FeatureNetwork:
+def _weighted(path: Path, device: str | torch.device) -> FeatureNetwork:
+    """A small network or Inception, with the weights of a file."""
     from .inception import DIMENSIONS, InceptionV3
 
-    network, digest = _load(path, InceptionV3, device)
-    return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, digest, network)
-
-
-def _load(
-    path: Path, build: Callable[[], nn.Module], device: str | torch.device
-) -> tuple[nn.Module, str]:
-    """A network with the weights of a file, and their fingerprint."""
+    config = read_configuration(path) if path.suffix == ".safetensors" and is_small(path) else None
     with refusals(path):
         with torch.device("meta"):
-            network = build().eval()
+            network = (InceptionV3() if config is None else SmallNetwork(config)).eval()
         state = _read(path, network)
         network.load_state_dict(state, strict=False, assign=True)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked = None  # only training counts, and the files leave it out
-    return network.requires_grad_(False).to(device), fingerprint(state)
+    loaded = fingerprint(state), network.requires_grad_(False).to(device)
+    if config is None:
+        return FeatureNetwork("inception-v3", DIMENSIONS, None, 3, *loaded)
+    sizes = config.widths[-1], config.image_size, config.channels
+    return FeatureNetwork(config.name, *sizes, *loaded)
 
 
 def _torchscript(path: Path, device: str | torch.device) -> FeatureNetwork:

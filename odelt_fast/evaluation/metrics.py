@@ -41,13 +41,12 @@ class Moments:
     def update(self, features: np.ndarray) -> None:
         """Adds rows (B, D). ValueError for other widths, and for values that are not finite."""
         rows = check_features(features, len(self.mean)).astype(np.float64)
-        if not len(rows):
-            return
-        other = Moments(0)
-        other.count, other.mean = len(rows), rows.mean(0)
-        rows -= other.mean
-        other.scatter = rows.T @ rows
-        self.merge(other)
+        if len(rows):
+            other = Moments(0)
+            other.count, other.mean = len(rows), rows.mean(0)
+            rows -= other.mean
+            other.scatter = rows.T @ rows
+            self.merge(other)
 
     def merge(self, other: Moments) -> None:
         """Adds all that `other` has seen."""
@@ -189,21 +188,18 @@ def kernel_distance(
     if fewest < subset_size:
         raise ValueError(f"KID with subsets of {subset_size} needs as many images, not {fewest}")
     draw = np.random.default_rng(seed)
-    values = [
-        _unbiased_mmd(*(rows[draw.permutation(len(rows))[:subset_size]] for rows in pair))
-        for _ in range(subsets)
-    ]
-    return float(np.mean(values)), float(np.std(values))
 
-
-def _unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         inner = a @ b.T / a.shape[1] + 1
         return np.asarray(inner * inner * inner)  # a power would take ten times as long
 
-    count = len(x)
-    within = [k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y))]
-    return float(sum(within) / (count * (count - 1)) - 2 * kernel(x, y).sum() / count**2)
+    values = []
+    for _ in range(subsets):
+        x, y = (rows[draw.permutation(len(rows))[:subset_size]] for rows in pair)
+        within = sum(k.sum() - np.trace(k) for k in (kernel(x, x), kernel(y, y)))
+        across = 2 * kernel(x, y).sum() / subset_size**2
+        values.append(within / (subset_size * (subset_size - 1)) - across)
+    return float(np.mean(values)), float(np.std(values))
 
 
 def precision_recall(
@@ -217,11 +213,11 @@ def precision_recall(
     Raises:
         ValueError: for k images or fewer, and for features of two widths.
     """
-    generated, real = _pair(generated, real)
-    fewest = min(len(generated), len(real))
+    pair = _pair(generated, real)
+    fewest = min(map(len, pair))
     if fewest <= neighbours:
         raise ValueError(f"precision and recall need more than {neighbours} images, not {fewest}")
-    return _covered(generated, real, neighbours), _covered(real, generated, neighbours)
+    return _covered(*pair, neighbours), _covered(*pair[::-1], neighbours)
 
 
 def _covered(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
@@ -234,10 +230,9 @@ def _covered(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
             squared = (x * x).sum(1)[:, None] + (centres * centres).sum(1) - 2 * (x @ centres.T)
             yield squared.clip(0)
 
-    balls = [np.partition(part, neighbours, axis=1)[:, neighbours] for part in distances(centres)]
+    balls = [np.partition(part, neighbours)[:, neighbours] for part in distances(centres)]
     radii = np.concatenate(balls)
-    inside = [(part <= radii).any(1) for part in distances(points)]
-    return float(np.concatenate(inside).mean())
+    return float(np.concatenate([(part <= radii).any(1) for part in distances(points)]).mean())
 
 
 def inception_score(

@@ -93,25 +93,22 @@ def npy_header(path: Path, seen: dict[bytes, Header]) -> Header:
         ValueError: it is damaged, shorter than its header says, or pickled.
     """
     with open(path, "rb") as file:
-        head, size = file.read(128), file.seek(0, 2)
-        offset = 128
-        if head not in seen:
+        head, size, offset = file.read(128), file.seek(0, 2), 128
+        if head in seen:
+            shape, dtype = seen[head]
+        else:
             file.seek(0)
             formats = np.lib.format
+            read = {(1, 0): formats.read_array_header_1_0, (2, 0): formats.read_array_header_2_0}
             version = formats.read_magic(file)
-            if version == (1, 0):
-                shape, _, dtype = formats.read_array_header_1_0(file)
-            elif version == (2, 0):
-                shape, _, dtype = formats.read_array_header_2_0(file)
-            else:
+            if version not in read:
                 raise ValueError(f"version {version} of the npy format")
+            shape, _, dtype = read[version](file)
             offset = file.tell()
             if dtype.hasobject:
                 raise ValueError("pickled objects")
             if offset == 128:
                 seen[head] = shape, dtype
-        else:
-            shape, dtype = seen[head]
     needed = offset + math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or needed > size:
         raise ValueError(f"truncated: {size} bytes, {dtype} {shape} needs {needed}")
@@ -163,13 +160,13 @@ def open_repa(folder: Path, features: Path) -> FileLatents:
         raise ValueError(f"{features} has no dataset.json with the labels")
     try:
         pairs = json.loads(index.read_text())["labels"]
-        labels = None if pairs is None else {str(p).replace("\\", "/"): label for p, label in pairs}
+        if pairs is None:
+            pairs = [(path, 0) for path in paths]
+        labels = {str(path).replace("\\", "/"): label for path, label in pairs}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{index} holds no list `labels` of pairs of path and label: {one_line(error)}"
         ) from None
-    if labels is None:
-        labels = dict.fromkeys(paths, 0)
     for path in paths:
         if path not in labels:
             raise ValueError(f"{index}: {path} has no label")
