@@ -160,13 +160,13 @@ def open_repa(folder: Path, features: Path) -> FileLatents:
         raise ValueError(f"{features} has no dataset.json with the labels")
     try:
         pairs = json.loads(index.read_text())["labels"]
-        if pairs is None:
-            pairs = [(path, 0) for path in paths]
-        labels = {str(path).replace("\\", "/"): label for path, label in pairs}
+        labels = {str(path).replace("\\", "/"): label for path, label in pairs or ()}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{index} holds no list `labels` of pairs of path and label: {one_line(error)}"
         ) from None
+    if pairs is None:
+        labels = dict.fromkeys(paths, 0)
     for path in paths:
         if path not in labels:
             raise ValueError(f"{index}: {path} has no label")
