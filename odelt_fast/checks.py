@@ -75,14 +75,15 @@ def unknown_option(command: str, argument: str, names: Iterable[str]) -> ValueEr
     return ValueError(f"{command} has no {option!r}{hint}: see {command} --help")
 
 
+def is_finite(value: Any) -> bool:
+    """Whether value is a finite number; truth values are none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
 def number(name: str, value: Any, least: float = -1e300, most: float = 1e300) -> float:
     """value as a float, if it is a number from least to most; else ValueError."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not least <= value <= most
-    ):
+    if not is_finite(value) or not least <= value <= most:
         raise ValueError(f"{name} must be a number from {least:g} to {most:g}, not {shown(value)}")
     return float(value)
 

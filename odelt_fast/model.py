@@ -156,12 +156,11 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        table = self.positions
         super()._apply(fn, recurse)
         # The table is added in float32 whatever the weights' dtype; half precision of its sines
         # would cost accuracy for nothing.
         if self.positions.dtype != torch.float32:
-            grid = self.config.image_size // self.config.patch_size
-            table = position_table(grid, grid, self.config.hidden_size)
             self.positions = table.to(self.positions.device)
         return self
 
@@ -373,7 +372,7 @@ class DiT(nn.Module):
     def condition(self, t: float | Tensor, log2_steps: int | Tensor, y: Tensor) -> Tensor:
         """Time + label + step-size embedding (B, D); blocks see it plus the length embedding."""
         index = log2_steps if self.config.step_conditioned else 0
-        time, step = (_as_vector(value, y.device) for value in (t, index))
+        time, step = (as_vector(value, y.device) for value in (t, index))
         # Summed in float32 at least, as in the reference: rounding it would shift every token of a
         # sample the same way.
         wide = torch.promote_types(self.dtype, torch.float32)
@@ -387,11 +386,11 @@ class DiT(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, height, width)
 
 
-def _as_vector(value: float | Tensor, device: torch.device) -> Tensor:
+def as_vector(value: float | Tensor, device: torch.device) -> Tensor:
     """A number or (B,) tensor as a (1,) or (B,) float32 tensor.
 
     Numbers are filled in on the device, without a copy from the host.
     """
     if isinstance(value, Tensor):
         return value.reshape(-1).to(device, torch.float32)
-    return torch.full((1,), float(value), device=device)
+    return torch.full((1,), value, dtype=torch.float32, device=device)

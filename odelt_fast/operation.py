@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from odelt_fast.checks import number, shown, whole
+from odelt_fast.checks import is_finite, number, shown, whole
 from odelt_fast.config import NUM_STEP_INDICES
 from odelt_fast.solvers.options import SolverOptions
 
@@ -47,8 +46,7 @@ class Operation(SolverOptions):
         super().__post_init__()
         scale = self.guidance_scale
         if scale is not None:
-            is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
-            if not is_number or not math.isfinite(scale):
+            if not is_finite(scale):
                 raise ValueError(f"guidance_scale must be a finite number or None, not {scale!r}")
             object.__setattr__(self, "guidance_scale", float(scale))
         if self.depth_schedule is None:

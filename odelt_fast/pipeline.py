@@ -215,13 +215,16 @@ class OdeltPipeline(DiffusionPipeline):
             download = {name: options[name] for name in _DOWNLOAD if name in options}
             folder = Path(cls.download(str(pretrained_model_name_or_path), **download))
         if options.get("transformer") is None:
-            dtype, device = options.get("dtype") or options.get("torch_dtype"), None
+            dtype, place = (
+                options.get("dtype") or options.get("torch_dtype"),
+                options.get("device_map"),
+            )
             if isinstance(dtype, dict):
                 dtype = dtype.get("transformer", dtype.get("default"))
-            if options.get("device_map") != "balanced":
-                device = options.get("device_map")
             options["transformer"] = OdeltTransformer.from_pretrained(
-                folder / "transformer", dtype=dtype, device_map=device
+                folder / "transformer",
+                dtype=dtype,
+                device_map=None if place == "balanced" else place,
             )
         return super().from_pretrained(folder, **options)
 

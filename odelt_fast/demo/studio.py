@@ -182,5 +182,6 @@ def measured_operations(config: DiTConfig, table: Quality, metric: str) -> dict[
         and operation.solver in solvers(config)
         and (operation.steps in STEPS or operation.tolerance in TOLERANCES)
     }
-    cost = {operation: (operation.depth or 0) * (operation.steps or 16) for operation in found}
-    return {operation: found[operation] for operation in sorted(found, key=cost.__getitem__)}
+    return dict(
+        sorted(found.items(), key=lambda item: (item[0].depth or 0) * (item[0].steps or 16))
+    )

@@ -63,13 +63,11 @@ def trajectory(
     check_seed(seed)
     config = sampler.model.config
     if noise is None:
-        shape = config.image_shape
-        noise = stack_noise(seed, range(num_images), shape)
-    chosen = check_labels(labels, len(noise), config.num_classes)
-    if chosen is None:
-        chosen = drawn_labels(seed, range(len(noise)), config.num_classes)
+        noise = stack_noise(seed, range(num_images), config.image_shape)
+    if labels is None:
+        labels = drawn_labels(seed, range(len(noise)), config.num_classes)
     index = sampler.operation.step_index(config.sampling)
-    return flow(sampler, noise, chosen, save_at=times, log2_steps=index, progress=progress)
+    return flow(sampler, noise, labels, save_at=times, log2_steps=index, progress=progress)
 
 
 def invert(
@@ -108,8 +106,7 @@ def interpolate(
     if whole("frames", frames) < 2:
         raise ValueError(f"frames must be at least 2, the two seeds' own images, not {frames}")
     config = sampler.model.config
-    shape = config.image_shape
-    a, b = (stack_noise(check_seed(seed), [0], shape)[0] for seed in (seed_a, seed_b))
+    a, b = (stack_noise(check_seed(seed), [0], config.image_shape)[0] for seed in (seed_a, seed_b))
     chosen = int(drawn_labels(seed_a, [0], config.num_classes)[0]) if label is None else label
     noise = torch.stack([slerp(a, b, frame / (frames - 1)) for frame in range(frames)])
     return sampler(noise=noise, labels=chosen, progress=progress)

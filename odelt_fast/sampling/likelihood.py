@@ -22,7 +22,7 @@ from odelt_fast.solvers.solution import BatchResult, Field, Hook, Solution
 from .batches import Batches, default_batch, evaluating
 from .flow_map import Labels, labels_of_data, record
 from .host import on_each_step
-from .noise import image_noise
+from .noise import image_noise, stack_noise
 from .sampler import Sampler
 from .velocity import VelocityField
 
@@ -47,12 +47,9 @@ class Likelihood:
         size = math.prod(shape)
         noise, gains = solution.x[:, :size], solution.x[:, size:]
         prior = -0.5 * noise.square().sum(1) - 0.5 * size * math.log(2 * math.pi)
-        many = gains.shape[1] > 1
-        error = (
-            gains.std(1) / math.sqrt(gains.shape[1])
-            if many
-            else torch.full_like(prior, 0.0 if exact else math.nan)
-        )
+        error = torch.full_like(prior, 0.0 if exact else math.nan)
+        if (probes := gains.shape[1]) > 1:
+            error = gains.std(1) / math.sqrt(probes)
         return cls(
             prior + gains.mean(1), error, noise.unflatten(1, tuple(shape)), solution.evaluations
         )
@@ -184,12 +181,8 @@ def dequantise(images: Tensor, step: float, seed: int = 0, first_image: int = 0)
     With it -log2 p(x + u) + D log2(1/step) bounds the bits of quantised data from above (Theis et
     al. 2016); log2 127.5 for 8 bits.
     """
-    normal = np.stack(
-        [
-            image_noise(seed, first_image + i, tuple(images.shape[1:]), "dequantise")
-            for i in range(len(images))
-        ]
-    )
+    indices = range(first_image, first_image + len(images))
+    normal = stack_noise(seed, indices, images.shape[1:], "dequantise")
     # The distribution function of a normal number is uniform.
-    uniform = torch.from_numpy(ndtr(normal.astype(np.float64)))
+    uniform = torch.from_numpy(ndtr(normal.double().numpy()))
     return images.double() + step * (uniform - 0.5).to(images.device)

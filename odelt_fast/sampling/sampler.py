@@ -208,8 +208,7 @@ class Sampler:
         """What really runs: backend and why no other, device, dtype, depth, live blocks, solver,
         steps, evaluations, attention, graph."""
         config, how = self.model.config, self.operation
-        side = config.image_size
-        shape = self._batch or (self.batch_size or 1, config.channels, side, side)
+        shape = self._batch or (self.batch_size or 1, *config.image_shape)
         dtype = str(self.model.dtype).removeprefix("torch.")
         reasons = {} if self.fused else {"fused": self.not_fused}
         if self.backend != "compile":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast.files import one_line
-from odelt_fast.model import DiT
+from odelt_fast.model import DiT, as_vector
 from odelt_fast.operation import Operation
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
@@ -55,11 +55,7 @@ class VelocityField:
         network runs in its own dtype."""
         # Time and step index are tensors so that a compiled network is not compiled anew for each
         # of their values.
-        step = torch.full((1,), log2_steps, dtype=torch.float32, device=x.device)
-        if isinstance(t, Tensor):
-            time = t.reshape(-1).to(x.device, torch.float32)
-        else:
-            time = torch.full((1,), t, dtype=torch.float32, device=x.device)
+        time, step = (as_vector(value, x.device) for value in (t, log2_steps))
         depth = self.depth
         if callable(depth):
             depth = depth(float(t.reshape(-1)[0] if isinstance(t, Tensor) else t))

@@ -152,11 +152,8 @@ class Batcher:
         self.draw, self.on_batch = draw, on_batch
         self.max_batch, self.max_queue, self.max_client = max_batch, max_queue, max_client
         self.durations, self._queues = Durations(), dict[Key, deque[Job]]()
-        self._numbers, self._changed, self._stopped = (
-            itertools.count(),
-            threading.Condition(),
-            False,
-        )
+        self._numbers, self._changed = itertools.count(), threading.Condition()
+        self._stopped = False
         # Key, images and start of the batch that is being drawn.
         self._running: tuple[Key, int, float] | None = None
         self._pool = ThreadPoolExecutor(2, "encode")
@@ -188,7 +185,7 @@ class Batcher:
         with self._changed:
             if not self.alive:
                 raise _stopping()
-            wait, waiting = self._backlog(), self.waiting
+            wait, waiting = self.backlog(), self.waiting
             own = sum(other.left for other in self._jobs() if other.client == job.client)
             if waiting + job.num_images > self.max_queue:
                 message = f"the queue is full: {waiting} images wait"
@@ -222,7 +219,16 @@ class Batcher:
     def backlog(self) -> float:
         """Seconds that the work before a new job takes, as far as is known."""
         with self._changed:
-            return self._backlog()
+            seconds = 0.0
+            if self._running:
+                key, images, start = self._running
+                ran = time.monotonic() - start
+                seconds = max(0.0, self.durations.estimate(key, images) - ran)
+            for key, queue in self._queues.items():
+                whole, rest = divmod(sum(job.left for job in queue), self.max_batch)
+                seconds += whole * self.durations.estimate(key, self.max_batch)
+                seconds += self.durations.estimate(key, rest) if rest else 0.0
+            return seconds
 
     def stop(self, seconds: float = 10.0) -> None:
         """Takes no more jobs, rejects those that wait, and waits at most so long for the batch that
@@ -237,19 +243,6 @@ class Batcher:
 
     def _jobs(self) -> Iterator[Job]:
         return itertools.chain.from_iterable(self._queues.values())
-
-    def _backlog(self) -> float:
-        seconds = 0.0
-        if self._running:
-            key, images, start = self._running
-            ran = time.monotonic() - start
-            seconds = max(0.0, self.durations.estimate(key, images) - ran)
-        for key, queue in self._queues.items():
-            images = sum(job.left for job in queue)
-            whole, rest = divmod(images, self.max_batch)
-            seconds += whole * self.durations.estimate(key, self.max_batch)
-            seconds += self.durations.estimate(key, rest) if rest else 0.0
-        return seconds
 
     def _work(self) -> None:
         while True:

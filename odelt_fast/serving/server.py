@@ -229,13 +229,10 @@ async def wait(batcher: Batcher, job: Job, request: Request) -> bytes:
             await asyncio.wait((job.future, gone), return_when=asyncio.FIRST_COMPLETED)
         if job.future.done():
             return job.future.result()
-        batcher.withdraw(job)
         raise ClientDisconnect
-    except asyncio.CancelledError:
-        batcher.withdraw(job)
-        raise
     finally:
         gone.cancel()
+        batcher.withdraw(job)  # whatever ended the wait: what was not begun has nobody who waits
 
 
 def explain(wrong: ValidationError) -> tuple[int, str]:

@@ -232,15 +232,15 @@ class Service:
             raise ValueError(
                 f"guidance_scale must be from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, not {guidance:g}"
             )
-        depth, steps, solver = wanted.depth, wanted.steps, wanted.solver
-        if wanted.deadline_ms is not None and depth is None and steps is None and solver is None:
-            planned = self.planned(count, guidance, seconds)
-            depth, steps, solver = planned.depth, planned.steps, planned.solver
-        steps, solver = steps or 4, fixed_solver(solver or Operation.solver)
+        dials: GenerateRequest | Operation = wanted
+        if wanted.deadline_ms and {wanted.depth, wanted.steps, wanted.solver} == {None}:
+            dials = self.planned(count, guidance, seconds)
+        steps, solver = dials.steps or 4, fixed_solver(dials.solver or Operation.solver)
         if steps > limits.max_steps:
             raise ValueError(f"steps must be from 1 to {limits.max_steps}, not {steps}")
-        operation = Operation(depth=depth, steps=steps, solver=solver, guidance_scale=guidance)
-        operation = operation.for_model(model)
+        operation = Operation(
+            depth=dials.depth, steps=steps, solver=solver, guidance_scale=guidance
+        ).for_model(model)
         evaluations = count * (operation.evaluations_per_image or 0)
         if evaluations > limits.max_evaluations:
             raise ValueError(
@@ -295,8 +295,7 @@ class Service:
     def describe(self) -> dict[str, Any]:
         """What may be asked: for GET /."""
         config, factor = self.model.config, self.decoder.factor if self.decoder else 1
-        solvers = [name for name in TABLEAUS if not find_tableau(name)[1]]
-        solvers += [f"fixed:{name}" for name in TABLEAUS if find_tableau(name)[1]]
+        solvers = [fixed_solver(f"fixed:{name}") for name in TABLEAUS]
         return {
             "odelt_fast": __version__,
             "model": self.name,

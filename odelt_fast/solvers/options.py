@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from odelt_fast.checks import one_of, shown, whole
+from odelt_fast.checks import is_finite, one_of, shown, whole
 
 from .tableau import Tableau, find_tableau
 
@@ -40,8 +40,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 <= value < math.inf:
+            if not is_finite(value) or value < 0:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
             object.__setattr__(self, name, float(value))
         if self.rtol == self.atol == 0:

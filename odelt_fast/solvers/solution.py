@@ -37,15 +37,17 @@ class Solution:
 
     @classmethod
     def of_fixed_steps(
-        cls, x: Tensor, steps: int, evaluations: int, trajectory: Tensor | None = None
+        cls,
+        x: Tensor,
+        accepted: int,
+        evaluations: int,
+        trajectory: Tensor | None = None,
+        rejected: int = 0,
     ) -> Solution:
-        """What `steps` steps that none could refuse led to: done where x is finite."""
-        accepted, rejected, needed = (
-            torch.full((len(x),), value, device=x.device) for value in (steps, 0, evaluations)
-        )
-        return cls(
-            x, torch.where(finite_rows(x), DONE, NON_FINITE), accepted, rejected, needed, trajectory
-        )
+        """What steps of the whole batch led to: done where x is finite."""
+        status = torch.where(finite_rows(x), DONE, NON_FINITE)
+        counts = (accepted, rejected, evaluations)
+        return cls(x, status, *(torch.full_like(status, n) for n in counts), trajectory=trajectory)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,5 +84,4 @@ def integrate_torchdiffeq(
             " and atol or max_steps, or take dopri5 or tsit5, which say which image failed"
         ) from error
     saved = torch.stack([states[wanted.index(s)] for s in save]) if save else None
-    solution = Solution.of_fixed_steps(states[-1], counts["accepted"], counts["evaluations"], saved)
-    return replace(solution, rejected=torch.full_like(solution.rejected, counts["rejected"]))
+    return Solution.of_fixed_steps(states[-1], trajectory=saved, **counts)
