@@ -46,8 +46,10 @@ class Solution:
     ) -> Solution:
         """What steps of the whole batch led to: done where x is finite."""
         status = torch.where(finite_rows(x), DONE, NON_FINITE)
-        counts = (accepted, rejected, evaluations)
-        return cls(x, status, *(torch.full_like(status, n) for n in counts), trajectory=trajectory)
+        taken, refused, needed = (
+            torch.full_like(status, count) for count in (accepted, rejected, evaluations)
+        )
+        return cls(x, status, taken, refused, needed, trajectory)
 
 
 @dataclass(frozen=True)
