@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import parse_memory, parse_seconds
 
-from .options import choose_dtype, device_of
+from .options import device_of, dtype_name
 
 if TYPE_CHECKING:
-    import torch
-
     from odelt_fast.planning.planner import Candidate, Choice
 
     from .sample_options import Command
@@ -28,11 +26,6 @@ def limits(max_latency: str | None, max_memory: str | None) -> tuple[float | Non
         except ValueError as error:
             raise ValueError(f"{option} {error}") from None
     return found[0], found[1]
-
-
-def precision_of(dtype: Any, device: torch.device) -> str:
-    """The name of the dtype that --dtype means on a device."""
-    return str(choose_dtype(dtype, device.type)).removeprefix("torch.")
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -100,7 +93,7 @@ def choose_for(options: Command) -> Choice | None:
         max_latency,
         max_memory,
         batch=min(options.num_images, options.batch_size or options.num_images),
-        precision=precision_of(options.dtype, device),
+        precision=dtype_name(options.dtype, device.type),
         guidance_scale=options.guidance_scale,
         metric=options.metric,
     )

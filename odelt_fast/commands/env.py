@@ -8,7 +8,7 @@ from typing import Any
 
 from odelt_fast import __version__
 
-from .options import choose_dtype
+from .options import dtype_name
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def facts() -> dict[str, Any]:
         reason = device_unavailable(device)
         return {
             "name": torch.cuda.get_device_name(index),
-            "dtype": str(choose_dtype("auto", "cuda")).removeprefix("torch."),
+            "dtype": dtype_name("auto", "cuda"),
             "fused": "available" if reason is None else f"not available: {reason}",
             "attention": describe_attentions(device, torch.bfloat16, 64),
         }
@@ -82,7 +82,7 @@ def facts() -> dict[str, Any]:
         "versions": versions,
         "cpu": {
             "threads": torch.get_num_threads(),
-            "dtype": str(choose_dtype("auto", "cpu")).removeprefix("torch."),
+            "dtype": dtype_name("auto", "cpu"),
         },
         "cuda": [card(index) for index in range(torch.cuda.device_count())],
         "packages": [describe_package(package) for package in ("triton", "flash-attn", "xformers")],

@@ -92,6 +92,11 @@ def choose_dtype(name: Dtype, device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def dtype_name(name: Any, device: str) -> str:
+    """The name of the dtype that --dtype means on a type of device."""
+    return str(choose_dtype(name, device)).removeprefix("torch.")
+
+
 def check_counts(options: Any, *names: str) -> None:
     """ValueError for the first of these options that is given and below 1."""
     for name in names:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from odelt_fast.checks import show_memory, show_seconds
 from odelt_fast.files import check_folder
 
-from .budgets import candidate_json, choice_json, limits, precision_of
-from .options import Device, Dtype, File, Number, Text, device_of, plural
+from .budgets import candidate_json, choice_json, limits
+from .options import Device, Dtype, File, Number, Text, check_counts, device_of, dtype_name, plural
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,7 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    if options.batch < 1:
-        raise ValueError(f"--batch must be at least 1, not {options.batch}")
+    check_counts(options, "batch")
     max_latency, max_memory = limits(options.max_latency, options.max_memory)
 
     from odelt_fast.planning.evidence import find_evidence
@@ -81,7 +80,7 @@ def run(options: Command) -> None:
         _search(options, device)
         return
     evidence = find_evidence(options.model, device, options.profile, options.quality)
-    precision = precision_of(options.dtype, device)
+    precision = dtype_name(options.dtype, device.type)
     found = evidence.candidates(
         batch=options.batch,
         precision=precision,
@@ -159,7 +158,7 @@ def _search(options: Command, device: torch.device) -> None:
         options.out,
         Profiler(options.model, device, path),
         batch=options.batch,
-        precision=precision_of(options.dtype, device),
+        precision=dtype_name(options.dtype, device.type),
         metric=options.metric,
         report=(lambda line: None) if options.json else lambda line: print(line, file=sys.stderr),
     )

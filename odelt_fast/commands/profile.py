@@ -11,8 +11,7 @@ import tyro
 
 from odelt_fast.checks import show_memory, show_seconds
 
-from .budgets import precision_of
-from .options import Device, File, Number, Text, device_of, plural
+from .options import Device, File, Number, Text, device_of, dtype_name, plural
 
 if TYPE_CHECKING:
     from odelt_fast.operation import Operation
@@ -109,7 +108,7 @@ def run(options: Command) -> None:
         depths, solvers, steps, options.tolerances, options.guidance_scale
     )
     precisions = dict.fromkeys(
-        precision_of(name, device) if name == "auto" else name for name in options.dtypes
+        dtype_name(name, device.type) if name == "auto" else name for name in options.dtypes
     )
     silent = options.quiet or options.json
     report = (lambda line: None) if silent else lambda line: print(line, file=sys.stderr)

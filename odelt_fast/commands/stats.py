@@ -8,7 +8,7 @@ from typing import Literal
 
 from odelt_fast.files import check_target, write_whole
 
-from .options import Device, Text, Whole, plural
+from .options import Device, Text, Whole, check_counts, plural
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class Command:
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    if options.batch_size < 1:
-        raise ValueError(f"--batch-size must be at least 1, not {options.batch_size}")
+    check_counts(options, "batch_size")
     check_target("--out", options.out, (".npz",))
 
     from tqdm import tqdm
