@@ -7,7 +7,10 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 BYTES = {
@@ -37,6 +40,16 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, not {shown(value)}")
     return number
+
+
+def device_of(name: str) -> torch.device:
+    """The device of --device (cpu, cuda or auto). ValueError for a GPU that is not there."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def check_seed(value: Any, name: str = "seed") -> int:

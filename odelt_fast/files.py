@@ -143,6 +143,19 @@ def check_folder(option: str, path: Path, folder: Path) -> None:
         raise ValueError(f"{option} {path} cannot be written: {error.strerror or error}") from None
 
 
+def make_folder(option: str, path: Path) -> bool:
+    """Makes the folder, unless it is there, for files to come; returns whether it was made.
+
+    ValueError where none can be.
+    """
+    there = path.exists()
+    if there and not path.is_dir():
+        raise ValueError(f"{option} {path} is a file: name a folder")
+    path.mkdir(parents=True, exist_ok=True)
+    check_folder(option, path, path)
+    return not there
+
+
 def picture_formats() -> tuple[str, ...]:
     """File name endings that Pillow can write."""
     from PIL import Image

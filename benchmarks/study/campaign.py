@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from benchmarks.measure import Record, write_json
-from odelt_fast.evaluation.settings import Evaluation
+from odelt_fast.evaluation.settings import Evaluation, Names, metavar
 from odelt_fast.files import locked
 
 from .real import measure_real
@@ -27,7 +25,6 @@ BUNDLED = ("bundled-digits", "mnist")  # evaluations of the models in the packag
 MNIST_IMAGES, BUNDLED_SEEDS = 1024, 2  # their networks cost up to ten times as much
 Stage = Literal["train", "evaluate", "latency", "report"]
 STAGES: tuple[Stage, ...] = ("train", "evaluate", "latency", "report")
-Words = tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ class Options:
     data_folder: Path | None = None
     """Holds mnist-10k.parquet, to evaluate the bundled model of it, too, and cifar10-train.parquet
     (else from the Hub)."""
-    only: Annotated[tuple[str, ...], Words] = ()
+    only: Names = ()
     """Runs to train and evaluate; all by default."""
     latency_only: bool = False
     """Train and evaluate nothing: the stages latency and report alone."""
-    stages: Annotated[tuple[Stage, ...], Words] = STAGES
+    stages: Annotated[tuple[Stage, ...], metavar("NAME...")] = STAGES
     """What to do, in this order. latency: of sampling and of training steps, all variants in turn;
     nothing else should run meanwhile."""
     steps: int | None = None
@@ -57,7 +54,10 @@ class Options:
     """Of measuring latencies in turn, about."""
     results: Path = Path("benchmarks/results")
     """The report puts each evaluation's numbers into study-SET/ there."""
-    documents: Annotated[tuple[Path, ...], Words] = (Path("docs/results.md"), Path("README.md"))
+    documents: Annotated[tuple[Path, ...], metavar("NAME...")] = (
+        Path("docs/results.md"),
+        Path("README.md"),
+    )
     """Files whose tables the report writes; its pictures go beside the first."""
     list: bool = False
     """Print the training commands and stop."""

@@ -80,10 +80,7 @@ def facts() -> dict[str, Any]:
     }
     return {
         "versions": versions,
-        "cpu": {
-            "threads": torch.get_num_threads(),
-            "dtype": dtype_name("auto", "cpu"),
-        },
+        "cpu": {"threads": torch.get_num_threads(), "dtype": dtype_name("auto", "cpu")},
         "cuda": [card(index) for index in range(torch.cuda.device_count())],
         "packages": [describe_package(package) for package in ("triton", "flash-attn", "xformers")],
         "native": [cpu_ops.describe(), while_graph.describe()],

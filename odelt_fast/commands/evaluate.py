@@ -8,15 +8,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-
-from odelt_fast.evaluation.settings import Evaluation
-from odelt_fast.files import check_folder
+from odelt_fast.evaluation.settings import Evaluation, metavar
+from odelt_fast.files import make_folder
 from odelt_fast.operation import parse_schedule
 
-from .options import Device, Dtype, Number, Text, choose_dtype
+from .options import Device, Dtype, Number, Text, choose_dtype, device_of
 
-Schedules = Annotated[tuple[str, ...], tyro.conf.arg(metavar="T:L,... ...", help_behavior_hint="")]
+Schedules = Annotated[tuple[str, ...], metavar("T:L,... ...")]
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,12 @@ class Command(Evaluation):
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     settings = evaluation_of(options)
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file: name a folder")
-    made = not options.out.exists()
-    options.out.mkdir(parents=True, exist_ok=True)
-    check_folder("--out", options.out, options.out)
-
-    import torch
+    dtype = choose_dtype(options.dtype, device_of(options.device).type)
+    made = make_folder("--out", options.out)
 
     from odelt_fast.evaluation.evaluator import Evaluator
     from odelt_fast.evaluation.results import to_markdown
 
-    gpu = options.device != "cpu" and torch.cuda.is_available()
-    dtype = choose_dtype(options.dtype, "cuda" if gpu else "cpu")
     try:
         evaluator = Evaluator(
             settings,

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from odelt_fast.checks import check_seed
+from odelt_fast.evaluation.settings import metavar
 from odelt_fast.files import check_target, write_whole
 
 from .operations import operation_of
@@ -39,7 +38,7 @@ class Command:
     """Images to measure, from the first on."""
     depth: Whole = None
     """Active blocks l, one of the model's depths; all by default."""
-    depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
+    depth_schedule: Annotated[str, metavar("T:L,...")] = ""
     """Depths that change with time, in place of --depth, as in `sample`."""
     null_label: bool = False
     """p(x) by the null label. Default: p(x | class) where the data's classes can be the model's."""

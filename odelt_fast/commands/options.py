@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from odelt_fast.checks import device_of as device_of
+from odelt_fast.evaluation.settings import metavar
 from odelt_fast.files import check_folder
 
 if TYPE_CHECKING:
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Labels = Annotated[tuple[int, ...], tyro.conf.arg(metavar="LABEL...", help_behavior_hint="")]
+Labels = Annotated[tuple[int, ...], metavar("LABEL...")]
 
 
 def _optional(kind: type, metavar: str) -> Any:
@@ -46,16 +51,6 @@ def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
 
     place = device_of(device)
     return load_model(name, place, choose_dtype(dtype, place.type), depth)
-
-
-def device_of(name: str) -> torch.device:
-    """The device of --device. ValueError for a GPU that is not there."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    if name == "cuda" and not gpu:
-        raise ValueError("--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto")
-    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def load_decoder(name: str | None, model: DiT) -> Decoder | None:
@@ -119,6 +114,11 @@ def check_model_folder(out: Path) -> None:
         )
     nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     check_folder("--out", out, nearest)
+
+
+def reporter(silent: bool) -> Callable[[str], None]:
+    """What shows the lines of a long command's progress: on standard error, or nowhere."""
+    return (lambda line: None) if silent else partial(print, file=sys.stderr)
 
 
 def plural(count: int, noun: str) -> str:

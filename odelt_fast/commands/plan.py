@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.files import check_folder
+from odelt_fast.files import make_folder
 
 from .budgets import candidate_json, choice_json, limits
-from .options import Device, Dtype, File, Number, Text, check_counts, device_of, dtype_name, plural
+from .options import (
+    Device,
+    Dtype,
+    File,
+    Number,
+    Text,
+    check_counts,
+    device_of,
+    dtype_name,
+    plural,
+    reporter,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -132,10 +142,7 @@ def _search(options: Command, device: torch.device) -> None:
         raise ValueError(
             "--search-schedule measures quality: give --data, as for odelt-fast evaluate"
         )
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out {options.out} is a file: name a folder")
-    options.out.mkdir(parents=True, exist_ok=True)
-    check_folder("--out", options.out, options.out)
+    make_folder("--out", options.out)
 
     from odelt_fast.checkpoints.folder import read_config
     from odelt_fast.evaluation.machine import this_machine
@@ -160,7 +167,7 @@ def _search(options: Command, device: torch.device) -> None:
         batch=options.batch,
         precision=dtype_name(options.dtype, device.type),
         metric=options.metric,
-        report=(lambda line: None) if options.json else lambda line: print(line, file=sys.stderr),
+        report=reporter(options.json),
     )
     if options.json:
         print(

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from odelt_fast.evaluation.results import read_results
+from odelt_fast.evaluation.settings import Names, metavar
 from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
 
 from .options import Device, Dtype, File, Labels, Number, Text, load
@@ -39,11 +40,9 @@ class Command:
     guidance_scale: Number = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    results: Annotated[
-        tuple[Path, ...], tyro.conf.arg(metavar="PATH...", help_behavior_hint="")
-    ] = ()
+    results: Annotated[tuple[Path, ...], metavar("PATH...")] = ()
     """Folders of odelt-fast evaluate, or their results.json."""
-    names: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")] = ()
+    names: Names = ()
     """What to call each of --results; their model's folder by default."""
     metric: Text = None
     """What to draw, as the tables name it; their first metric by default."""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from odelt_fast.checks import show_memory, show_seconds
+from odelt_fast.evaluation.settings import Floats, Ints, Names, metavar
 
-from .options import Device, File, Number, Text, device_of, dtype_name, plural
+from .options import Device, File, Number, Text, device_of, dtype_name, plural, reporter
 
 if TYPE_CHECKING:
     from odelt_fast.operation import Operation
     from odelt_fast.planning.profile import Measurement, Profile
 
-Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
 Precision = Literal["auto", "float32", "bfloat16", "float16", "fp8"]
 
 
@@ -32,25 +29,19 @@ class Command:
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
-    depths: Annotated[tuple[int, ...], Wholes] = ()
+    depths: Ints = ()
     """Active blocks l. By default, if steps and solvers are left out too, what the model's table of
     quality has; else all depths."""
-    steps: Annotated[tuple[int, ...], Wholes] = ()
+    steps: Ints = ()
     """Time steps T. Default: the table's; else 1, 4 and 128."""
-    solvers: Annotated[
-        tuple[str, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
-    ] = ()
+    solvers: Names = ()
     """As in odelt-fast sample. Default: the table's; else euler."""
-    tolerances: Annotated[
-        tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_behavior_hint="")
-    ] = (1e-2,)
+    tolerances: Floats = (1e-2,)
     """rtol and atol of solvers that choose their own steps."""
-    batches: Annotated[tuple[int, ...], Wholes] = (1, 4, 16)
+    batches: Ints = (1, 4, 16)
     """Images at a time. A batch between two of these takes the cost of the larger one as a bound;
     above the largest nothing is known."""
-    dtypes: Annotated[
-        tuple[Precision, ...], tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
-    ] = ("auto",)
+    dtypes: Annotated[tuple[Precision, ...], metavar("NAME...")] = ("auto",)
     """float32, bfloat16, float16, fp8 (GPU: lossy); auto is what odelt-fast sample takes."""
     guidance_scale: Number = None
     """w of guided steps, which cost two evaluations; every w but 0 and 1 costs the same."""
@@ -110,8 +101,7 @@ def run(options: Command) -> None:
     precisions = dict.fromkeys(
         dtype_name(name, device.type) if name == "auto" else name for name in options.dtypes
     )
-    silent = options.quiet or options.json
-    report = (lambda line: None) if silent else lambda line: print(line, file=sys.stderr)
+    report = reporter(options.quiet or options.json)
     found = profiler.run(operations, dict.fromkeys(options.batches), precisions, report)
     if options.json:
         print(json.dumps({"path": str(path), **profile_json(found)}))

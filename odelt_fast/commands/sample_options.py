@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
+from odelt_fast.evaluation.settings import metavar
 
 from .options import Device, Dtype, File, Labels, Number, Text, Whole
 
@@ -58,22 +59,18 @@ class Command:
     """Steps of an adaptive solver, at most."""
     error_norm: Literal["per_sample", "batch"] = "per_sample"
     """Whether an adaptive solver chooses steps for each image, or the same for a whole batch."""
-    depth_schedule: Annotated[str, tyro.conf.arg(metavar="T:L,...", help_behavior_hint="")] = ""
+    depth_schedule: Annotated[str, metavar("T:L,...")] = ""
     """Depths that change with time, in place of --depth: 0:4,0.5:12 runs 4 blocks up to t = 0.5 and
     12 from there on. Adaptive solvers need --error-norm batch for it."""
     time_shift: float = 1.0
     """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
-    trajectory: Annotated[
-        tuple[float, ...], tyro.conf.arg(metavar="TIME...", help_behavior_hint="")
-    ] = ()
+    trajectory: Annotated[tuple[float, ...], metavar("TIME...")] = ()
     """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz
     holds them as `trajectory`."""
     invert: Annotated[File, tyro.conf.arg(metavar="IMAGES")] = None
     """Carry images (a file, or what training's --data takes) to noise and back instead of drawing:
     originals, noise, reconstructions."""
-    interpolate: Annotated[
-        tuple[int, int] | None, tyro.conf.arg(metavar="SEED_A SEED_B", help_behavior_hint="")
-    ] = None
+    interpolate: Annotated[tuple[int, int] | None, metavar("SEED_A SEED_B")] = None
     """Draw a row of images on the way from the noise of one seed to that of another."""
     frames: int = 8
     """Images of --interpolate, both ends included."""

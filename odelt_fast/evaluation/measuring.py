@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from odelt_fast.checks import device_of
+
 T = TypeVar("T")
 
 
@@ -40,20 +42,16 @@ class Processes:
             ValueError: for a GPU that is not there, and without accelerate, which several
                 processes need.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                "--device cuda: PyTorch finds no CUDA GPU here: use --device cpu or auto"
-            )
-        gpu = device != "cpu" and torch.cuda.is_available()
+        chosen = device_of(device)
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(0, 1, torch.device("cuda" if gpu else "cpu"), lambda: None)
+            return cls(0, 1, chosen, lambda: None)
         try:
             from accelerate import PartialState
         except ImportError:
             raise ValueError(
                 "several processes need accelerate: pip install 'odelt-fast[eval]'"
             ) from None
-        state = PartialState(cpu=not gpu)
+        state = PartialState(cpu=chosen.type == "cpu")
         return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 

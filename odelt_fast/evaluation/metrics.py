@@ -23,6 +23,7 @@ from odelt_fast.files import one_line
 
 OFFSET = 1e-6  # on the diagonal of both covariances, in the Frechet distance of the reference
 KEPT = 10_000
+NEIGHBOURS = 3  # k of precision and recall, as in their paper
 _LARGEST = 1 << 14  # feature dimensions that a statistics file may have
 _MOST_BYTES = 8 * _LARGEST**2 + (1 << 20)
 
@@ -166,7 +167,6 @@ def kernel_distance(
     *,
     subsets: int = 100,
     subset_size: int = 1000,
-    seed: int = 0,
 ) -> tuple[float, float]:
     """KID: the unbiased MMD^2 with the kernel (x y / D + 1)^3, of random subsets.
 
@@ -175,7 +175,6 @@ def kernel_distance(
         real: features (M, D).
         subsets: how many are drawn of both.
         subset_size: rows of each.
-        seed: of the draws.
 
     Returns:
         Mean and standard deviation over the subsets.
@@ -187,7 +186,7 @@ def kernel_distance(
     fewest = min(map(len, pair))
     if fewest < subset_size:
         raise ValueError(f"KID with subsets of {subset_size} needs as many images, not {fewest}")
-    draw = np.random.default_rng(seed)
+    draw = np.random.default_rng(0)
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         inner = a @ b.T / a.shape[1] + 1
@@ -202,25 +201,23 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-def precision_recall(
-    generated: np.ndarray, real: np.ndarray, *, neighbours: int = 3
-) -> tuple[float, float]:
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Precision and recall of Kynkaanniemi et al. 2019, from features (N, D) and (M, D).
 
-    Precision is the share of generated images within the k-th-neighbour ball of some real image,
-    recall the reverse.
+    Precision is the share of generated images within the ball of some real image that reaches its
+    k-th neighbour, recall the reverse; k is NEIGHBOURS.
 
     Raises:
         ValueError: for k images or fewer, and for features of two widths.
     """
     pair = _pair(generated, real)
     fewest = min(map(len, pair))
-    if fewest <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images, not {fewest}")
-    return _covered(*pair, neighbours), _covered(*pair[::-1], neighbours)
+    if fewest <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images, not {fewest}")
+    return _covered(*pair), _covered(*pair[::-1])
 
 
-def _covered(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
+def _covered(points: np.ndarray, centres: np.ndarray) -> float:
     """The share of points within the ball of some centre, which reaches its k-th other centre."""
 
     def distances(rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -230,7 +227,7 @@ def _covered(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
             squared = (x * x).sum(1)[:, None] + (centres * centres).sum(1) - 2 * (x @ centres.T)
             yield squared.clip(0)
 
-    balls = [np.partition(part, neighbours)[:, neighbours] for part in distances(centres)]
+    balls = [np.partition(part, NEIGHBOURS)[:, NEIGHBOURS] for part in distances(centres)]
     radii = np.concatenate(balls)
     return float(np.concatenate([(part <= radii).any(1) for part in distances(points)]).mean())
 

@@ -13,8 +13,16 @@ from odelt_fast.operation import Schedule, show_schedule
 
 METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
 COMPARING = frozenset(("frechet", "kid", "precision_recall"))  # with real images
-Wholes = tyro.conf.arg(metavar="INT...", help_behavior_hint="")
-Names = tyro.conf.arg(metavar="NAME...", help_behavior_hint="")
+
+
+def metavar(name: str) -> Any:
+    """Shows an option's values in its help as `name`."""
+    return tyro.conf.arg(metavar=name, help_behavior_hint="")
+
+
+Ints = Annotated[tuple[int, ...], metavar("INT...")]
+Floats = Annotated[tuple[float, ...], metavar("FLOAT...")]
+Names = Annotated[tuple[str, ...], metavar("NAME...")]
 
 
 @dataclass(frozen=True)
@@ -31,17 +39,15 @@ class Evaluation:
     stats: str | None = None
     """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
     odelt-fast stats writes."""
-    depths: Annotated[tuple[int, ...], Wholes] = ()
+    depths: Ints = ()
     """Active blocks l; all of the model's depths by default."""
     depth_schedules: tuple[Schedule, ...] = ()
     """Depths that change with time, beside the depths, for solvers with equal steps."""
-    steps: Annotated[tuple[int, ...], Wholes] = (128, 4, 1)
+    steps: Ints = (128, 4, 1)
     """Time steps T of the solvers that take equal ones."""
-    solvers: Annotated[tuple[str, ...], Names, tyro.conf.arg(aliases=["--solver"])] = ("euler",)
+    solvers: Annotated[Names, tyro.conf.arg(aliases=["--solver"])] = ("euler",)
     """As in odelt-fast sample. Those that choose their own steps are run at every tolerance."""
-    tolerances: Annotated[
-        tuple[float, ...], tyro.conf.arg(metavar="FLOAT...", help_behavior_hint="")
-    ] = (1e-2,)
+    tolerances: Floats = (1e-2,)
     """rtol and atol of solvers that choose their own steps."""
     num_images: int = 50_000
     """Images of every seed."""
@@ -60,7 +66,7 @@ class Evaluation:
     paper_guidance: bool = False
     """Count as the paper does: guidance at T = 128 only, which is then 64 steps of two evaluations;
     other T without guidance."""
-    metrics: Annotated[tuple[str, ...], Names] = ("frechet",)
+    metrics: Names = ("frechet",)
     """frechet (FID), kid, precision_recall, inception_score, recognised (share of images that the
     network takes for their class)."""
     features: str = "auto"

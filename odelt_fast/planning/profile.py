@@ -101,18 +101,17 @@ class Profile:
 
     def check(self, machine: Machine, config: DiTConfig, path: Path) -> None:
         """ValueError naming the first thing that it was measured with and that is another here."""
-        for name, mine in {**asdict(machine), "model": config}.items():
-            theirs = self.config if name == "model" else getattr(self.machine, name)
-            if mine != theirs:
-                what = (
-                    "of another model"
-                    if name == "model"
-                    else f"with {name} {theirs!r}, here it is {mine!r}"
-                )
-                raise ValueError(
-                    f"{path} was measured {what}: measure again with"
-                    f" {profile_command(self.model, path)}"
-                )
+        changes = [
+            f"with {name} {theirs!r}, here it is {getattr(machine, name)!r}"
+            for name, theirs in asdict(self.machine).items()
+            if theirs != getattr(machine, name)
+        ]
+        changes += ["of another model"] * (config != self.config)
+        if changes:
+            raise ValueError(
+                f"{path} was measured {changes[0]}: measure again with"
+                f" {profile_command(self.model, path)}"
+            )
 
 
 def profile_command(model: str, path: Path | None = None) -> str:
@@ -158,14 +157,8 @@ def read_profile(path: Path) -> Profile:
         values = read_object(path, _LIMIT)
         if values.get("format") != FORMAT:
             raise ValueError(f"its format is {shown(values.get('format'))}, not {FORMAT!r}")
-        machine, config, found = (
-            values.get(name) for name in ("machine", "config", "measurements")
-        )
-        if (
-            not isinstance(machine, dict)
-            or not isinstance(config, dict)
-            or not isinstance(found, list)
-        ):
+        machine, config, found = map(values.get, ("machine", "config", "measurements"))
+        if not (isinstance(machine, dict) and isinstance(config, dict) and isinstance(found, list)):
             raise ValueError("machine and config must be objects, measurements a list")
         threads = whole("threads", machine.get("threads"), 0, 4096)
         named = {name: text(name, machine.get(name)) for name in ("device", "versions", "backend")}
