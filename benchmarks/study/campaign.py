@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from benchmarks.measure import Record, write_json
-from odelt_fast.evaluation.settings import Evaluation, Names, metavar
+from odelt_fast.evaluation.arguments import Names, metavar
+from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import locked
 
 from .real import measure_real

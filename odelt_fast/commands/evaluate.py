@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from odelt_fast.evaluation.settings import Evaluation, metavar
+from odelt_fast.evaluation.arguments import metavar
+from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.files import make_folder
 from odelt_fast.operation import parse_schedule
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from odelt_fast.checks import check_seed
-from odelt_fast.evaluation.settings import metavar
+from odelt_fast.evaluation.arguments import metavar
 from odelt_fast.files import check_target, write_whole
 
 from .operations import operation_of

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from odelt_fast.checks import device_of as device_of
-from odelt_fast.evaluation.settings import metavar
+from odelt_fast.evaluation.arguments import metavar
 from odelt_fast.files import check_folder
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from odelt_fast.evaluation.results import read_results
-from odelt_fast.evaluation.settings import Names, metavar
+from odelt_fast.evaluation.arguments import Names, metavar
 from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
 
 from .options import Device, Dtype, File, Labels, Number, Text, load
@@ -60,6 +59,8 @@ def run(options: Command) -> None:
 
 
 def _draw_figure(options: Command, out: Path) -> None:
+    from odelt_fast.evaluation.results import read_results
+
     check_target("--out", out, (".png", ".jpg", ".webp", ".pdf", ".svg"))
     if not options.results:
         raise ValueError(

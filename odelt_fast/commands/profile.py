@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from odelt_fast.checks import show_memory, show_seconds
-from odelt_fast.evaluation.settings import Floats, Ints, Names, metavar
+from odelt_fast.evaluation.arguments import Floats, Ints, Names, metavar
 
 from .options import Device, File, Number, Text, device_of, dtype_name, plural, reporter
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
-from odelt_fast.evaluation.settings import metavar
+from odelt_fast.evaluation.arguments import metavar
 
 from .options import Device, Dtype, File, Labels, Number, Text, Whole
 

@@ -11,18 +11,10 @@ import tyro
 from odelt_fast.checks import one_of
 from odelt_fast.operation import Schedule, show_schedule
 
+from .arguments import Floats, Ints, Names
+
 METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
 COMPARING = frozenset(("frechet", "kid", "precision_recall"))  # with real images
-
-
-def metavar(name: str) -> Any:
-    """Shows an option's values in its help as `name`."""
-    return tyro.conf.arg(metavar=name, help_behavior_hint="")
-
-
-Ints = Annotated[tuple[int, ...], metavar("INT...")]
-Floats = Annotated[tuple[float, ...], metavar("FLOAT...")]
-Names = Annotated[tuple[str, ...], metavar("NAME...")]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ estimates of orders 5 and 3).
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -261,6 +260,8 @@ def find_tableau(name: str) -> tuple[Tableau, bool]:
         bare = name.removeprefix("fixed:")
         if (found := TABLEAUS.get(ALIASES.get(bare, bare))) is not None:
             return found, found.error is not None and bare == name
+    import difflib
+
     near = difflib.get_close_matches(str(name), [*TABLEAUS, *ALIASES], 1)
     hint = f" (perhaps {near[0]})" if near else ""
     raise ValueError(
