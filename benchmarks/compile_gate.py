@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import ROOT, command_parser
 from odelt_fast.files import write_atomically
@@ -74,8 +74,8 @@ def collect(patterns: list[str], one: bool) -> Iterator[CompileCase]:
             seen.add(case.name)
 
 
-def compile_case(case: CompileCase, arch: int) -> Resources:
-    """Compiles one case for one target; its resources, from the machine code and the PTX."""
+def compiled(case: CompileCase, arch: int) -> Any:
+    """Triton's compiled kernel of one case for one target."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -88,10 +88,15 @@ def compile_case(case: CompileCase, arch: int) -> Resources:
         attrs={(i,): [["tt.divisibility", 16]] for i in case.divisible},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, stack = machine_resources(compiled.asm["cubin"])
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_case(case: CompileCase, arch: int) -> Resources:
+    """Compiles one case for one target; its resources, from the machine code and the PTX."""
+    kernel = compiled(case, arch)
+    registers, stack = machine_resources(kernel.asm["cubin"])
     # A stack frame without spills (an array indexed at run time) is as slow: it counts as spilled.
-    return Resources(registers, compiled.metadata.shared, stack, widest_load(compiled.asm["ptx"]))
+    return Resources(registers, kernel.metadata.shared, stack, widest_load(kernel.asm["ptx"]))
 
 
 def machine_resources(cubin: bytes) -> tuple[int, int]:

@@ -106,12 +106,15 @@ def attention_kernel(
         mask_n = start + offs_n < tokens
         mask = mask_n[:, None] & (offs_d < HEAD_DIM)[None, :]
         k = tl.load(p_k + offs_d[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, k.T, input_precision="ieee")
+        scores = tl.dot(q, k.T, input_precision="ieee") * scale_log2
         if TAIL > 0:
             mask_tail = mask_n[:, None] & (offs_t < HEAD_DIM)[None, :]
             k_tail = tl.load(p_k + offs_t[None, :], mask=mask_tail, other=0.0)
-            scores = tl.dot(q_tail, k_tail.T, scores, input_precision="ieee")
-        scores = tl.where(mask_n[None, :], scores * scale_log2, float("-inf"))
+            # Two dots into one accumulator are miscompiled on sm_103 (triton-lang/triton#10821),
+            # and Triton makes one of a sum of dots: therefore scaled first.
+            tail = tl.dot(q_tail, k_tail.T, input_precision="ieee")
+            scores = tl.fma(tail, scale_log2, scores)
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
         # Every tile of keys holds at least one real key, so the new peak is finite and no
         # difference of infinities arises.
         new_peak = tl.maximum(peak, tl.max(scores, 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,19 @@ def test_baseline_holds_every_configuration_on_every_card_under_both_tritons_and
     assert set(tables) == {"triton 3.6.0", "triton 3.8.0"}
     for version, table in tables.items():
         assert set(table) == wanted, f"{version}: {sorted(wanted ^ set(table))[:5]}"
+
+
+@pytest.mark.parametrize("name", ["attention/24/bf16", "attention/72/bf16"])
+def test_no_two_dots_share_an_accumulator(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton pipelines such dots wrongly on Blackwell, and makes them of a sum of dots, too."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    (case,) = compile_gate.collect([name], one=False)
+    kernel = compile_gate.compiled(case, 100)
+    dots = re.findall(r"(%\S+) = tt\.dot %\S+, %\S+, (%\S+)", kernel.asm["ttir"])
+    assert dots
+    assert not {result for result, _ in dots} & {added for _, added in dots}, dots
 
 
 def test_a_seeded_sample_of_all_configurations_compiles_as_in_the_baseline() -> None:
