@@ -164,7 +164,32 @@ def _check(x: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
         )
 
 
+# Without defaults: torch 2.11 drops an argument that is mutated and left at its default.
 @torch.library.custom_op("odelt_fast::linear", mutates_args=("workspace",))
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
+    gate: Tensor | None, residual: Tensor | None,
+    x_scale: Tensor | None, weight_scale: Tensor | None,
+    out_dtype: torch.dtype | None, workspace: Tensor | None,
+) -> Tensor:  # fmt: skip
+    epilogue = Epilogue(bias, activation, gate, residual, x_scale, weight_scale)
+    _check(x, weight, epilogue)
+    require_device("linear", x, weight, bias, gate, residual, x_scale, weight_scale, workspace)
+    columns = weight.shape[0]
+    dtype = out_dtype or _default_dtype(x)
+    out = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
+    if not x.numel():
+        return out
+    x_rows, out_rows = _rows(x), out.view(-1, columns)
+    aligned = all(map(_describable, (x_rows, weight, out_rows)))
+    tile = choose_tile(
+        len(x_rows), columns, x.shape[-1], x.dtype,
+        *architecture(x.device), aligned, gate is not None,
+    )  # fmt: skip
+    launch_linear(x_rows, weight, epilogue, out_rows, tile, workspace)
+    return out
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none",
     gate: Tensor | None = None, residual: Tensor | None = None,
@@ -186,22 +211,8 @@ def linear(
     Raises:
         ValueError: shapes, dtypes, layouts or devices do not fit.
     """
-    epilogue = Epilogue(bias, activation, gate, residual, x_scale, weight_scale)
-    _check(x, weight, epilogue)
-    require_device("linear", x, weight, bias, gate, residual, x_scale, weight_scale, workspace)
-    columns = weight.shape[0]
-    dtype = out_dtype or _default_dtype(x)
-    out = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
-    if not x.numel():
-        return out
-    x_rows, out_rows = _rows(x), out.view(-1, columns)
-    aligned = all(map(_describable, (x_rows, weight, out_rows)))
-    tile = choose_tile(
-        len(x_rows), columns, x.shape[-1], x.dtype,
-        *architecture(x.device), aligned, gate is not None,
-    )  # fmt: skip
-    launch_linear(x_rows, weight, epilogue, out_rows, tile, workspace)
-    return out
+    parts = bias, activation, gate, residual, x_scale, weight_scale
+    return _linear(x, weight, *parts, out_dtype, workspace)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -214,7 +225,7 @@ def _default_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype == FP8 else x.dtype
 
 
-linear.register_fake(lambda *given: linear_reference(*given).contiguous())
+_linear.register_fake(lambda *given: linear_reference(*given).contiguous())
 
 
 def compile_cases() -> Iterator[CompileCase]:
