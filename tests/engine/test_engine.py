@@ -336,6 +336,8 @@ def test_dead_blocks_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KERNELS = """
+from tests.helpers.interpreter import interpret
+interpret()
 import torch
 from tests.helpers.engine_cases import random_model
 from odelt_fast.engine.engine import Engine
@@ -362,7 +364,7 @@ for changes in ({"inner_step": "inverse_depth"}, short):
 
 def test_compiled_kernels_make_the_models_velocity() -> None:
     """In Triton's interpreter, float32, every operator of the engine's sequence."""
-    lines = run_python(KERNELS, TRITON_INTERPRET="1").splitlines()
+    lines = run_python(KERNELS).splitlines()
     errors = [float(line.split()[1]) for line in lines]
     assert len(errors) == 5
     assert max(errors) < 2e-6
@@ -373,7 +375,7 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "triton":
-            raise ImportError("triton is blocked")
+            raise ModuleNotFoundError("triton is blocked")
 sys.meta_path.insert(0, Blocked())
 import torch
 from tests.helpers.engine_cases import random_model
@@ -500,12 +502,13 @@ def test_products_of_pytorch_are_the_kernels(activation: str) -> None:
     if activation == "none":
         (q, q_scale), (w, w_scale) = quantize_rows_reference(x), quantize_rows_reference(weight)
         expected = linear_reference(q, w, bias, x_scale=q_scale, weight_scale=w_scale)
-        assert (
-            relative_error(
-                operators.cublas_float8(q, q_scale, w, w_scale, bias.bfloat16()), expected
-            )
-            < 4e-3
-        )
+        try:
+            product = operators.cublas_float8(q, q_scale, w, w_scale, bias.bfloat16())
+        except RuntimeError as error:  # torch 2.11's on a CPU
+            if "per-tensor scaling for CPU" not in str(error):
+                raise
+            pytest.skip("this torch has no row-wise float8 product for a CPU")
+        assert relative_error(product, expected) < 4e-3
 
 
 def test_the_measured_table_decides() -> None:

@@ -276,6 +276,8 @@ def test_command(
         "rk4",
         "--steps",
         "3",
+        "--device",
+        "cpu",
         "--quiet",
     ]
     assert main([*given, "--npz", "a.npz"]) == 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
-import os
 import random
 import sys
 import time
@@ -21,6 +20,8 @@ import traceback
 from collections.abc import Callable
 
 import torch
+
+from tests.helpers.interpreter import interpret
 
 Case = Callable[[random.Random, torch.device, torch.dtype], object]
 REGISTRIES = (
@@ -130,7 +131,7 @@ def main() -> int:
     arguments = parser.parse_args()
     cuda = torch.cuda.is_available() and not arguments.interpret
     if not cuda:
-        os.environ["TRITON_INTERPRET"] = "1"
+        interpret()
     if arguments.opcheck:
         return check_operators()
     known = dict(collect())

@@ -76,7 +76,7 @@ class Masked(DiT):
     does."""
 
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
-        live = torch.tensor(lengths)[:, None, None]
+        live = torch.tensor(lengths, device=tokens.device)[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         for i, block in enumerate(self.blocks):
             increment = block(xr, condition) * (i < live)
@@ -90,7 +90,8 @@ def test_gradients_of_stratified_rows_are_those_of_the_masked_computation(tmp_pa
         network.double()
         torch.nn.init.normal_(network.final_layer.out.weight, std=0.1)
     rows = np.arange(24)
-    images, labels = trainer.loader.batch(0, rows)
+    device = trainer.accelerator.device
+    images, labels = (each.to(device) for each in trainer.loader.batch(0, rows))
     found = []
     for kind in (DiT, Masked):
         trainer.model.__class__ = trainer.ema.__class__ = kind

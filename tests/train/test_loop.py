@@ -109,7 +109,8 @@ class Poisoned:
         if step not in self.steps:
             return targets
         bad = (math.nan, math.inf, -math.inf)[step % 3]
-        velocity = targets.velocity.index_fill(0, torch.tensor(step % 16), bad)
+        row = torch.tensor(step % 16, device=targets.velocity.device)
+        velocity = targets.velocity.index_fill(0, row, bad)
         return replace(targets, velocity=velocity)
 
 
