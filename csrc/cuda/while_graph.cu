@@ -23,6 +23,25 @@ void check(cudaError_t status, const char* call) {
 }
 #define CHECK(call) check(call, #call)
 
+// A device as the current one, until the end of a scope.
+class Device {
+ public:
+  explicit Device(int64_t device) {
+    CHECK(cudaGetDevice(&before_));
+    if (device != before_) CHECK(cudaSetDevice(static_cast<int>(device)));
+    changed_ = device != before_;
+  }
+  ~Device() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
 __global__ void read_flag(cudaGraphConditionalHandle handle, const int32_t* flag) { cudaGraphSetConditional(handle, *flag != 0); }
 
 cudaGraphNode_t add_read_flag(cudaGraph_t graph, const cudaGraphNode_t* after, cudaGraphConditionalHandle handle, const int32_t* flag) {
@@ -37,7 +56,7 @@ cudaGraphNode_t add_read_flag(cudaGraph_t graph, const cudaGraphNode_t* after, c
 }
 
 std::tuple<int64_t, int64_t> create(int64_t device, int64_t first, int64_t body, int64_t flag_address) {
-  CHECK(cudaSetDevice(static_cast<int>(device)));
+  const Device current(device);
   const auto* flag = reinterpret_cast<const int32_t*>(flag_address);
   cudaGraph_t graph;
   CHECK(cudaGraphCreate(&graph, 0));
@@ -72,12 +91,12 @@ std::tuple<int64_t, int64_t> create(int64_t device, int64_t first, int64_t body,
 }
 
 void launch(int64_t device, int64_t executable, int64_t stream) {
-  CHECK(cudaSetDevice(static_cast<int>(device)));
+  const Device current(device);
   CHECK(cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(executable), reinterpret_cast<cudaStream_t>(stream)));
 }
 
 void destroy(int64_t device, int64_t graph, int64_t executable) {
-  CHECK(cudaSetDevice(static_cast<int>(device)));
+  const Device current(device);
   CHECK(cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(executable)));
   CHECK(cudaGraphDestroy(reinterpret_cast<cudaGraph_t>(graph)));
 }

@@ -17,14 +17,13 @@ from odelt_fast.engine.adaptive import AdaptiveTrajectory
 from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
-from odelt_fast.engine.native.while_graph import while_graph_unavailable
 from odelt_fast.operation import Operation
 from odelt_fast.sampling.flow_map import flow
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.solvers.tableau import find_tableau
 from tests.engine.test_device_adaptive import NoHost, smooth, states
 from tests.engine.test_graphs import CPU, NEEDS_CUDA, Replayed, cuda_model, replayed, warned
-from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
+from tests.helpers.engine_cases import needs_while_nodes, random_model, run_fused_on_the_cpu
 from tests.helpers.reference_cases import relative_error
 from tests.helpers.solving import solve_adaptive
 
@@ -211,9 +210,7 @@ def no_synchronisation() -> Iterator[None]:
 @pytest.fixture
 def while_nodes(monkeypatch: pytest.MonkeyPatch, native_folder: Path) -> None:
     monkeypatch.setenv("ODELT_FAST_CACHE", str(native_folder))
-    reason = while_graph_unavailable()
-    if reason:
-        pytest.skip(reason)
+    needs_while_nodes()
 
 
 @NEEDS_CUDA

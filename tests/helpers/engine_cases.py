@@ -15,6 +15,7 @@ import pytest
 from odelt_fast.engine import availability, fused
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import GraphCache
+from odelt_fast.engine.native.while_graph import while_graph_unavailable
 from odelt_fast.model import DiT
 from tests.helpers import small_model
 
@@ -31,6 +32,15 @@ def run_python(program: str, **environment: str) -> str:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.strip()
+
+
+def needs_while_nodes() -> None:
+    """Skips a test where this GPU cannot have while nodes; where they cannot be built or loaded
+    though the compiler is there, it fails."""
+    reason = while_graph_unavailable()
+    if reason and ("no nvcc" in reason or reason.startswith("the driver supports")):
+        pytest.skip(reason)
+    assert reason is None, reason
 
 
 def random_model(**changes: object) -> DiT:

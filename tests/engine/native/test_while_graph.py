@@ -3,6 +3,8 @@ limit."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from odelt_fast.engine.native.while_graph import (
     describe,
     while_graph_unavailable,
 )
+from tests.helpers import engine_cases
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +41,27 @@ def test_the_cuda_library_builds_and_loads_without_a_gpu(cuda_library: Path) -> 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU: CUDA's own error")
 def test_cudas_own_words_come_back_as_an_error(cuda_library: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"cudaSetDevice.*: \w+.*(driver|device)"):
+    with pytest.raises(RuntimeError, match=r"cuda[GS]etDevice.*: \w+.*(driver|device)"):
         torch.ops.odelt_native.while_graph_create(0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("reason", "outcome"),
+    [
+        (
+            "no nvcc: install the CUDA toolkit, or set CUDA_HOME to its folder",
+            pytest.skip.Exception,
+        ),
+        ("the driver supports CUDA 12.2, while graphs need 13.0", pytest.skip.Exception),
+        ("while_graph.cu(52): error: expected a ';'", AssertionError),
+    ],
+)
+def test_while_nodes_that_cannot_be_built_are_a_failure_and_not_absent(
+    monkeypatch: pytest.MonkeyPatch, reason: str, outcome: type[BaseException]
+) -> None:
+    monkeypatch.setattr(engine_cases, "while_graph_unavailable", lambda: reason)
+    with pytest.raises(outcome, match=re.escape(reason)):
+        engine_cases.needs_while_nodes()
 
 
 def test_a_flag_that_is_none_is_refused() -> None:
@@ -77,3 +99,26 @@ def test_a_while_graph_counts_to_its_limit(cuda_library: Path, limit: int) -> No
     for launch in range(1, 4):
         loop.launch()
         assert (count.item(), started.item()) == (limit, launch)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_current_device_stays_the_current_one(cuda_library: Path) -> None:
+    flag = torch.ones(1, dtype=torch.int32, device="cuda:1")
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    with torch.cuda.device(1), torch.cuda.graph(graph):
+        flag.zero_()
+    loop = WhileGraph(graph, flag)
+    assert current_device() == 0
+    loop.launch()
+    assert current_device() == 0
+    assert flag.item() == 0
+    del loop
+    assert current_device() == 0
+
+
+def current_device() -> int:
+    """CUDA's, which torch takes for its own without asking."""
+    device = ctypes.c_int(-1)
+    version = str(torch.version.cuda).split(".")[0]
+    assert ctypes.CDLL(f"libcudart.so.{version}").cudaGetDevice(ctypes.byref(device)) == 0
+    return device.value
