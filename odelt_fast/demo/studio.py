@@ -161,7 +161,7 @@ class Studio:
         start = time.perf_counter()
         latents = sample()
         if latents.is_cuda:
-            torch.cuda.synchronize(latents.device)
+            torch.cuda.current_stream(latents.device).synchronize()
         seconds = time.perf_counter() - start
         evaluations = sampler.stats["evaluations_per_image"]
         before = self._costs.pop(operation, Cost((), 0))

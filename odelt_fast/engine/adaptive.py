@@ -14,7 +14,7 @@ from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
 from .device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
 from .engine import Engine
-from .graphs import Captured
+from .graphs import Captured, Pool
 
 
 class AdaptiveTrajectory:
@@ -76,7 +76,7 @@ class CapturedSolve(Captured):
     (`loop.fallback` None)."""
 
     def _capture(
-        self, device: torch.device, pool: Any, capture: Callable[..., Any]
+        self, device: torch.device, pool: Pool, capture: Callable[..., Any]
     ) -> tuple[Any, tuple[Tensor, ...]]:
         assert isinstance(self.function, AdaptiveTrajectory)
         with torch.inference_mode(False), torch.no_grad():

@@ -101,7 +101,7 @@ def attention_unavailable(
         except _BROKEN_PACKAGE as error:
             logger.info("attention %s cannot be loaded", name, exc_info=True)
             return f"{UNTESTED[name][0]} cannot be loaded: {one_line(error)}"
-    if dtype not in (torch.bfloat16, torch.float16) and name != "xformers":
+    if dtype not in (torch.bfloat16, torch.float16) and name not in ("xformers", "sdpa_efficient"):
         return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     if name == "cudnn" and not torch.backends.cudnn.is_available():
         return "cuDNN cannot be loaded"

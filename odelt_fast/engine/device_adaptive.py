@@ -20,7 +20,7 @@ from odelt_fast.solvers.solution import Field, Solution, check_times
 from odelt_fast.solvers.step_control import RUNNING, Control, Counts
 from odelt_fast.solvers.tableau import Tableau
 
-from .graphs import capture
+from .graphs import Pool, capture
 from .native.while_graph import WhileGraph, while_graph_unavailable
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ class AdaptiveGraph:
 
     Args:
         solve: what is captured.
-        pool: memory pool of graphs that never run at the same time.
+        pool: of graphs that never run at the same time.
         capturing: `graphs.capture`, or what acts as it.
 
     Raises:
@@ -164,7 +164,7 @@ class AdaptiveGraph:
     def __init__(
         self,
         solve: DeviceAdaptive,
-        pool: Any = None,
+        pool: Pool | None = None,
         capturing: Callable[..., tuple[Any, Any]] = capture,
     ) -> None:
         self.solve, device = solve, solve.x.device

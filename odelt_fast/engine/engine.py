@@ -31,6 +31,7 @@ from .operators import (
     ATTENTIONS,
     PRECISIONS,
     attention_function,
+    chosen_by_pytorch,
     cublas_float8,
     cublas_linear,
     load_operators,
@@ -90,18 +91,23 @@ class Engine:
             quantize = None if precision is None else self.ops.quantize_rows
             self.weights = PreparedWeights(model, quantize)
             self._positions = {(model.config.image_size, model.config.image_size): model.positions}
-            self.workspace = self._make_workspace()
+        self._workspaces: dict[int, Tensor] = {}
         self.attention = self._check_attention(attention)
 
-    def _make_workspace(self) -> Tensor | None:
-        """What split-K launches need: they keep twice the processors busy with tiles of 64 x 64 at
-        most (kernels/linear.py)."""
+    def workspace(self) -> Tensor | None:
+        """What split-K launches on the current stream need, kept for each stream: they keep twice
+        the processors busy with tiles of 64 x 64 at most (kernels/linear.py)."""
         if self.kind != "kernels":
             return None
-        from odelt_fast.kernels.device import architecture
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.on_gpu else 0
+        if stream not in self._workspaces:
+            from odelt_fast.kernels.device import architecture
 
-        size = 2 * architecture(self.device)[1] * (64 * 64 + 1) + 4
-        return torch.zeros(size, dtype=torch.int32, device=self.device)
+            size = 2 * architecture(self.device)[1] * (64 * 64 + 1) + 4
+            with torch.inference_mode(False):
+                made = torch.zeros(size, dtype=torch.int32, device=self.device)
+            self._workspaces[stream] = made
+        return self._workspaces[stream]
 
     def _check_attention(self, name: str) -> str:
         if name != "auto" and self.kind == "kernels":
@@ -241,7 +247,7 @@ class Engine:
         weights = layer.weight, layer.bias
         if self.linear_choice(x.shape[0] * x.shape[1], layer, activation) == "triton":
             scales = {"x_scale": x_scale, "weight_scale": layer.scale, "out_dtype": self.dtype}
-            return self.ops.linear(x, *weights, activation, **scales, workspace=self.workspace)
+            return self.ops.linear(x, *weights, activation, **scales, workspace=self.workspace())
         if x_scale is None or layer.scale is None:
             return cublas_linear(x, *weights, activation)
         return cublas_float8(x, x_scale, layer.weight, layer.scale, layer.bias)
@@ -292,12 +298,22 @@ class Engine:
             self._choices[key] = "sdpa" if reason else choice
         return self._choices[key]
 
+    def _attention_told(self, samples: int, tokens: int) -> str:
+        """The attention's name, with the kernel that PyTorch chooses where the choice is its
+        own."""
+        choice = self.attention_choice(samples, tokens)
+        if choice != "sdpa" or not self.on_gpu:
+            return choice
+        shape = 1, tokens, 3 * self.config.hidden_size
+        qkv = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return f"sdpa ({chosen_by_pytorch(qkv, self.config.num_heads)})"
+
     def describe(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What an evaluation of `samples` rows launches: products, attention, number of launches;
         and the bytes of the weights."""
         live, rows = self.config.live_blocks(depth), samples * tokens
         facts: dict[str, Any] = {
-            "attention": self.attention_choice(samples, tokens),
+            "attention": self._attention_told(samples, tokens),
             "precision": self.precision or _name(self.dtype),
         }
         if self.weights.blocks:

@@ -38,9 +38,10 @@ from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-# Above so many tokens an evaluation takes longer than launching it (a DiT-B/2 block: 0.8 ms against
-# 0.2 ms), and a graph only holds memory.
-GRAPH_TOKENS = 2**16
+# Above so many values of the hidden state (tokens x width) an evaluation takes longer than
+# launching it, and a graph only holds memory. A DiT-B/2 block of 65 536 tokens: 0.8 ms against
+# 0.2 ms; in narrower networks it is memory traffic that takes the time, and goes with the width.
+GRAPH_VALUES = 2**16 * 768
 
 Prepared = tuple[Engine, GraphCache | None]
 _ENGINES = weakref.WeakKeyDictionary[DiT, dict[tuple[str, str | None], Prepared]]()
@@ -80,7 +81,7 @@ class Fused:
         self, source: Callable[[], Prepared], operation: Operation, strict: bool = False
     ) -> None:
         self.source, self.operation, self.strict = source, operation, strict
-        self.graphs_off: str | None = None
+        self.graphs_off: dict[Hashable, str] = {}  # why a shape has no graph
         # Why CUDA does not repeat the steps of an adaptive solver by itself.
         self.loop_off: str | None = None
         self.last_key: Hashable = None
@@ -110,12 +111,10 @@ class Fused:
     @property
     def fallbacks(self) -> list[str]:
         """A sentence for each thing that could not be done in the fastest way so far."""
-        sentences = []
-        if self.graphs_off:
-            sentences.append(
-                f"{self.graphs_off}: the same kernels are launched one by one, which is slower for"
-                " small batches"
-            )
+        sentences = [
+            f"{reason}: the same kernels are launched one by one, which is slower for small batches"
+            for reason in dict.fromkeys(self.graphs_off.values())
+        ]
         if self.loop_off:
             sentences.append(
                 f"the GPU cannot repeat a solver's steps by itself ({self.loop_off}): the host"
@@ -199,9 +198,9 @@ class Fused:
         time."""
         assert inputs[0] is not None
         tokens = samples * inputs[0][0, 0].numel() // self.engine.config.patch_size**2
-        if self.graphs is None or self.graphs_off or (tokens > GRAPH_TOKENS and not self.strict):
-            return function(*place(inputs, self.engine.device))
         self.last_key = key
+        if self.graphs is None or key in self.graphs_off or self._too_large(tokens):
+            return function(*place(inputs, self.engine.device))
         try:
             # A solve repeats its graph many times: it pays at the first call.
             at_once = self.strict or kind is CapturedSolve
@@ -215,8 +214,12 @@ class Fused:
             if self.strict:
                 raise ValueError(f"backend 'fused' cannot run here: {reason}") from error
             logger.info("%s", reason, exc_info=True)
-            self.graphs_off = reason
+            self.graphs_off[key] = reason
         return function(*place(inputs, self.engine.device))
+
+    def _too_large(self, tokens: int) -> bool:
+        """Whether that many tokens are launched one by one, unless a graph was asked for."""
+        return tokens * self.engine.config.hidden_size > GRAPH_VALUES and not self.strict
 
     def explain(self, samples: int, tokens: int, depth: int) -> dict[str, Any]:
         """What runs on `samples` rows (guided ones count twice) of `tokens` tokens, and the graph
@@ -229,12 +232,13 @@ class Fused:
         captured = self.graphs.graphs.get(self.last_key) if self.graphs else None
         at_once = self.strict or isinstance(self.trajectory, AdaptiveTrajectory)
         about["graph"] = f"captured at the {'first call' if at_once else 'second call of a shape'}"
-        if self.graphs is None or self.graphs_off:
-            about["graph"] = f"none: {self.graphs_off or 'not asked for'}"
-        elif samples * tokens > GRAPH_TOKENS and not self.strict:
+        if self.graphs is None or self.last_key in self.graphs_off:
+            about["graph"] = f"none: {self.graphs_off.get(self.last_key, 'not asked for')}"
+        elif self._too_large(samples * tokens):
+            most = GRAPH_VALUES // engine.config.hidden_size
             about["graph"] = (
-                f"none: the batch has more than {GRAPH_TOKENS} tokens, and launching is not what"
-                " takes the time"
+                f"none: the batch has more than {most} tokens, and launching is not what takes the"
+                " time"
             )
         elif captured is not None:
             about["graph"] = "one evaluation" if self.trajectory is None else "the whole trajectory"

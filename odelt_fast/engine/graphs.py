@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -25,46 +26,59 @@ from odelt_fast.files import one_line
 
 Function = Callable[..., tuple[Tensor, ...]]
 Inputs = Sequence[Tensor | None]
+
+logger = logging.getLogger(__name__)
+
 MOST_GRAPHS = 32  # a graph of 128 steps and 12 blocks has 11 000 nodes
+_LOCKS = defaultdict[int | None, threading.RLock](threading.RLock)  # by index of the device
+_STREAMS: dict[int | None, torch.cuda.Stream] = {}
+_BROKEN: list[torch.cuda.CUDAGraph] = []  # see `_record`
 
 
 class CaptureError(RuntimeError):
     """A function could not be captured; the message is the reason."""
 
 
+class Pool:
+    """Memory of graphs that never run at the same time. `renew` where it cannot be used again: its
+    last graph is gone, or a capture in it broke. Graphs keep the memory that they were made in."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    @property
+    def handle(self) -> Any:
+        if self._handle is None:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def renew(self) -> None:
+        self._handle = None
+
+
 def capture(
-    function: Callable[[], Any], device: torch.device, pool: Any = None
+    function: Callable[[], Any], device: torch.device, pool: Pool | None = None
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
     """(graph, result): what `function()` launches, and the tensors it returned, which every replay
     writes. `graph.raw_cuda_graph()` stays valid, for a while node or to count nodes.
 
     Args:
-        function: must only launch: no host synchronisation, no copy from pageable memory. It runs
-            once before (compilation, library workspaces).
-        pool: memory of the graph, shared with others that never run at the same time.
+        function: must only launch, on the current stream: no host synchronisation, no copy from
+            pageable memory. It runs once before (compilation, cuBLAS's handle), and once more where
+            its capture broke: another thread that waits for the whole device breaks it.
+        pool: None: one of its own.
 
     Raises:
-        CaptureError: with the stream and the allocator as they were.
+        CaptureError: with the streams, the allocator and the random generators as they were.
     """
     try:
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
+        with _LOCKS[device.index], _capture_stream(device) as stream:
             try:
                 function()
             finally:  # what was launched reads memory that the caller may free
-                torch.cuda.synchronize(device)
-            with _collector_paused():
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
-                    result = function()
-                except BaseException:
-                    # It only repeats that the capture is broken.
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    raise
-                graph.capture_end()
+                stream.synchronize()
+            with _workspaces_in_the_pool():
+                graph, result = _record_twice(function, device, pool or Pool())
             graph.instantiate()
     except torch.OutOfMemoryError as error:
         raise CaptureError("out of memory") from error
@@ -73,6 +87,78 @@ def capture(
             raise
         raise CaptureError(one_line(error)) from error
     return graph, result
+
+
+@contextlib.contextmanager
+def _capture_stream(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """The one stream on which everything of this device is captured, as the current one: each would
+    keep workspaces of cuBLAS (33 MiB on Hopper)."""
+    if device.index not in _STREAMS:
+        _STREAMS[device.index] = torch.cuda.Stream(device)
+    stream = _STREAMS[device.index]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield stream
+
+
+@contextlib.contextmanager
+def _workspaces_in_the_pool() -> Iterator[None]:
+    """cuBLAS's workspaces are allocated anew inside, and forgotten at the end.
+
+    A graph reads them at the address that it was captured with. Those of the launches before lie in
+    ordinary memory, which others free (torch.compile's graphs, the end of any graph).
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+
+
+def _record_twice(function: Callable[[], Any], device: torch.device, pool: Pool) -> Any:
+    """(graph, result) of a capture on the current stream, at the second attempt if the first
+    breaks."""
+    try:
+        try:
+            return _record(function, device, pool)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            logger.info("a capture is tried once more", exc_info=True)
+            return _record(function, device, pool)
+    except BaseException:
+        # torch 2.11's random generators leave a broken capture by one that works.
+        with contextlib.suppress(RuntimeError):
+            _record(torch.zeros(1, device=device).zero_, device, Pool())
+        raise
+
+
+def _record(function: Callable[[], Any], device: torch.device, pool: Pool) -> Any:
+    """(graph, result). Whatever breaks, nothing is being captured afterwards."""
+    graph, error = torch.cuda.CUDAGraph(keep_graph=True), None
+    with _collector_paused():
+        try:
+            graph.capture_begin(pool=pool.handle, capture_error_mode="thread_local")
+            result = function()
+        except BaseException as raised:
+            error = raised
+        try:
+            graph.capture_end()
+        except RuntimeError as raised:
+            # torch 2.11 then leaves its allocators in the capture; that of pinned memory cannot be
+            # ended, and goes on asking the graph. Newer ones have ended it, and say so.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device.index, pool.handle)
+                torch._C._cuda_releasePool(device.index, pool.handle)
+                _BROKEN.append(graph)
+            pool.renew()
+            error = error or raised  # this one only repeats that the capture is broken
+    if error is None:
+        return graph, result
+    try:
+        raise error
+    finally:
+        error = None  # it holds this frame, and so the memory of what was captured
 
 
 def is_bug(error: BaseException) -> bool:
@@ -116,7 +202,7 @@ class Captured:
         function: Function,
         inputs: Inputs,
         device: torch.device,
-        pool: Any,
+        pool: Pool,
         capture: Callable[..., Any],
     ) -> None:
         # Made outside the pool: graphs that share it may overwrite everything in it.
@@ -129,7 +215,7 @@ class Captured:
         self.graph, self.outputs = self._capture(device, pool, capture)
 
     def _capture(
-        self, device: torch.device, pool: Any, capture: Callable[..., Any]
+        self, device: torch.device, pool: Pool, capture: Callable[..., Any]
     ) -> tuple[Any, tuple[Tensor, ...]]:
         """(graph, what its replay writes)."""
         return capture(lambda: self.function(*self.inputs), device, pool)
@@ -168,7 +254,7 @@ class GraphCache:
         self.device, self.limit, self.capture = device, limit, capture
         self.graphs: OrderedDict[Hashable, Captured] = OrderedDict()
         self._seen: set[Hashable] = set()
-        self._pool: Any = None
+        self._pool = Pool()
         self._stream: Any = None
         self._lock = threading.RLock()
 
@@ -201,22 +287,20 @@ class GraphCache:
         with self._lock:
             self.graphs.clear()
             self._seen.clear()
-            self._pool = None
 
     def _capture(
         self, key: Hashable, function: Function, inputs: Inputs, kind: type[Captured]
     ) -> None:
         while len(self.graphs) >= self.limit:
             self.graphs.popitem(last=False)
-        if self._pool is None and self.device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+        if not self.graphs:
+            self._pool.renew()
         try:
             self.graphs[key] = kind(function, inputs, self.device, self._pool, self.capture)
         except (CaptureError, torch.OutOfMemoryError) as error:
-            # A half-captured graph may have left its mark on the pool, and memory may be short.
-            self.clear()
-            if isinstance(error, CaptureError):
+            if not isinstance(error.__cause__ or error, torch.OutOfMemoryError):
                 raise
+            self.clear()
             raise CaptureError("out of memory") from error
 
     @contextlib.contextmanager

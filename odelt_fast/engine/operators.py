@@ -1,21 +1,32 @@
 """What the engine launches for each part of a block: row operators, matrix products, attention.
 
-Matrix products are cuBLAS's (through PyTorch) or our kernel's; attention is PyTorch's, cuDNN's,
-flash-attn's, xformers' or our kernel's. `availability` tells which of them can run here, `tuning`
-which is fastest.
+Matrix products are cuBLAS's (through PyTorch) or our kernel's; attention is PyTorch's (by the
+kernel of its own choice, or by one that is named), flash-attn's, xformers' or our kernel's.
+`availability` tells which of them can run here, `tuning` which is fastest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ATTENTIONS = ("auto", "sdpa", "cudnn", "flash", "xformers", "triton")
+# PyTorch's kernels of scaled_dot_product_attention; "sdpa" leaves the choice to it.
+SDPA_KERNELS = MappingProxyType(
+    {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+        "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+)
+ATTENTIONS = ("auto", "sdpa", *SDPA_KERNELS, "flash", "xformers", "triton")
 PRECISIONS = (None, "fp8")
 
 
@@ -72,16 +83,23 @@ def cublas_float8(
     return y.unflatten(0, x.shape[:2])
 
 
-def _sdpa(qkv: Tensor, heads: int) -> Tensor:
-    # Each (B, heads, N, head_dim).
-    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    attended = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
+def _split(qkv: Tensor, heads: int) -> Tensor:
+    """(3, B, heads, N, head_dim)."""
+    return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _sdpa(qkv: Tensor, heads: int, kernel: SDPBackend | None = None) -> Tensor:
+    q, k, v = _split(qkv, heads)
+    with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+        attended = F.scaled_dot_product_attention(q, k, v, scale=1.0 / q.shape[-1])
     return attended.transpose(1, 2).flatten(2)
 
 
-def _cudnn(qkv: Tensor, heads: int) -> Tensor:
-    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.CUDNN_ATTENTION):
-        return _sdpa(qkv, heads)
+def chosen_by_pytorch(qkv: Tensor, heads: int) -> str:
+    """The kernel that "sdpa" runs on qkv (B, N, 3*D): one of `SDPA_KERNELS`, or "math"."""
+    q, k, v = _split(qkv, heads)
+    chosen = torch._fused_sdp_choice(q, k, v, scale=1.0 / q.shape[-1])
+    return {int(kernel.value): name for name, kernel in SDPA_KERNELS.items()}.get(chosen, "math")
 
 
 def _flash(qkv: Tensor, heads: int) -> Tensor:
@@ -101,4 +119,6 @@ def attention_function(name: str, ops: SimpleNamespace) -> Callable[[Tensor, int
     scaled by 1/head_dim."""
     if name == "triton":
         return ops.attention  # type: ignore[no-any-return]
-    return {"sdpa": _sdpa, "cudnn": _cudnn, "flash": _flash, "xformers": _xformers}[name]
+    if name in SDPA_KERNELS:
+        return functools.partial(_sdpa, kernel=SDPA_KERNELS[name])
+    return {"sdpa": _sdpa, "flash": _flash, "xformers": _xformers}[name]

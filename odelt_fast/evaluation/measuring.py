@@ -107,4 +107,4 @@ def timed(call: Callable[[], T], device: torch.device) -> tuple[T, float]:
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()  # of the device would break captures

@@ -446,7 +446,8 @@ def test_a_model_that_the_engine_does_not_know_is_refused(model: DiT, reason: st
         ("flash", "flash-attn cannot be loaded|needs an NVIDIA GPU"),
         ("xformers", "xformers cannot be loaded|needs an NVIDIA GPU"),
         ("cudnn", "it needs an NVIDIA GPU, not cpu"),
-        ("fast", "attention must be one of auto, sdpa, cudnn, flash, xformers, triton"),
+        ("sdpa_flash", "it needs an NVIDIA GPU, not cpu"),
+        ("fast", f"attention must be one of {', '.join(operators.ATTENTIONS)}, not 'fast'"),
     ],
 )
 def test_an_attention_that_cannot_run_is_refused_with_the_reason(
@@ -460,14 +461,16 @@ def test_attention_constraints() -> None:
     gpu, half = torch.device("cuda"), torch.bfloat16
     assert availability.attention_unavailable("sdpa", gpu, torch.float32, 70) is None
     assert availability.attention_unavailable("triton", gpu, torch.float32, 70) is None
-    assert "not float32" in availability.attention_unavailable("cudnn", gpu, torch.float32, 64)
+    assert availability.attention_unavailable("sdpa_efficient", gpu, torch.float32, 72) is None
+    for name in ("cudnn", "sdpa_flash"):
+        assert "not float32" in availability.attention_unavailable(name, gpu, torch.float32, 64)
     if torch.backends.cudnn.is_available():
         assert availability.attention_unavailable("cudnn", gpu, half, 72) is None
         assert "multiples of 8 and at most 128, not 136" in availability.attention_unavailable(
             "cudnn", gpu, half, 136
         )
     told = availability.describe_attentions(torch.device("cpu"), torch.float32, 64)
-    assert set(told) == {"sdpa", "cudnn", "flash", "xformers", "triton"}
+    assert set(told) == set(operators.ATTENTIONS) - {"auto"}
     assert "untested here" in told["flash"]
     assert "untested here" in told["xformers"]
 

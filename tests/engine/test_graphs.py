@@ -3,6 +3,7 @@ on a CUDA GPU, the graphs themselves."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import re
 import threading
@@ -18,14 +19,15 @@ from torch import Tensor
 
 from odelt_fast.engine import availability
 from odelt_fast.engine.engine import Engine
-from odelt_fast.engine.fused import GRAPH_TOKENS
-from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
+from odelt_fast.engine.fused import GRAPH_VALUES
+from odelt_fast.engine.graphs import CaptureError, GraphCache, Pool, capture
+from odelt_fast.engine.operators import SDPA_KERNELS
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
 from tests.helpers.reference_cases import load_case, quantities, relative_error
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -125,6 +127,33 @@ def test_a_failed_capture_forgets_all_graphs_and_says_why() -> None:
     assert not cache.graphs
 
 
+def test_a_failed_capture_switches_graphs_off_for_its_shape_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def of_small_batches(
+        function: Callable[[], Any], device: torch.device, pool: object
+    ) -> tuple[Replayed, Any]:
+        graph, result = replayed(function, device, pool)
+        if len(result[0]) > 2:
+            raise CaptureError("too many images")
+        return graph, result
+
+    cache, model = GraphCache(CPU, capture=of_small_batches), random_model()
+    run_fused_on_the_cpu(monkeypatch, lambda: cache)
+    sampler = Sampler(model)
+    expected = {count: Sampler(model, backend="eager")(count) for count in (2, 3)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for count in (2, 2, 3, 3, 3, 2):
+            torch.testing.assert_close(sampler(count), expected[count], rtol=0, atol=1e-5)
+            if count == 3:
+                graph = sampler.explain()["graph"]
+    assert len(warned(caught)) == 1
+    assert graph == "none: no CUDA graph could be captured (too many images)"
+    assert sampler.explain()["graph"] == "the whole trajectory"
+    assert len(cache.graphs) == 1
+
+
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="needs a machine on which nothing can be captured"
 )
@@ -220,14 +249,20 @@ def test_a_batch_that_is_slow_to_compute_is_not_captured_by_auto(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_fused_on_the_cpu(monkeypatch, lambda: GraphCache(CPU, capture=replayed))
-    monkeypatch.setattr("odelt_fast.engine.fused.GRAPH_TOKENS", 2 * 16)
-    before, sampler = Replayed.captures, Sampler(random_model())
+    model = random_model()
+    # Two images of 16 tokens.
+    monkeypatch.setattr("odelt_fast.engine.fused.GRAPH_VALUES", 2 * 16 * model.config.hidden_size)
+    before, sampler = Replayed.captures, Sampler(model)
     for count, captures in ((3, 0), (3, 0), (2, 0), (2, 1)):
         sampler(count)
         assert Replayed.captures == before + captures
     assert "captured" not in sampler.explain()["graph"]
     sampler(3)
     assert "more than 32 tokens" in sampler.explain()["graph"]
+    half = Sampler(random_model(hidden_size=model.config.hidden_size // 2))
+    for count, captures in ((4, 1), (4, 2), (5, 2), (5, 2)):
+        half(count)  # half as wide: twice as many tokens are as quick
+        assert Replayed.captures == before + captures
 
 
 def test_every_shape_and_guidance_has_its_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +349,7 @@ def test_cuda_graph_replays_the_recorded_sample(path: Path, name: str, dtype: to
 
 
 @NEEDS_CUDA
-@pytest.mark.parametrize("attention", ["sdpa", "cudnn", "triton"])
+@pytest.mark.parametrize("attention", ["sdpa", *SDPA_KERNELS, "triton"])
 @pytest.mark.parametrize("precision", [None, "fp8"])
 def test_cuda_attention_and_precision(attention: str, precision: str | None) -> None:
     model = cuda_model()
@@ -393,12 +428,7 @@ def test_cuda_weights_are_in_proportion_to_the_live_blocks() -> None:
         before = torch.cuda.memory_allocated()
         model = cuda_model(torch.float32).cpu().truncate(depth).to("cuda", torch.bfloat16)
         engine = Engine(model)
-        taken[depth] = (
-            torch.cuda.memory_allocated()
-            - before
-            - engine.workspace.nbytes
-            - model.positions.nbytes
-        )
+        taken[depth] = torch.cuda.memory_allocated() - before - model.positions.nbytes
         told = engine.weights.nbytes
         assert taken[depth] == pytest.approx(
             told["ends"] + depth * told["per_block"], rel=0.02
@@ -473,7 +503,137 @@ def test_cuda_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 @NEEDS_CUDA
 def test_cuda_large_batches_are_launched_by_auto() -> None:
     model = cuda_model(depth=4)
-    sampler = Sampler(model, steps=1, batch_size=GRAPH_TOKENS // 256 + 1)
-    sampler(GRAPH_TOKENS // 256 + 1)
-    sampler(GRAPH_TOKENS // 256 + 1)
+    count = GRAPH_VALUES // (256 * model.config.hidden_size) + 1
+    sampler = Sampler(model, steps=1, batch_size=count)
+    sampler(count)
+    sampler(count)
     assert "tokens" in sampler.explain()["graph"]
+
+
+@pytest.fixture
+def square() -> Tensor:
+    return torch.randn(64, 64, device="cuda")
+
+
+@NEEDS_CUDA
+def test_cuda_the_attention_that_pytorch_chooses_is_named() -> None:
+    sampler = Sampler(cuda_model(depth=4), backend="fused", attention="sdpa")
+    told = re.fullmatch(r"sdpa \((\w+)\)", sampler.explain()["attention"])
+    assert told
+    assert told[1] in SDPA_KERNELS  # "math" would be slow and no choice of an H100's
+    named = Sampler(sampler.model, backend="fused", attention=told[1])
+    assert named.explain()["attention"] == told[1]
+    assert torch.equal(named(2), sampler(2))
+
+
+def segments_of(pool: Pool) -> list[dict]:
+    """Of the allocator."""
+    snapshot = torch.cuda.memory_snapshot()
+    return [each for each in snapshot if each["segment_pool_id"] == pool.handle]
+
+
+@NEEDS_CUDA
+def test_cuda_workspaces_of_a_graphs_products_lie_in_its_pool(square: Tensor) -> None:
+    """Elsewhere they are freed by others, while the graph goes on writing there."""
+    pool = Pool()
+    graph, (result,) = capture(lambda: (square @ square,), square.device, pool)
+    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do
+    segments = segments_of(pool)
+    assert sum(each["total_size"] for each in segments) > result.nbytes + 2**22
+    # Ordinary memory, of whatever size: none of it is the graph's.
+    others = [torch.full((2**size,), torch.nan, device="cuda") for size in range(8, 24)]
+    graph.replay()
+    torch.testing.assert_close(result, square @ square)
+    assert all(other.isnan().all() for other in others)
+    again = capture(lambda: (square @ square,), square.device, pool)
+    assert len(segments_of(pool)) == len(segments)  # one set of workspaces for all graphs of a pool
+    del again
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("given", [False, True], ids=["own_pool", "given_pool"])
+def test_cuda_a_broken_capture_leaves_nothing_behind(square: Tensor, given: bool) -> None:
+    pool = Pool() if given else None
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    for _ in range(3):
+        with pytest.raises(CaptureError, match="captur"):
+            capture(lambda: (torch.full((2**22,), square.sum().item(), device="cuda"),), CUDA, pool)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= before + 2**22
+    torch.randn(3, device="cuda")  # random numbers, too, are those of no graph
+    ordinary = torch.ones(2**20, device="cuda")
+    pools = {
+        each["segment_pool_id"]
+        for each in torch.cuda.memory_snapshot()
+        if each["address"] <= ordinary.data_ptr() < each["address"] + each["total_size"]
+    }
+    assert pools == {(0, 0)}
+    graph, (result,) = capture(lambda: (square + 1,), CUDA)
+    square.zero_()
+    graph.replay()
+    assert result.eq(1).all()
+    torch.cuda.empty_cache()
+
+
+@NEEDS_CUDA
+def test_cuda_a_capture_broken_by_another_thread_is_made_again(square: Tensor) -> None:
+    calls: list[bool] = []
+
+    def function() -> tuple[Tensor]:
+        calls.append(torch.cuda.is_current_stream_capturing())
+        if len(calls) == 2:
+            other = threading.Thread(target=wait_for_the_device)
+            other.start()
+            other.join()
+        return (square + 1,)
+
+    def wait_for_the_device() -> None:
+        with contextlib.suppress(RuntimeError):  # forbidden while there is a capture
+            torch.cuda.synchronize()
+
+    pool = Pool()
+    graph, (result,) = capture(function, square.device, pool)
+    assert calls == [False, True, True]
+    assert segments_of(pool)
+    square.zero_()
+    graph.replay()
+    assert result.eq(1).all()
+
+
+@NEEDS_CUDA
+def test_cuda_threads_that_capture_do_not_break_each_other(
+    square: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caches, results = [GraphCache(CUDA) for _ in range(4)], {}
+
+    def work(index: int) -> None:
+        for key in range(8):
+            (result,) = caches[index].run(key, lambda x: (x @ square,), (square * index,))
+            results[index, key] = result.clone()
+
+    with caplog.at_level("INFO", logger="odelt_fast"):
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not caplog.messages
+    assert len(results) == 4 * 8
+    for (index, _), result in results.items():
+        torch.testing.assert_close(result, index * (square @ square), rtol=1e-4, atol=1e-3)
+
+
+@NEEDS_CUDA
+def test_cuda_each_stream_has_counters_of_its_own() -> None:
+    """Those of split-K products: launches that are no graph may run on two streams at once."""
+    engine, streams = Engine(cuda_model(depth=4)), [torch.cuda.Stream() for _ in range(2)]
+    taken = []
+    for stream in (*streams, *streams):
+        with torch.cuda.stream(stream):
+            taken.append(engine.workspace())
+    assert taken[0] is taken[2]
+    assert taken[1] is taken[3]
+    assert taken[0].data_ptr() != taken[1].data_ptr()
+    assert not torch.cat(taken).any()

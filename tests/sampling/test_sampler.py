@@ -308,7 +308,8 @@ def test_compiled_network_equals_the_model_at_every_depth_batch_and_step_count(m
         ),
         (
             {"attention": "fast"},
-            "attention must be one of auto, sdpa, cudnn, flash, xformers, triton, not 'fast'",
+            "attention must be one of auto, sdpa, cudnn, sdpa_flash, sdpa_efficient, flash,"
+            " xformers, triton, not 'fast'",
         ),
         ({"precision": "fp8"}, "precision 'fp8' is for the fused backend"),
         ({"precision": "int8"}, "precision must be one of None, fp8, not 'int8'"),
