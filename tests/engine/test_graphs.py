@@ -3,7 +3,6 @@ on a CUDA GPU, the graphs themselves."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import re
 import threading
@@ -20,14 +19,14 @@ from torch import Tensor
 from odelt_fast.engine import availability
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.fused import GRAPH_VALUES
-from odelt_fast.engine.graphs import CaptureError, GraphCache, Pool, capture
+from odelt_fast.engine.graphs import CaptureError, GraphCache, capture
 from odelt_fast.engine.operators import SDPA_KERNELS
 from odelt_fast.model import Block, DiT
 from odelt_fast.sampling.sampler import Sampler
 from tests.helpers.engine_cases import random_model, run_fused_on_the_cpu
 from tests.helpers.reference_cases import load_case, quantities, relative_error
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -510,11 +509,6 @@ def test_cuda_large_batches_are_launched_by_auto() -> None:
     assert "tokens" in sampler.explain()["graph"]
 
 
-@pytest.fixture
-def square() -> Tensor:
-    return torch.randn(64, 64, device="cuda")
-
-
 @NEEDS_CUDA
 def test_cuda_the_attention_that_pytorch_chooses_is_named() -> None:
     sampler = Sampler(cuda_model(depth=4), backend="fused", attention="sdpa")
@@ -524,105 +518,6 @@ def test_cuda_the_attention_that_pytorch_chooses_is_named() -> None:
     named = Sampler(sampler.model, backend="fused", attention=told[1])
     assert named.explain()["attention"] == told[1]
     assert torch.equal(named(2), sampler(2))
-
-
-def segments_of(pool: Pool) -> list[dict]:
-    """Of the allocator."""
-    snapshot = torch.cuda.memory_snapshot()
-    return [each for each in snapshot if each["segment_pool_id"] == pool.handle]
-
-
-@NEEDS_CUDA
-def test_cuda_workspaces_of_a_graphs_products_lie_in_its_pool(square: Tensor) -> None:
-    """Elsewhere they are freed by others, while the graph goes on writing there."""
-    pool = Pool()
-    graph, (result,) = capture(lambda: (square @ square,), square.device, pool)
-    torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do
-    segments = segments_of(pool)
-    assert sum(each["total_size"] for each in segments) > result.nbytes + 2**22
-    # Ordinary memory, of whatever size: none of it is the graph's.
-    others = [torch.full((2**size,), torch.nan, device="cuda") for size in range(8, 24)]
-    graph.replay()
-    torch.testing.assert_close(result, square @ square)
-    assert all(other.isnan().all() for other in others)
-    again = capture(lambda: (square @ square,), square.device, pool)
-    assert len(segments_of(pool)) == len(segments)  # one set of workspaces for all graphs of a pool
-    del again
-
-
-@NEEDS_CUDA
-@pytest.mark.parametrize("given", [False, True], ids=["own_pool", "given_pool"])
-def test_cuda_a_broken_capture_leaves_nothing_behind(square: Tensor, given: bool) -> None:
-    pool = Pool() if given else None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved()
-    for _ in range(3):
-        with pytest.raises(CaptureError, match="captur"):
-            capture(lambda: (torch.full((2**22,), square.sum().item(), device="cuda"),), CUDA, pool)
-    torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() <= before + 2**22
-    torch.randn(3, device="cuda")  # random numbers, too, are those of no graph
-    ordinary = torch.ones(2**20, device="cuda")
-    pools = {
-        each["segment_pool_id"]
-        for each in torch.cuda.memory_snapshot()
-        if each["address"] <= ordinary.data_ptr() < each["address"] + each["total_size"]
-    }
-    assert pools == {(0, 0)}
-    graph, (result,) = capture(lambda: (square + 1,), CUDA)
-    square.zero_()
-    graph.replay()
-    assert result.eq(1).all()
-    torch.cuda.empty_cache()
-
-
-@NEEDS_CUDA
-def test_cuda_a_capture_broken_by_another_thread_is_made_again(square: Tensor) -> None:
-    calls: list[bool] = []
-
-    def function() -> tuple[Tensor]:
-        calls.append(torch.cuda.is_current_stream_capturing())
-        if len(calls) == 2:
-            other = threading.Thread(target=wait_for_the_device)
-            other.start()
-            other.join()
-        return (square + 1,)
-
-    def wait_for_the_device() -> None:
-        with contextlib.suppress(RuntimeError):  # forbidden while there is a capture
-            torch.cuda.synchronize()
-
-    pool = Pool()
-    graph, (result,) = capture(function, square.device, pool)
-    assert calls == [False, True, True]
-    assert segments_of(pool)
-    square.zero_()
-    graph.replay()
-    assert result.eq(1).all()
-
-
-@NEEDS_CUDA
-def test_cuda_threads_that_capture_do_not_break_each_other(
-    square: Tensor, caplog: pytest.LogCaptureFixture
-) -> None:
-    caches, results = [GraphCache(CUDA) for _ in range(4)], {}
-
-    def work(index: int) -> None:
-        for key in range(8):
-            (result,) = caches[index].run(key, lambda x: (x @ square,), (square * index,))
-            results[index, key] = result.clone()
-
-    with caplog.at_level("INFO", logger="odelt_fast"):
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not caplog.messages
-    assert len(results) == 4 * 8
-    for (index, _), result in results.items():
-        torch.testing.assert_close(result, index * (square @ square), rtol=1e-4, atol=1e-3)
 
 
 @NEEDS_CUDA
