@@ -1,7 +1,5 @@
 """Types of options with several values, and how help shows them."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import tyro

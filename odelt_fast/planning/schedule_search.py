@@ -104,11 +104,9 @@ def search_schedules(
     )
     constant = [each for each in found if each.operation.depth is not None]
     schedules = [each for each in found if each.operation.depth is None]
-    return Search(constant, schedules, [each for each in schedules if not _matched(each, constant)])
-
-
-def _matched(candidate: Candidate, constant: Iterable[Candidate]) -> bool:
-    """Whether a constant depth is at least as good and at least as fast."""
-    return any(
-        other.score >= candidate.score and other.latency <= candidate.latency for other in constant
-    )
+    beating = [  # where no constant depth is at least as good and at least as fast
+        each
+        for each in schedules
+        if all(other.score < each.score or other.latency > each.latency for other in constant)
+    ]
+    return Search(constant, schedules, beating)

@@ -73,7 +73,8 @@ class Batches:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None:
-            self.sampler.say_fallbacks()
+            for sentence in self.sampler.fused.fallbacks if self.sampler.fused else ():
+                self.sampler.say(sentence)
             return False
         if isinstance(error, torch.OutOfMemoryError):
             self._out_of_memory = self.sampler.backend == "auto" and self.size > 1

@@ -257,11 +257,6 @@ class Sampler:
             level, frame = level + 1, frame.f_back
         warnings.warn(sentence, RuntimeWarning, stacklevel=level)
 
-    def say_fallbacks(self) -> None:
-        """Warns of what the fused backend could not do in the fastest way."""
-        for sentence in self.fused.fallbacks if self.fused else ():
-            self.say(sentence)
-
     def leave_fused(self, error: BaseException) -> bool:
         """Whether the model itself runs from now on, because the fused backend failed: a kernel
         that does not compile for this GPU, for example."""
