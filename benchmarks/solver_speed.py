@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from odelt_fast.engine import operators
+from odelt_fast.engine.compiled import compiled
 from odelt_fast.engine.device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
 from odelt_fast.engine.graphs import capture
 from odelt_fast.model import DiT
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.sampling.velocity import compiled
 from odelt_fast.solvers.options import Limits
 from odelt_fast.solvers.tableau import find_tableau
 

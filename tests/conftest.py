@@ -12,6 +12,7 @@ import pytest
 
 _GIVEN = os.environ.get("ODELT_FAST_CACHE")
 os.environ["ODELT_FAST_STRICT"] = "1"  # `auto` hides no fault of our own from a test
+os.environ.setdefault("ODELT_FAST_SELFCHECK", "off")  # test_selfcheck.py has it on
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one core for each process
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist has it ignored

@@ -30,6 +30,26 @@ _BROKEN = (ImportError, OSError, RuntimeError, ValueError)
 _BROKEN_PACKAGE = (*_BROKEN, AttributeError, TypeError)
 
 
+class ContextLostError(RuntimeError):
+    """Nothing runs on the GPU any more in this process."""
+
+
+def check_context(device: torch.device, error: BaseException) -> None:
+    """Raises `ContextLostError` if `error` has ended this process's use of the GPU, as an illegal
+    access does: it comes back at every call, and nothing may fall back inside a dead context."""
+    if device.type != "cuda":
+        return
+    for _ in range(2):  # other errors are told once
+        try:
+            torch.cuda.current_stream(device).synchronize()
+        except RuntimeError:
+            continue
+        return
+    raise ContextLostError(
+        f"the GPU context is lost ({one_line(error)}): restart; backend='eager' avoids it"
+    ) from error
+
+
 def fused_unavailable(model: DiT) -> str | None:
     """The reason why the fused backend cannot run this model where it is; None if it can."""
     if model.device.type != "cuda":

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.engine import availability
+from odelt_fast.engine import availability, selfcheck
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # 0.2 ms; in narrower networks it is memory traffic that takes the time, and goes with the width.
 GRAPH_VALUES = 2**16 * 768
 
+KIND = "kernels"  # of the operators (`Engine`)
+
 Prepared = tuple[Engine, GraphCache | None]
 _ENGINES = weakref.WeakKeyDictionary[DiT, dict[tuple[str, str | None], Prepared]]()
 
@@ -54,7 +56,7 @@ def shared_engine(model: DiT, attention: str = "auto", precision: str | None = N
     key = attention, precision
     if key not in engines or not engines[key][0].weights.are_of(model):
         engines.pop(key, None)
-        engine = Engine(model, attention, precision)
+        engine = Engine(model, attention, precision, KIND)
         engines[key] = engine, GraphCache(engine.device)
     return engines[key]
 
@@ -210,6 +212,7 @@ class Fused:
                 self.loop_off = captured.loop.fallback
             return results
         except CaptureError as error:
+            availability.check_context(self.engine.device, error)
             reason = f"no CUDA graph could be captured ({error})"
             if self.strict:
                 raise ValueError(f"backend 'fused' cannot run here: {reason}") from error
@@ -226,6 +229,11 @@ class Fused:
         that ran last."""
         engine = self.engine
         about: dict[str, Any] = engine.describe(samples, tokens, depth)
+        about["self_check"] = selfcheck.told(
+            selfcheck.way_of(
+                engine, self.operation, engine.attention, engine.precision, engine.kind
+            )
+        )
         about["attentions"] = availability.describe_attentions(
             engine.device, engine.dtype, engine.head_dim
         )
@@ -267,19 +275,22 @@ def choose_fused(
         unavailable = availability.fused_unavailable(model)
         if unavailable:
             raise Unavailable(unavailable)
+        selfcheck.require(selfcheck.way_of(model, operation, attention, precision, KIND))
         return shared_engine(model, attention, precision)
 
+    selfcheck.mode()  # a mistake in it must not become a reason
     reason = f"backend {backend} was asked for"
     if backend in ("auto", "fused"):
         try:
             return Fused(source, operation, backend == "fused"), ""
         except torch.OutOfMemoryError:
             reason = "out of memory"
-        except Unavailable as error:
+        except (Unavailable, selfcheck.NotTrustedError) as error:
             reason = str(error)
         except Exception as error:  # auto never fails
             if is_bug(error):
                 raise
+            availability.check_context(model.device, error)
             logger.info("the fused backend cannot run", exc_info=True)
             reason = one_line(error)
         if backend == "fused":

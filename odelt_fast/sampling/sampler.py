@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checks import check_seed, one_of, whole
+from odelt_fast.engine import availability
+from odelt_fast.engine.compiled import compiled
 from odelt_fast.engine.cpu import CpuNetwork, choose
 from odelt_fast.engine.fused import Fused, choose_fused
 from odelt_fast.engine.graphs import is_bug
@@ -28,7 +30,6 @@ from odelt_fast.operation import DepthSchedule, Operation
 from .batches import Batches, evaluating
 from .host import Host
 from .noise import check_labels, drawn_labels, stack_noise
-from .velocity import compiled
 
 BACKENDS = ("auto", "eager", "compile", "fused")
 
@@ -129,7 +130,9 @@ class Sampler:
         self.fused, self.not_fused = choose_fused(
             model, self.operation, backend, attention, precision
         )
-        if backend == "auto" and not self.fused and model.device.type == "cuda":
+        on_gpu = model.device.type == "cuda"
+        able = on_gpu or availability.fused_unavailable(model) is None
+        if backend == "auto" and not self.fused and able:
             self.say(
                 f"the fused backend cannot run: {self.not_fused}; the model itself runs, which is"
                 " slower"
@@ -260,7 +263,10 @@ class Sampler:
     def leave_fused(self, error: BaseException) -> bool:
         """Whether the model itself runs from now on, because the fused backend failed: a kernel
         that does not compile for this GPU, for example."""
-        if not self.fused or self.backend == "fused" or is_bug(error):
+        if not self.fused:
+            return False
+        availability.check_context(self.model.device, error)
+        if self.backend == "fused" or is_bug(error):
             return False
         logger.warning("the fused backend failed", exc_info=error)
         self.fused, self.not_fused = None, one_line(error)

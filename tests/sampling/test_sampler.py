@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from odelt_fast.engine.compiled import compiled
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation, step_index
 from odelt_fast.sampling.noise import STREAMS, drawn_labels, image_noise
 from odelt_fast.sampling.pictures import image_grid, labelled_grid, to_uint8
 from odelt_fast.sampling.sampler import Sampler
-from odelt_fast.sampling.velocity import VelocityField, compiled
+from odelt_fast.sampling.velocity import VelocityField
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.fixed import predict_and_renoise
 from odelt_fast.solvers.probability_flow import vp_schedule
