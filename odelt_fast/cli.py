@@ -26,7 +26,7 @@ from odelt_fast.files import one_line
 
 COMMANDS = (
     "sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train",
-    "ema", "encode", "demo", "serve", "env", "build-ops",
+    "ema", "encode", "demo", "serve", "env", "doctor", "build-ops",
 )  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 
