@@ -13,6 +13,7 @@ $ODELT_FAST_SELFCHECK: on (GPUs; the default), off, always (every process anew, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -355,11 +356,13 @@ def sources_digest(device: torch.device) -> str:
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's, as far as it is known here."""
-    try:
+    """The NVIDIA driver's version, else that of CUDA which it supports (13000), else "unknown"."""
+    with contextlib.suppress(OSError):
         return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        return str(torch._C._cuda_getDriverVersion())
+    supported = ctypes.c_int()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(supported))
+    return str(supported.value or "unknown")
 
 
 def triton_version() -> str:

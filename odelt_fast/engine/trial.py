@@ -133,18 +133,18 @@ def on_host(
     network: Callable[..., Tensor], config: DiTConfig, operation: Operation, x: Tensor, y: Tensor
 ) -> Tensor:
     """x at t = 1, the steps made by the host."""
-    guided = operation.mixing_scale is not None
-    both = torch.cat([y, torch.full_like(y, config.num_classes)]) if guided else y
+    scale = operation.mixing_scale
+    both = torch.cat([y, torch.full_like(y, config.num_classes)])
 
     def field(t: float | Tensor, state: Tensor, log2_steps: int) -> Tensor:
         time = torch.as_tensor(t, dtype=torch.float32, device=state.device).reshape(-1)
         step = torch.full((1,), float(log2_steps), device=state.device)
-        if not guided:
+        if scale is None:
             return network(state, time, step, y, depth=operation.depth).to(state.dtype)
         time = time.repeat(2) if len(time) > 1 else time
         output = network(state.repeat(2, 1, 1, 1), time, step, both, depth=operation.depth)
         said, null = output.to(state.dtype).chunk(2)
-        return null + operation.mixing_scale * (said - null)
+        return null + scale * (said - null)
 
     return solve(field, x, operation.step_index(config.sampling), operation).x
 
