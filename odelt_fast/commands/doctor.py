@@ -182,8 +182,6 @@ def marked(rows: list[Row], dtype: str) -> tuple[list[Row], dict[str, str]]:
     taken = "native" if native else told["backend"]
     plain = replace(mine, backend=taken)
     reasons = {name: without_paths(why) for name, why in told["not_taken"].items() if name != taken}
-    if native:
-        del reasons["eager"]
     attention = f", attention {told['attention']}" if taken == "fused" else ""
     rows = [replace(row, taken=row.taken or row.way == plain) for row in rows]
     return rows, {"takes": taken + attention, **reasons}

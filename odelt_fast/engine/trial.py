@@ -109,15 +109,16 @@ def random_model(way: Way, seed: int = 0) -> DiT:
     return model.to(getattr(torch, way.dtype)).eval()
 
 
-def operations(way: Way) -> Iterator[tuple[str, Operation]]:
-    """What is compared, with its name: the shortest and the longest depth, with and without
-    guidance."""
-    steps: Any = {"steps": STEPS}
-    if way.adaptive:  # of which every step is accepted: rounding decides nothing
-        steps = {"solver": "bosh3", "rtol": 10.0, "atol": 10.0}
+def operations(
+    way: Way, steps: int = STEPS, scales: tuple[float | None, ...] = (GUIDANCE, None)
+) -> Iterator[tuple[str, Operation]]:
+    """What is tried, with its name: the shortest and the longest depth, with and without guidance.
+    Of an adaptive solver every step is accepted: rounding decides nothing."""
+    solver: Any = {"solver": "bosh3", "rtol": 10.0, "atol": 10.0} if way.adaptive else {}
     for depth in dict.fromkeys((way.config.depths[0], way.config.depths[-1])):
-        for scale, name in (GUIDANCE, "guided"), (None, "unguided"):
-            yield f"depth {depth}, {name}", Operation(depth=depth, guidance_scale=scale, **steps)
+        for scale in scales:
+            name = f"depth {depth}, {'unguided' if scale is None else 'guided'}"
+            yield name, Operation(depth=depth, steps=steps, guidance_scale=scale, **solver)
 
 
 def noise_and_labels(way: Way, count: int) -> tuple[Tensor, Tensor]:
@@ -240,19 +241,19 @@ def largest_error(moved: Tensor, truth: Tensor) -> float:
 
 
 def measure(model: DiT, way: Way, batch: int = 1) -> dict[str, float]:
-    """Microseconds of one Euler step from noise to pictures (steps=1, unguided) at the shortest and
-    the longest depth, by depth: the median of at least seven, warm, a graph where there can be one.
-    """
+    """Microseconds from noise to pictures in one Euler step (adaptive: in a solve), unguided, at
+    the shortest and the longest depth, by depth: the median of at least seven calls, warm, of a
+    graph where there can be one."""
     runner, (x, y), found = Runner(model, way), noise_and_labels(way, batch), {}
     with torch.inference_mode():
-        for depth in dict.fromkeys((way.config.depths[0], way.config.depths[-1])):
-            launched, replayed = runner.prepare(Operation(depth=depth, steps=1), x, y)
+        for _, operation in operations(way, 1, (None,)):
+            launched, replayed = runner.prepare(operation, x, y)
             run = replayed or launched
             try:
                 run()
             except CaptureError:
                 run = launched
-            found[str(depth)] = microseconds(run, model.device)
+            found[str(operation.depth)] = microseconds(run, model.device)
     return found
 
 
