@@ -5,18 +5,16 @@ from __future__ import annotations
 import contextlib
 import platform
 import subprocess
-import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-
 from odelt_fast.checks import show_seconds
+from odelt_fast.evaluation.arguments import metavar
 
-from .options import Device, File, Text, choose_dtype, device_of
+from .options import Device, File, Text, device_of, dtype_name, reporter
 
 if TYPE_CHECKING:
     from odelt_fast.config import DiTConfig
@@ -24,10 +22,7 @@ if TYPE_CHECKING:
     from odelt_fast.engine.trial import Way
 
 FORMAT = "odelt-fast doctor 1"
-Dtypes = Annotated[
-    tuple[Literal["float32", "bfloat16", "float16"], ...],
-    tyro.conf.arg(metavar="NAME...", help_behavior_hint=""),
-]
+Dtypes = Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], metavar("NAME...")]
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Command:
 
     model: Text = None
     """Shape of the network: a preset (DiT-B/2), a folder, a bundled name or a Hub id. Default:
-    digits on a CPU, all presets on a GPU."""
+    digits on a CPU, all presets on a GPU, which takes long."""
     dtypes: Dtypes = ("float32", "bfloat16")
     """Some of float32, bfloat16, float16; fp8 is tried beside bfloat16 where the GPU has it."""
     report: File = None
@@ -60,7 +55,7 @@ class Row:
     way: Way
     verdict: Verdict | None = None
     unavailable: str = ""
-    taken: bool = field(default=False)
+    taken: bool = False
 
     @property
     def said(self) -> str:
@@ -84,7 +79,7 @@ def run(options: Command) -> None:
     found: list[Row] = []
     because: dict[str, dict[str, str]] = {}
     for name, config in shapes(options.model, device.type).items():
-        rows = [*diagnose(name, config, str(device), options.dtypes, options.quiet)]
+        rows = [*diagnose(name, config, str(device), options.dtypes, reporter(options.quiet))]
         for dtype in dict.fromkeys(options.dtypes):
             rows, because[f"{name}, {dtype}"] = marked(rows, dtype)
         found += rows
@@ -93,9 +88,9 @@ def run(options: Command) -> None:
         taken = reasons["takes"]
         others = "; ".join(f"not {name}: {why}" for name, why in reasons.items() if name != "takes")
         print(f"{what}: auto takes {taken}" + (f" ({others})" if others else ""))
-    print(f"--dtype auto is {str(choose_dtype('auto', device.type)).removeprefix('torch.')}")
+    print(f"--dtype auto is {dtype_name('auto', device.type)}")
     if options.report:
-        write_json(options.report, report(found, because, str(device)))
+        write_json(options.report, describe(found, because, str(device)))
         print(f"{options.report}: the report")
 
 
@@ -147,9 +142,13 @@ def ways(config: DiTConfig, device: str, dtypes: tuple[str, ...]) -> Iterator[tu
 
 
 def diagnose(
-    name: str, config: DiTConfig, device: str, dtypes: tuple[str, ...], quiet: bool
+    name: str,
+    config: DiTConfig,
+    device: str,
+    dtypes: tuple[str, ...],
+    report: Callable[[str], None],
 ) -> Iterator[Row]:
-    """All ways of a network, tried one after the other."""
+    """All ways of a network, tried one after the other; report: called with a line for each."""
     from odelt_fast.engine import selfcheck
 
     config = replace(config, sampling="shortcut", dropout=0.0)
@@ -157,9 +156,7 @@ def diagnose(
         if reason:
             yield Row(name, way, unavailable=reason)
             continue
-        if not quiet:
-            said = " ".join(filter(None, cells(way)))
-            print(f"{name}: {said}", file=sys.stderr)
+        report(f"{name}: {' '.join(filter(None, cells(way)))}")
         if way.backend == "fused":
             found = selfcheck.verdict(way, again=True, timed=True)
         else:
@@ -210,7 +207,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def report(rows: list[Row], because: dict[str, dict[str, str]], device: str) -> dict[str, Any]:
+def describe(rows: list[Row], because: dict[str, dict[str, str]], device: str) -> dict[str, Any]:
     """What --report writes."""
     import torch
 
