@@ -15,7 +15,7 @@ import gc
 import logging
 import os
 import threading
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +30,7 @@ Inputs = Sequence[Tensor | None]
 logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 32  # a graph of 128 steps and 12 blocks has 11 000 nodes
-_LOCKS = defaultdict[int | None, threading.RLock](threading.RLock)  # by index of the device
+_LOCKS: dict[int | None, threading.RLock] = {}  # by index of the device
 _STREAMS: dict[int | None, torch.cuda.Stream] = {}
 _BROKEN: list[torch.cuda.CUDAGraph] = []  # see `_record`
 
@@ -72,7 +72,8 @@ def capture(
         CaptureError: with the streams, the allocator and the random generators as they were.
     """
     try:
-        with _LOCKS[device.index], _capture_stream(device) as stream:
+        lock = _LOCKS.setdefault(device.index, threading.RLock())
+        with lock, _capture_stream(device) as stream:
             try:
                 function()
             finally:  # what was launched reads memory that the caller may free
