@@ -2,9 +2,10 @@
 
 v = unpatchify(h W^T + b); x' = x + step*v. h (B, N, D), normalised and modulated already
 (last_group_end or gated_residual); with guidance h (2B, N, D), first the rows with labels, then
-those with the null label, and v = v_null + guidance*(v_label - v_null). W (p*p*C, D), b (p*p*C,) in
-h's dtype, pixel order (row, column, channel) within a patch; x, x', v (B, C, H, W). Sums, guidance
-and update are float32 and rounded once. Bytes: one read of h; x and v are 1/48 of that in DiT-B/2.
+those with the null label, and v = v_null + guidance*(v_label - v_null) in the first guided_channels
+(None: in all; the others keep v_label). W (p*p*C, D), b (p*p*C,) in h's dtype, pixel order (row,
+column, channel) within a patch; x, x', v (B, C, H, W). Sums, guidance and update are float32 and
+rounded once. Bytes: one read of h; x and v are 1/48 of that in DiT-B/2.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _TILES = ((16384, 64), (0, 16))
 def final_velocity_reference(
     h: Tensor, weight: Tensor, bias: Tensor, patch_size: int,
     height: int, width: int, dtype: torch.dtype, guidance: float | None = None,
+    guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch: the product in h's dtype, guidance in `dtype`."""
     grid = F.linear(h, weight, bias).unflatten(1, (height // patch_size, width // patch_size))
@@ -39,17 +41,22 @@ def final_velocity_reference(
     if guidance is None:
         return velocity
     label, null = velocity.chunk(2)
-    return null + guidance * (label - null)
+    mixed = null + guidance * (label - null)
+    return (
+        mixed
+        if guided_channels is None
+        else torch.cat([mixed[:, :guided_channels], label[:, guided_channels:]], dim=1)
+    )
 
 
 def final_euler_reference(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, patch_size: int,
-    step: float, guidance: float | None = None,
+    step: float, guidance: float | None = None, guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch."""
     height, width = x.shape[2:]
     velocity = final_velocity_reference(
-        h, weight, bias, patch_size, height, width, x.dtype, guidance
+        h, weight, bias, patch_size, height, width, x.dtype, guidance, guided_channels
     )
     return x + velocity * step
 
@@ -79,7 +86,8 @@ def _kernel(
     CHANNELS: tl.constexpr, PATCH: tl.constexpr, D: tl.constexpr, GUIDED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * tiles of tokens * tiles of a patch's values,). x None: out is the velocity."""
+    """Grid (B * tiles of tokens * tiles of a patch's values,). x None: out is the velocity. GUIDED:
+    how many of the channels are guided."""
     wait_for_inputs(PDL)
     OUT: tl.constexpr = PATCH * PATCH * CHANNELS
     out_blocks: tl.constexpr = (OUT + BLOCK_OUT - 1) // BLOCK_OUT
@@ -94,7 +102,10 @@ def _kernel(
     if GUIDED:
         p_null = h + (i_b + batch) * h_batch
         b_null = _project(p_null, weight, o_n, o_out, tokens, h_token, OUT, D, BLOCK_D) + b_bias
-        b_v = tl.fma(guidance, b_v - b_null, b_null)
+        b_mixed = tl.fma(guidance, b_v - b_null, b_null)
+        if GUIDED < CHANNELS:
+            b_mixed = tl.where((o_out % CHANNELS < GUIDED)[None, :], b_mixed, b_v)
+        b_v = b_mixed
     o_row = (o_n // columns * PATCH)[:, None] + (o_out // (PATCH * CHANNELS))[None, :]
     o_column = (o_n % columns * PATCH)[:, None] + (o_out // CHANNELS % PATCH)[None, :]
     o_channel = i_b * CHANNELS + (o_out % CHANNELS).to(tl.int64)[None, :]
@@ -107,10 +118,13 @@ def _kernel(
 
 def _launch(
     x: Tensor | None, h: Tensor, weight: Tensor, bias: Tensor, out: Tensor,
-    patch_size: int, step: float, guidance: float | None,
+    patch_size: int, step: float, guidance: float | None, guided_channels: int | None,
 ) -> None:  # fmt: skip
     check_tokens("h", h)
     batch, channels, height, width = out.shape
+    guided = channels if guided_channels is None else guided_channels
+    if not 1 <= guided <= max(channels, 1):
+        raise ValueError(f"guided_channels must be from 1 to {channels}, not {guided}")
     if patch_size < 1 or height % patch_size or width % patch_size or out.dtype not in DTYPES:
         raise ValueError(
             f"images must be in float16, bfloat16, float32, sides multiples of {patch_size}, not"
@@ -136,7 +150,7 @@ def _launch(
         _kernel[(batch * tiles,)](
             None if x is None else x.contiguous(), h, weight, bias, out,
             batch, tokens, width // patch_size, h.stride(0), h.stride(1), step, guidance or 0.0,
-            CHANNELS=channels, PATCH=patch_size, D=size, GUIDED=guidance is not None,
+            CHANNELS=channels, PATCH=patch_size, D=size, GUIDED=0 if guidance is None else guided,
             **blocks, **launch_options(h.device, _WARPS, _STAGES),
         )  # fmt: skip
 
@@ -152,7 +166,7 @@ def _blocks(total: int, values: int, size: int) -> dict[str, int]:
 @torch.library.custom_op("odelt_fast::final_euler", mutates_args=())
 def final_euler(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor, patch_size: int,
-    step: float, guidance: float | None = None,
+    step: float, guidance: float | None = None, guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
     """x + step*v.
 
@@ -161,6 +175,7 @@ def final_euler(
         h: (B, N, D) in any of these, or with a guidance scale (2B, N, D), labels first.
         weight, bias: (p*p*C, D) and (p*p*C,) in h's dtype.
         patch_size: p.
+        guided_channels: guidance acts on so many first channels; None: on all.
 
     Returns:
         The shape and dtype of x, contiguous.
@@ -171,7 +186,7 @@ def final_euler(
     if x.dim() != 4:
         raise ValueError(f"x must be (B, C, H, W), not {tuple(x.shape)}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(x, h, weight, bias, out, patch_size, step, guidance)
+    _launch(x, h, weight, bias, out, patch_size, step, guidance, guided_channels)
     return out
 
 
@@ -182,6 +197,7 @@ final_euler.register_fake(like_first)
 def final_velocity(
     h: Tensor, weight: Tensor, bias: Tensor, patch_size: int,
     height: int, width: int, dtype: torch.dtype, guidance: float | None = None,
+    guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
     """v (B, C, height, width) in `dtype`; for the rest see final_euler.
 
@@ -196,7 +212,7 @@ def final_velocity(
     batch = len(h) // (1 if guidance is None else 2)
     shape = batch, values // patch_size**2, height, width
     out = torch.empty(shape, dtype=dtype, device=h.device)
-    _launch(None, h, weight, bias, out, patch_size, 0.0, guidance)
+    _launch(None, h, weight, bias, out, patch_size, 0.0, guidance, guided_channels)
     return out
 
 
@@ -209,10 +225,11 @@ def compile_cases() -> Iterator[CompileCase]:
     With and without guidance; update or velocity alone; in bfloat16 also overlapped.
     """
     forms: dict[str, dict[str, object]] = {
-        "euler": {"GUIDED": False, "PDL": False},
-        "euler_guided": {"GUIDED": True, "PDL": False},
-        "velocity_guided": {"GUIDED": True, "PDL": False, "x": None},
-        "overlapped": {"GUIDED": False, "PDL": True},
+        "euler": {"GUIDED": 0, "PDL": False},
+        "euler_guided": {"GUIDED": 4, "PDL": False},
+        "euler_three_guided": {"GUIDED": 3, "PDL": False},
+        "velocity_guided": {"GUIDED": 4, "PDL": False, "x": None},
+        "overlapped": {"GUIDED": 0, "PDL": True},
     }
     for kind, size, (least, tile) in itertools.product(DTYPES.values(), WIDTHS, _TILES):
         types = dict.fromkeys(("h", "weight", "bias"), f"*{kind}")

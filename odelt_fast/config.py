@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from odelt_fast.checks import number, one_of, shown, whole
 
-INNER_STEPS = ("unit", "inverse_depth")
+INNER_STEPS = ("unit", "inverse_depth", "residual")
 LAYER_NORM_EPS = 1e-6
 NUM_STEP_INDICES = 8  # log2 of the number of steps: 0 (one) .. 7 (128, and flow matching)
 # How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the
@@ -37,7 +37,11 @@ class DiTConfig:
     the lengths `depths`. `length_conditioned=False` is the conventional DiT (no inner ODE, no
     length table: one depth). `step_conditioned=False` keeps the step-size embedder and feeds it
     index 0, as flow-matching checkpoints of the reference want. `inner_step="inverse_depth"` scales
-    every group's addition by G/l (equation 7 of the paper; the reference uses 1, "unit").
+    every group's addition by G/l (equation 7 of the paper; the reference uses 1, "unit");
+    "residual" is the wiring in which pretrained transformers get the dial unchanged: no sum of
+    increments, the velocity is read from the tokens after l blocks, and the final layer sees the
+    length embedding too. `time_scale`, `time_period` and `guided_channels` are those of other
+    projects' transformers.
     `sampling` records how the training objective wants the model to be sampled (SAMPLING_KINDS).
     """
 
@@ -66,12 +70,20 @@ class DiTConfig:
     step_conditioned: bool = True
     """Whether the network is told log2 of the number of time steps; off: it is always told 0."""
     inner_step: str = "unit"
-    """Size of a step of the inner ODE: unit (as the reference), or inverse_depth, G/l (equation
-    7)."""
+    """Size of a step of the inner ODE: unit (as the reference), inverse_depth, G/l (equation 7), or
+    residual: no inner ODE, the final layer reads the tokens after l blocks."""
     dropout: float = 0.0
     """Probability of dropout in the MLPs while training."""
     sampling: str = "shortcut"
     """How the trained model is to be sampled; training sets it for its objective."""
+    time_scale: float = 1.0
+    """What times are multiplied by before their features are made (DiT: 1000)."""
+    time_period: float = 10000.0
+    """Longest period of the time features, whose k-th of 128 frequencies is time_period^(-k/128)
+    (diffusers: 10000^(128/127))."""
+    guided_channels: int | None = None
+    """Guidance acts on so many first channels, the others keep the label's velocity (SiT and DiT:
+    3); unset: on all."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -83,6 +95,14 @@ class DiTConfig:
                 number(field.name, value)
             elif field.type == "bool" and not isinstance(value, bool):
                 raise ValueError(f"{field.name} must be true or false, not {shown(value)}")
+        if not (self.time_scale > 0 and self.time_period > 1):
+            raise ValueError(
+                f"time_scale must be above 0 and time_period above 1, not {self.time_scale} and"
+                f" {self.time_period}"
+            )
+        if self.guided_channels is not None:
+            channels = whole("guided_channels", self.guided_channels, 1, self.channels)
+            object.__setattr__(self, "guided_channels", channels)
         one_of("inner_step", self.inner_step, INNER_STEPS)
         one_of("sampling", self.sampling, SAMPLING_KINDS)
         if self.image_size % self.patch_size:
@@ -142,10 +162,19 @@ class DiTConfig:
     def live_blocks(self, depth: int | None = None) -> int:
         """Number of leading blocks whose output reaches the velocity at length `depth`.
 
-        Whole groups only (XL, G = 8: 8 at l = 12).
+        Of the inner ODE whole groups only (XL, G = 8: 8 at l = 12).
         """
         length = self.check_depth(depth)
-        return length - length % self.depth_group if self.length_conditioned else length
+        return length - length % self.depth_group if self.has_inner_ode else length
+
+    @property
+    def has_inner_ode(self) -> bool:
+        """Whether groups of blocks are Euler steps, whose increments add up to the velocity."""
+        return self.length_conditioned and self.inner_step != "residual"
+
+    def ends_group(self, block: int) -> bool:
+        """Whether block number `block`, from 0, ends an Euler step of the inner ODE."""
+        return self.has_inner_ode and (block + 1) % self.depth_group == 0
 
     def to_dict(self) -> dict[str, object]:
         return dataclasses.asdict(self)

@@ -45,16 +45,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class ScalarEmbedding(nn.Module):
-    """(B,) s -> (B, D): [cos, sin] of s*exp(-ln(10000) k/128), k < 128; Linear, SiLU, Linear."""
+    """(B,) s -> (B, D): [cos, sin] of scale*s*period^(-k/128), k < 128; Linear, SiLU, Linear."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, scale: float = 1.0, period: float = 10000.0) -> None:
         super().__init__()
+        self.scale, self.period = scale, period
         self.linear_in = nn.Linear(2 * FREQUENCIES, size)
         self.linear_out = nn.Linear(size, size)
 
     def forward(self, scalar: Tensor) -> Tensor:
         k = torch.arange(FREQUENCIES, dtype=torch.float32, device=scalar.device)
-        angles = scalar.float()[:, None] * torch.exp(-math.log(10000.0) * (k / FREQUENCIES))
+        frequencies = torch.exp(-math.log(self.period) * (k / FREQUENCIES))
+        angles = self.scale * scalar.float()[:, None] * frequencies
         features = torch.cat([angles.cos(), angles.sin()], dim=1)
         return self.linear_out(F.silu(self.linear_in(features.to(self.linear_in.weight.dtype))))
 
@@ -126,7 +128,7 @@ class DiT(nn.Module):
         self.calls_every_block = False
         size = config.hidden_size
         self.patch_embed = nn.Conv2d(config.channels, size, config.patch_size, config.patch_size)
-        self.time_embed = ScalarEmbedding(size)
+        self.time_embed = ScalarEmbedding(size, config.time_scale, config.time_period)
         self.step_embed = ScalarEmbedding(size)
         self.label_embed = nn.Embedding(config.num_classes + 1, size)  # last row: the null label
         if config.length_conditioned:
@@ -293,9 +295,9 @@ class DiT(nn.Module):
             velocity = tokens
         elif depth is None or isinstance(depth, int):
             length = self.check_depth(depth)
-            velocity = self.inner_ode(
-                tokens, condition + self.length_embed.weight[length], [length] * len(x)
-            )
+            inner = condition + self.length_embed.weight[length]
+            velocity = self.inner_ode(tokens, inner, [length] * len(x))
+            condition = condition if self.config.has_inner_ode else inner
         else:
             wanted = depth.tolist() if isinstance(depth, Tensor) else depth
             lengths = [self.check_depth(length) for length in wanted]
@@ -309,12 +311,13 @@ class DiT(nn.Module):
             # From pinned memory: else the host would wait for the copy in every training step.
             table = torch.tensor([order, inverse, lengths], pin_memory=x.is_cuda)
             rows, back, row_lengths = table.to(x.device, non_blocking=True)
-            row_condition = condition.expand(len(x), -1)[rows] + self.length_embed(row_lengths)
-            velocity = self.inner_ode(tokens[rows], row_condition, lengths)[back]
+            inner = condition.expand(len(x), -1)[rows] + self.length_embed(row_lengths)
+            velocity = self.inner_ode(tokens[rows], inner, lengths)[back]
+            condition = condition if self.config.has_inner_ode else inner[back]
         return self.unpatchify(self.final_layer(velocity, condition), x.shape[2], x.shape[3])
 
     def inner_ode(self, tokens: Tensor, condition: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Euler steps over the groups of blocks (Algorithm 2).
+        """Euler steps over the groups of blocks (Algorithm 2), or in residual wiring the blocks.
 
         Args:
             tokens: (B, N, D).
@@ -322,26 +325,30 @@ class DiT(nn.Module):
             lengths: the depth of each row, longest first.
 
         Returns:
-            vr (B, N, D), the sum of the groups' increments.
+            vr (B, N, D), the sum of the groups' increments; in residual wiring the tokens.
         """
         config = self.config
         live = [config.live_blocks(length) for length in lengths]
+        group = config.depth_group if config.has_inner_ode else 1
         scale: Tensor | None = None  # G/l of each row
         if config.inner_step == "inverse_depth":
             scale = config.depth_group / torch.tensor(lengths, dtype=tokens.dtype)
             scale = scale.to(tokens.device)[:, None, None]
         xr, vr = tokens, torch.zeros_like(tokens)
         finished: list[Tensor] = []
-        for start in range(0, live[0], config.depth_group):
+        for start in range(0, live[0], group):
             rows = sum(count > start for count in live)
             if rows < len(vr):
                 finished.append(vr[rows:])
                 xr, vr = xr[:rows], vr[:rows]
                 condition = condition[:rows]
-            *inner, last = self.blocks[start : start + config.depth_group]
+            *inner, last = self.blocks[start : start + group]
             for block in inner:
                 xr = block(xr, condition)
             increment = last(xr, condition)  # holds the last block's own residual already
+            if not config.has_inner_ode:
+                xr = vr = increment
+                continue
             if scale is not None:
                 increment = increment * scale[:rows]
             xr, vr = xr + increment, vr + increment

@@ -102,6 +102,8 @@ class CpuNetwork:
             final = condition = model.condition(t, log2_steps, y)
             if model.config.length_conditioned:
                 condition = final + model.length_embed.weight[length]
+            if not model.config.has_inner_ode:
+                final = condition
             condition, final = (F.silu(each).to(model.dtype) for each in (condition, final))
             self._hidden(x, work, condition, final, length)
             return model.unpatchify(model.final_layer.out(work.x), x.shape[2], x.shape[3])
@@ -138,7 +140,7 @@ class CpuNetwork:
             step = (config.depth_group / torch.tensor([length], dtype=x.dtype)).float()
         for index in range(len(blocks)):
             biases, last = self._biases[index], index + 1 == len(blocks)
-            ends_group = config.length_conditioned and (index + 1) % config.depth_group == 0
+            ends_group = config.ends_group(index)
             for start in range(0, len(x), len(work.y)):
                 part = slice(start, start + len(work.y))
                 modulation, following = (

@@ -141,8 +141,8 @@ class Engine:
         return time + self.weights.step_embed(index)
 
     def length_rows(self, depths: int | Sequence[int]) -> Tensor | float:
-        """Length embedding of a depth (D,) or of each depth (len, D), which only the blocks see; 0
-        for the conventional DiT."""
+        """Length embedding of a depth (D,) or of each depth (len, D), which the blocks see; 0 for
+        the conventional DiT."""
         if self.weights.length_embed is None:
             return 0.0
         # Of one depth a view: nothing is copied from the host, which a capture would forbid.
@@ -151,7 +151,8 @@ class Engine:
 
     def modulations(self, blocks: Tensor, final: Tensor, depth: int) -> Tables:
         """Modulation of all blocks live at `depth` (R, live*6*D) and of the final layer (R, 2*D),
-        from their conditions (R, D)."""
+        from their conditions (R, D). In residual wiring the final layer's is the blocks'."""
+        final = final if self.config.has_inner_ode else blocks
         columns = 6 * self.config.hidden_size * self.config.live_blocks(depth)
         stacked, last = self.weights.modulation, self.weights.final_modulation
         if columns:
@@ -183,14 +184,18 @@ class Engine:
         """v (B, C, H, W) in x's dtype, from modulations of B rows or 1; with guidance of 2B rows,
         labels first, or 1."""
         h = self._hidden(x, tables, depth, guidance)
-        return self.ops.final_velocity(h, *self._projection, *x.shape[2:], x.dtype, guidance)
+        return self.ops.final_velocity(
+            h, *self._projection, *x.shape[2:], x.dtype, guidance, self.config.guided_channels
+        )
 
     def euler_step(
         self, x: Tensor, tables: Tables, depth: int, step: float, guidance: float | None = None
     ) -> Tensor:
         """x + step*v in x's dtype; for the rest see `velocity`."""
         h = self._hidden(x, tables, depth, guidance)
-        return self.ops.final_euler(x, h, *self._projection, step, guidance)
+        return self.ops.final_euler(
+            x, h, *self._projection, step, guidance, self.config.guided_channels
+        )
 
     @property
     def _projection(self) -> tuple[Tensor, Tensor, int]:
@@ -224,7 +229,7 @@ class Engine:
             mlp = self._linear(mlp, block["mlp_out"])
             following = (final_modulation, 0, size) if last else (modulation, *column[6:])
             columns = modulation, column[5], *following
-            if not config.length_conditioned or (index + 1) % config.depth_group:
+            if not config.ends_group(index):
                 x, h = self._rows("gated_residual", x, mlp, *columns, last=last)
             elif last:
                 _, h = ops.last_group_end(x, mlp, vr, *columns, self.weights.group_steps[depth])

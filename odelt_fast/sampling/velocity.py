@@ -17,7 +17,8 @@ class VelocityField:
     """f(t, x, log2_steps): velocity of `model` for one batch of labels, with guidance.
 
     Guidance scale w: None or 1 uses the labels alone, 0 the null label alone; otherwise v_null + w
-    (v_label - v_null), both from one doubled batch. A diffusion model predicts the noise: its
+    (v_label - v_null), both from one doubled batch, in the channels that the configuration has
+    guided. A diffusion model predicts the noise: its
     velocity is that of the probability-flow ODE. `evaluations` counts the network evaluations of
     every image so far: a call adds 1, a guided call 2.
 
@@ -41,7 +42,7 @@ class VelocityField:
         self.depth = length if callable(length) else model.check_depth(length)
         self.predicts_noise = model.config.sampling == "diffusion"
         self.network = network or model
-        self.scale = operation.mixing_scale
+        self.scale, self.guided_channels = operation.mixing_scale, model.config.guided_channels
         null = torch.full_like(labels, model.config.num_classes)
         self.labels = null if operation.guidance_scale == 0 else labels
         if self.scale is not None:
@@ -67,4 +68,6 @@ class VelocityField:
             self.evaluations += 1
             label, null = output.chunk(2)
             output = null + self.scale * (label - null)
+            if self.guided_channels is not None:
+                output[:, self.guided_channels :] = label[:, self.guided_channels :]
         return probability_flow_velocity(output, x, t) if self.predicts_noise else output

@@ -27,6 +27,7 @@ CONFIGS = {
     "groups": SMALL,
     "ragged": replace(SMALL, depth=7, depth_min=1, depth_group=2, mlp_ratio=2.0),
     "inverse_depth": replace(SMALL, inner_step="inverse_depth"),
+    "residual": replace(SMALL, depth=7, depth_min=1, inner_step="residual"),
     "conventional": replace(SMALL, length_conditioned=False),
 }
 

@@ -112,6 +112,8 @@ def test_recorded_euler_sample(monkeypatch: pytest.MonkeyPatch, path: Path, name
     "changes",
     [
         {"inner_step": "inverse_depth"},
+        {"inner_step": "residual", "depth": 7, "depth_min": 3},
+        {"time_scale": 1000.0, "time_period": 10752.0},
         {"length_conditioned": False},
         {"step_conditioned": False},
         {"depth": 7, "depth_min": 4, "depth_group": 3},  # depth 4 runs 3 blocks, depth 7 runs 6
@@ -148,6 +150,7 @@ def test_every_kind_of_network(changes: dict[str, object]) -> None:
         {},
         {"length_conditioned": False},
         {"depth": 7, "depth_min": 4, "depth_group": 3, "inner_step": "inverse_depth"},
+        {"depth": 5, "depth_min": 3, "inner_step": "residual"},
     ],
     ids=str,
 )
@@ -232,6 +235,28 @@ def test_samples_of_every_kind_of_model(
     expected = Sampler(model, steps=steps, guidance_scale=guidance, backend="eager")(4, seed=1)
     run_fused_on_the_cpu(monkeypatch)
     images = Sampler(model, steps=steps, guidance_scale=guidance, backend="fused")(4, seed=1)
+    torch.testing.assert_close(images, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 3},
+        {"depth_schedule": [(0, 2), (0.4, 6)], "guidance_scale": 2.0},
+        {"solver": "dopri5", "guidance_scale": 2.0, "rtol": 1e-3, "atol": 1e-3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sampling", ["flow", "diffusion"])
+def test_samples_of_converted_models(
+    monkeypatch: pytest.MonkeyPatch, sampling: str, options: dict
+) -> None:
+    model = random_model(
+        sampling=sampling, inner_step="residual", guided_channels=1, time_scale=100.0
+    )
+    expected = Sampler(model, backend="eager", **options)(4, seed=1)
+    run_fused_on_the_cpu(monkeypatch)
+    images = Sampler(model, backend="fused", **options)(4, seed=1)
     torch.testing.assert_close(images, expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
@@ -346,7 +371,7 @@ from odelt_fast.engine.engine import Engine
 from tests.helpers.reference_cases import relative_error
 small = {"image_size": 4, "channels": 1, "hidden_size": 24, "depth": 5, "depth_min": 3}
 short = {"length_conditioned": False, "depth": 2, "depth_min": 2}
-for changes in ({"inner_step": "inverse_depth"}, short):
+for changes in ({"inner_step": "inverse_depth"}, {"inner_step": "residual"}, short):
     model = random_model(**small | changes)
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     t, y = torch.tensor([0.1, 0.8]), torch.tensor([3, 10])
@@ -368,7 +393,7 @@ def test_compiled_kernels_make_the_models_velocity() -> None:
     """In Triton's interpreter, float32, every operator of the engine's sequence."""
     lines = run_python(KERNELS).splitlines()
     errors = [float(line.split()[1]) for line in lines]
-    assert len(errors) == 5
+    assert len(errors) == 8
     assert max(errors) < 2e-6
 
 

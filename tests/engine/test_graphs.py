@@ -376,7 +376,13 @@ def test_cuda_attention_and_precision(attention: str, precision: str | None) -> 
 )
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"inner_step": "inverse_depth"}, {"sampling": "consistency"}, {"sampling": "diffusion"}],
+    [
+        {},
+        {"inner_step": "inverse_depth"},
+        {"inner_step": "residual", "guided_channels": 3},
+        {"sampling": "consistency"},
+        {"sampling": "diffusion"},
+    ],
     ids=str,
 )
 def test_cuda_every_solver_and_kind(options: dict, changes: dict) -> None:

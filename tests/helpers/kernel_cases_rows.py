@@ -245,6 +245,7 @@ def final_layer_case(rng: random.Random, device: torch.device, dtype: torch.dtyp
     width, size = patch * columns, rng.choice(SIZES)
     guidance, step = rng.choice([None, None, 1.5, 0.0, -2.0]), rng.choice([1.0, 1 / 3, 1 / 128])
     state = rng.choice([dtype, torch.float32])
+    guided_channels = rng.choice([None, rng.randint(1, channels)])
     samples = batch if guidance is None else 2 * batch
     h = guarded(rng, (samples, height * width // patch**2, size), dtype, device)
     weight = guarded(rng, (channels * patch**2, size), dtype, device, size**-0.5)
@@ -252,15 +253,16 @@ def final_layer_case(rng: random.Random, device: torch.device, dtype: torch.dtyp
     names, sizes = ("snd", "vd", "v"), {"d": size}
     if rng.random() < 0.6:
         x = guarded(rng, (batch, channels, height, width), state, device)
-        arguments: tuple[Any, ...] = (x, h, weight, bias, patch, step, guidance)
-        axes = Axes(("bchw", *names, None, None, None), ("bchw",), sizes)
+        arguments: tuple[Any, ...] = (x, h, weight, bias, patch, step, guidance, guided_channels)
+        axes = Axes(("bchw", *names, None, None, None, None), ("bchw",), sizes)
         return agree(rng, final_euler, final_euler_reference, arguments, axes)
     with watched(h, weight, bias):
-        got = final_velocity(h, weight, bias, patch, height, width, state, guidance)
+        mixing = guidance, guided_channels
+        got = final_velocity(h, weight, bias, patch, height, width, state, *mixing)
 
     def reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # Guidance in the dtype of the product: what a float32 state gets beyond it is a gain.
-        return final_velocity_reference(h, weight, bias, patch, height, width, h.dtype, guidance)
+        return final_velocity_reference(h, weight, bias, patch, height, width, h.dtype, *mixing)
 
     plain = Axes(names, ("bchw",), sizes).plain(rng, reference, h, weight, bias)
     exact = reference(h.double(), weight.double(), bias.double())
@@ -287,7 +289,7 @@ def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
         (modulation, (torch.randn(17, 8), weight.half(), bias.half())),
         (patch_embed, (image, weight.t().contiguous(), torch.randn(8), torch.randn(3, 8), 2)),
         (final_euler, (image, h, weight, bias, 2, 0.5)),
-        (final_velocity, (torch.cat([h, h]), weight, bias, 2, 2, 6, torch.float32, 1.5)),
+        (final_velocity, (torch.cat([h, h]), weight, bias, 2, 2, 6, torch.float32, 1.5, 3)),
     ]
 
 

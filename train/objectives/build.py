@@ -37,6 +37,7 @@ def _method(config: TrainConfig) -> Objective:
         "log2_steps": config.log2_steps,
         "label_dropout": config.label_dropout,
         "guidance_scale": config.guidance_scale,
+        "guided_channels": config.model.guided_channels,
         "compat": config.compat == "reference",
     }
     match config.objective:

@@ -119,7 +119,7 @@ def _pairs(teacher: DiT, config: TrainConfig, rows: np.ndarray) -> dict[str, np.
     shortcut = teacher.config.sampling == "shortcut"
     index = torch.full_like(y, config.log2_steps if shortcut else NUM_STEP_INDICES - 1)
     x, index, labels = (tensor.to(teacher.device) for tensor in (noise, index, y))
-    model = guided(teacher, config.guidance_scale, null)
+    model = guided(teacher, config.guidance_scale, null, channels=teacher.config.guided_channels)
     data = euler(model, x, index, labels, None, config.denoise_timesteps)
     if not data.isfinite().all():
         raise ValueError("the teacher made values that are not finite")

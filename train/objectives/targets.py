@@ -101,6 +101,7 @@ class Method:
         log2_steps: log2 T, of the finest step size.
         label_dropout: probability that a row's label becomes the null label.
         guidance_scale: w of the velocities that teach; None: labels only.
+        guided_channels: guidance acts on the first so many; None: on all.
         compat: repeat the shortcuts of the reference, which each method lists.
     """
 
@@ -108,6 +109,7 @@ class Method:
     log2_steps: int = 7
     label_dropout: float = 0.1
     guidance_scale: float | None = None
+    guided_channels: int | None = None
     compat: bool = False
 
     def dropped(self, batch: StepBatch, kept: int = 0) -> Tensor:
@@ -124,7 +126,7 @@ class Method:
 
     def guided(self, model: Model, rows: Tensor | None = None) -> Model:
         """The model with this method's guidance; see `guided`."""
-        return guided(model, self.guidance_scale, self.num_classes, rows)
+        return guided(model, self.guidance_scale, self.num_classes, rows, self.guided_channels)
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,20 @@ def grid_times(uniform: Tensor, sections: int | Tensor) -> Tensor:
     return torch.floor(uniform * sections) / sections
 
 
-def guided(model: Model, scale: float | None, null_label: int, rows: Tensor | None = None) -> Model:
+def guided(
+    model: Model,
+    scale: float | None,
+    null_label: int,
+    rows: Tensor | None = None,
+    channels: int | None = None,
+) -> Model:
     """A model whose velocities are v_null + scale (v_label - v_null), from one call of `model`.
 
     Args:
         scale: None or 1: labels only; 0: null label only.
         rows: indices, on the host, of the rows to guide (None: all); the others get v_label. A row
             that has the null label gets v_null whatever the scale.
+        channels: the first so many are guided (None: all), as `DiTConfig.guided_channels`.
     """
     if scale is None or scale == 1 or (rows is not None and not len(rows)):
         return model
@@ -170,7 +179,10 @@ def guided(model: Model, scale: float | None, null_label: int, rows: Tensor | No
         inputs = [torch.cat([value, value[picked]]) for value in (x, t, log2_steps)]
         both = model(*inputs, torch.cat([y, null]), depth=depths)
         with_label, without = both[: len(x)], both[len(x) :]
-        return with_label.index_copy(0, picked, torch.lerp(without, with_label[picked], scale))
+        mixed = torch.lerp(without, with_label[picked], scale)
+        if channels is not None:
+            mixed[:, channels:] = with_label[picked, channels:]
+        return with_label.index_copy(0, picked, mixed)
 
     return velocities
 
