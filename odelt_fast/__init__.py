@@ -13,6 +13,7 @@ _HOME = {
     "load_model": "checkpoints.folder",
     "save_model": "checkpoints.folder",
     "CheckpointError": "checkpoints.errors",
+    "convert_checkpoint": "checkpoints.conversion",
     "convert_reference_checkpoint": "checkpoints.reference",
     "OdeltPipeline": "pipeline",
     "deadline_planner": "planning.evidence",
@@ -24,6 +25,7 @@ __all__ = [
     "DiT",
     "DiTConfig",
     "Sampler",
+    "convert_checkpoint",
     "convert_reference_checkpoint",
     "deadline_planner",
     "load_decoder",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from odelt_fast.checkpoints.conversion import convert_checkpoint
     from odelt_fast.checkpoints.errors import CheckpointError
     from odelt_fast.checkpoints.folder import load_model, save_model
     from odelt_fast.checkpoints.reference import convert_reference_checkpoint

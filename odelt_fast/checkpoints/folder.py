@@ -123,7 +123,7 @@ def _finish_interrupted_save(folder: Path) -> None:
     """Puts the weights' configuration in its place, where a kill came between the two renames."""
     pending = folder / _PARTIAL / CONFIG_NAME
     with contextlib.suppress(CheckpointError):
-        if pending.is_file() and _read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
+        if pending.is_file() and read_header(folder / WEIGHTS_NAME)[1] == _read_config(pending)[1]:
             os.replace(pending, folder / CONFIG_NAME)
 
 
@@ -163,7 +163,7 @@ def load_model(
         raise ValueError(f"device {str(device)!r} cannot be used: {one_line(error)}") from None
     folder = find_folder(name, download)
     shards = _shards(folder)
-    headers = {path: _read_header(path) for path in shards}
+    headers = {path: read_header(path) for path in shards}
     config = _folder_config(folder, {digest for _, digest in headers.values()})
     config.check_depth(depth)
     grid = config.image_size // config.patch_size
@@ -215,7 +215,7 @@ class WithoutStorage(TorchFunctionMode):
 def read_config(name: str | Path) -> DiTConfig:
     """The configuration of the model that `load_model` would load; it raises as that does."""
     folder = find_folder(name)
-    return _folder_config(folder, {_read_header(path)[1] for path in _shards(folder)})
+    return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})
 
 
 def _member(folder: Path, name: str) -> Path:
@@ -282,7 +282,7 @@ def _shards(folder: Path) -> list[Path]:
     return [_member(folder, name) for name in sorted(set(weight_map.values()))]
 
 
-def _read_header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     """The tensors in a safetensors file, and the hash of the configuration that it has."""
     with refusals(path):
         with path.open("rb") as file:

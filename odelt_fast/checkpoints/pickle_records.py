@@ -52,6 +52,13 @@ class Call:
     items: dict[str, Any] | None = None
 
 
+@dataclass(slots=True, frozen=True, eq=False)
+class Persistent:
+    """What a pickle keeps outside itself, by the identity that it gives (torch.save: storages)."""
+
+    identity: Any
+
+
 _RECONSTRUCT, _SCALAR, _FROM_BUFFER = (
     tuple(Global(f"numpy.{core}.{module}", name) for core in ("core", "_core"))
     for module, name in (
@@ -70,8 +77,11 @@ _JAX_ARRAYS = (
 )
 
 
-def read_records(data: memoryview) -> Any:
+def read_records(data: memoryview, persistent: bool = False) -> Any:
     """The value that a pickle of protocol 2 to 5 describes.
+
+    Args:
+        persistent: whether it may refer to what lies outside of it.
 
     Returns:
         None, bool, int, float, str, bytes, memoryview (long bytes), list (sets too), tuple, dict
@@ -80,14 +90,14 @@ def read_records(data: memoryview) -> Any:
     Raises:
         ValueError: it is malformed, too big or not of these protocols.
     """
-    return _Reader(data).run()
+    return _Reader(data, persistent).run()
 
 
 class _Reader:
     """The pickle machine: a stack, the stacks below the marks, a memo."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
+    def __init__(self, data: memoryview, persistent: bool = False) -> None:
+        self.data, self.persistent = data, persistent
         self.position = 0
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
@@ -202,6 +212,8 @@ class _Reader:
                 named = [Global(self.line(), self.line())] if opcode == 0x69 else []
                 function, *values = named + self.pop_mark() or [None]
                 self.stack.append(Call(function, tuple(values)))
+            case 0x51 if self.persistent:  # BINPERSID
+                stack.append(Persistent(self.pop()))
             case 0x62:  # BUILD
                 state = self.pop()
                 record = self.top()
@@ -273,20 +285,19 @@ def _decode(data: bytes | memoryview) -> str:
 
 
 def as_mapping(record: Any) -> dict[str, Any] | None:
-    """The items of a dict, or of a record of one; None for anything else.
-
-    FrozenDict, OrderedDict, an object with attributes.
-    """
-    if isinstance(record, Call) and is_array(record):
-        return None
+    """The items of a dict, or of a record of one (FrozenDict, OrderedDict, object); else None."""
     if isinstance(record, Call):
+        if is_array(record):
+            return None
+        if record.items is not None:
+            return record.items  # an OrderedDict's, whose state is attributes of its own
         state = record.state
         if isinstance(state, tuple) and len(state) == 2:  # (attributes, slots)
             state = state[1]
         inner = state.get("_dict", state) if isinstance(state, dict) else None
         if inner is None and isinstance(record.arguments, tuple) and len(record.arguments) == 1:
             inner = record.arguments[0]
-        record = inner if isinstance(inner, dict) else record.items
+        record = inner
     return record if isinstance(record, dict) else None
 
 

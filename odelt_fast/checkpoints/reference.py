@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import HEADS, DiTConfig
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 
@@ -40,7 +40,7 @@ _BLOCK = {
 
 def convert_reference_checkpoint(
     path: str | Path,
-    num_heads: int = 12,
+    num_heads: int | None = 12,
     depth_min: int = 4,
     depth_group: int = 4,
     image_size: int = 32,
@@ -56,6 +56,7 @@ def convert_reference_checkpoint(
     64 MiB.
 
     Args:
+        num_heads: None: what the width says (`config.HEADS`), else 12.
         image_size: of what the network sees (latents: 32 for 256 pixels).
         step_conditioned: False for models trained with ignore_dt.
         weights: "ema" (params_ema) or "raw" (params).
@@ -131,7 +132,7 @@ def _parameters(root: Any, weights: str, limit: int) -> dict[str, np.ndarray]:
 
 def config_from_parameters(
     parameters: Mapping[str, np.ndarray],
-    num_heads: int,
+    num_heads: int | None,
     depth_min: int,
     depth_group: int,
     image_size: int,
@@ -174,7 +175,7 @@ def config_from_parameters(
             depth=depth,
             depth_min=depth_min,
             depth_group=depth_group,
-            num_heads=num_heads,
+            num_heads=HEADS.get(hidden, 12) if num_heads is None else num_heads,
             mlp_ratio=ratio,
             num_classes=classes,
             length_conditioned=length_conditioned,

@@ -11,6 +11,8 @@ imports, processes, sockets and writing while a file is being read.
 from __future__ import annotations
 
 import argparse
+import collections
+import io
 import json
 import os
 import pickle
@@ -20,8 +22,11 @@ import struct
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -226,6 +231,31 @@ def parameters() -> dict[str, object]:
     return tree
 
 
+def peer_tensors() -> dict[str, Any]:
+    """A whole SiT of width 4 and one block, by its own names."""
+    import torch
+
+    from odelt_fast.model import position_table
+
+    block, torch_linear = "blocks.0", {}
+    sizes = {
+        "t_embedder.mlp.0": (4, 256), "t_embedder.mlp.2": (4, 4), f"{block}.attn.qkv": (12, 4),
+        f"{block}.attn.proj": (4, 4), f"{block}.mlp.fc1": (4, 4), f"{block}.mlp.fc2": (4, 4),
+        f"{block}.adaLN_modulation.1": (24, 4), "final_layer.linear": (2, 4),
+        "final_layer.adaLN_modulation.1": (8, 4), "x_embedder.proj": (4, 1, 1, 1),
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, size in sizes.items():
+        torch_linear[f"{name}.weight"] = torch.randn(size, generator=generator)
+        torch_linear[f"{name}.bias"] = torch.randn(size[:1], generator=generator)
+    table = torch.randn(2, 4, generator=generator)
+    return {
+        "pos_embed": position_table(2, 2, 4)[None],
+        "y_embedder.embedding_table.weight": table,
+        **torch_linear,
+    }
+
+
 class Bases:
     """The sound files that cases are made from."""
 
@@ -249,6 +279,14 @@ class Bases:
                 protocol,
             )
             self.pickles.append((data, [position for _, _, position in pickletools.genops(data)]))
+        self.archives = []
+        state = collections.OrderedDict(peer_tensors())
+        state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+        options = argparse.Namespace(model="SiT-S/2", image_size=256)
+        for content in (state, {"ema": state, "model": {}, "opt": [state], "args": options}):
+            file = io.BytesIO()
+            torch.save(content, file)
+            self.archives.append(file.getvalue())
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory() as folder:
             save_model(DiT(DiTConfig(**CONFIG)), folder)  # type: ignore[arg-type]
@@ -626,9 +664,43 @@ def hostile_weights(draw: random.Random, weights: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data + bytes(body) + draw.choice((b"",) * 9 + (b"x",))
 
 
-def write_case(draw: random.Random, bases: Bases, folder: Path, canary: str) -> bool:
-    """Writes one case; True: a pickle `folder/checkpoint.pkl`, False: a model folder."""
+def hostile_archive(draw: random.Random, archive: bytes, snippets: list[bytes]) -> bytes:
+    """A damaged file of torch.save: its bytes, the pickle in a sound archive, or how members are
+    stored."""
+    if draw.random() < 0.3:
+        # Names, headers and the directory at the end, mostly.
+        marks = [at for at in range(len(archive) - 1) if archive[at : at + 2] == b"PK"]
+        near = [mark + draw.randrange(60) for mark in marks]
+        return mutate(draw, archive, near, [b"PK\x01\x02" + b"\x00" * 42, b"PK\x05\x06"])
+    result = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(result, "w") as target:
+        for member in source.infolist():
+            name, content = member.filename, source.read(member)
+            kind = draw.random()
+            if name.endswith("data.pkl"):
+                positions = [position for _, _, position in pickletools.genops(content)]
+                content = mutate(draw, content, positions, snippets) if kind < 0.9 else content
+            elif kind < 0.02:
+                content = draw.choice((b"", content[:-3], content * 2, b"big"))
+            elif kind < 0.03:
+                name = draw.choice(("../x", "/etc/passwd", "archive/data.pkl", "x" * 3000, "?"))
+            elif kind < 0.04:
+                member.compress_type = zipfile.ZIP_DEFLATED
+            elif kind < 0.05:
+                continue
+            target.writestr(name, content, member.compress_type)
+    return result.getvalue()
+
+
+def write_case(draw: random.Random, bases: Bases, folder: Path, canary: str) -> str:
+    """Writes one case and returns its file's name: a pickle, a file of torch.save, or the
+    configuration of a model folder."""
     kind = draw.random()
+    if kind < 0.3:
+        archive = hostile_archive(draw, draw.choice(bases.archives), attacks(canary))
+        (folder / "checkpoint.pt").write_bytes(archive)
+        return "checkpoint.pt"
+    kind = (kind - 0.3) / 0.7
     if kind < 0.75:
         snippets = attacks(canary)
         data = (
@@ -637,7 +709,7 @@ def write_case(draw: random.Random, bases: Bases, folder: Path, canary: str) -> 
             else mutate(draw, *draw.choice(bases.pickles), snippets)
         )
         (folder / "checkpoint.pkl").write_bytes(data)
-        return True
+        return "checkpoint.pkl"
     damage = draw.randrange(3)
     (folder / "config.json").write_bytes(
         hostile_config(draw, bases.config) if damage != 1 else bases.config
@@ -645,7 +717,7 @@ def write_case(draw: random.Random, bases: Bases, folder: Path, canary: str) -> 
     (folder / "model.safetensors").write_bytes(
         hostile_weights(draw, bases.weights) if damage != 0 else bases.weights
     )
-    return False
+    return "config.json"
 
 
 class TooSlow(BaseException):
@@ -661,6 +733,7 @@ def run_cases(cases: int, seed: int, start: int) -> Summary:
     import torch
 
     from odelt_fast import CheckpointError, convert_reference_checkpoint, load_model
+    from odelt_fast.checkpoints.peers import convert_peer_checkpoint
 
     events: list[str] = []
     watching = False
@@ -687,8 +760,21 @@ def run_cases(cases: int, seed: int, start: int) -> Summary:
         (folder / "checkpoint.pkl").write_bytes(bases.pickles[0][0])
         (folder / "config.json").write_bytes(bases.config)
         (folder / "model.safetensors").write_bytes(bases.weights)
-        convert_reference_checkpoint(folder / "checkpoint.pkl", 1, 1, 1, 2)
-        load_model(folder)
+        readers: dict[str, Callable[[], object]] = {
+            "checkpoint.pkl": lambda: convert_reference_checkpoint(
+                folder / "checkpoint.pkl", 1, 1, 1, 2
+            ),
+            "checkpoint.pt": lambda: convert_peer_checkpoint(
+                folder / "checkpoint.pt", "sit", num_heads=1
+            ),
+            "config.json": lambda: load_model(folder),
+        }
+        for archive in bases.archives:
+            (folder / "checkpoint.pt").write_bytes(archive)
+            readers["checkpoint.pt"]()
+        readers["checkpoint.pkl"]()
+        readers["config.json"]()
+        "".encode("cp437")  # of names in zip archives: loaded at its first use
         sys.addaudithook(hook)
         signal.signal(signal.SIGALRM, alarm)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -696,15 +782,12 @@ def run_cases(cases: int, seed: int, start: int) -> Summary:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         for index in range(start, start + cases):
             draw = random.Random(f"{seed}:{index}")
-            is_pickle = write_case(draw, bases, folder, canary)
+            case = write_case(draw, bases, folder, canary)
             problem, refused = "", False
             signal.alarm(SECONDS)
             watching = True
             try:
-                if is_pickle:
-                    convert_reference_checkpoint(folder / "checkpoint.pkl", 1, 1, 1, 2)
-                else:
-                    load_model(folder)
+                readers[case]()
             except CheckpointError as error:
                 message, refused = str(error), True
                 if (
