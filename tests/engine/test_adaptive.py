@@ -142,7 +142,7 @@ def test_weights_changed_in_place_are_seen_by_solves_and_flows(
     """fp8 and the modulations of the null label are copies of weights: a graph alone would go on
     with the old ones."""
     monkeypatch.setattr(availability, "fused_unavailable", lambda model: None)
-    monkeypatch.setattr(fused, "Engine", functools.partial(Engine, kind="reference"))
+    monkeypatch.setattr(fused, "KIND", "reference")
     monkeypatch.setattr(fused, "GraphCache", functools.partial(GraphCache, capture=replayed))
     model, other = random_model(), random_model()
     with torch.no_grad():
