@@ -22,7 +22,7 @@ import tyro
 
 from odelt_fast import __version__
 from odelt_fast.checks import unknown_option
-from odelt_fast.files import one_line
+from odelt_fast.files import one_line, plain_warnings
 
 COMMANDS = (
     "sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train",
@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["TERM"] = "dumb"  # what tyro asks before it colours; it knows no NO_COLOR
     try:
         try:
-            code = run(list(sys.argv[1:] if argv is None else argv))
+            with plain_warnings():
+                code = run(list(sys.argv[1:] if argv is None else argv))
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -31,6 +32,18 @@ def one_line(error: object, limit: int = 300) -> str:
     if not text and isinstance(error, BaseException):
         return type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Shows warnings as one line each, without the place in the code: users of a command have not
+    written it."""
+    usual = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {one_line(message, 2000)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def cache_folder() -> Path:

@@ -10,6 +10,7 @@ import tyro
 
 from odelt_fast.checks import unknown_option
 from odelt_fast.config import DiTConfig
+from odelt_fast.files import plain_warnings
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.recipes import RECIPES
 
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         from odelt_fast.train.run import train
 
-        folder = train(config)
+        with plain_warnings():
+            folder = train(config)
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2

@@ -54,7 +54,7 @@ class EncodedImages(ImageSource):
         # Decoded sooner than handed to another thread.
         self._small = math.prod(check.size) < 1 << 14
         reasons = dict(zip(self.skipped, check.skipped.values()))
-        warn_left_out("images", reasons, len(store))
+        warn_left_out("images", reasons, len(store), store.left_out)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .pixels import SUFFIXES, Opened
+from .listing import entries_of, files_below, listed
+from .pixels import Opened, is_image_file
 
 
 class FileStore:
-    """Image files below a folder, by relative paths."""
+    """Image files below a folder, by relative paths; `left_out`: what else is there, by kind."""
 
-    def __init__(self, folder: Path, paths: Sequence[str]) -> None:
-        self.folder, self.paths = folder, list(paths)
+    def __init__(self, folder: Path, paths: Sequence[str], left_out: Counter[str]) -> None:
+        self.folder, self.paths, self.left_out = folder, list(paths), left_out
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,8 +42,8 @@ class FileStore:
 def open_folder(folder: Path, split: str) -> Opened:
     """A folder of class folders, or one folder of images (one class).
 
-    Labels are the positions of the class folders in sorted order; images may lie in folders below
-    them; hidden files are no images.
+    Labels are the positions of the class folders in sorted order; images, all that Pillow decodes,
+    may lie in folders below them; links are followed; hidden files are no images.
 
     Returns:
         The image files, labels (N,) int64 and class names.
@@ -49,45 +51,45 @@ def open_folder(folder: Path, split: str) -> Opened:
     Raises:
         ValueError: a class folder without images, images beside class folders, a split that the
             folder does not have.
+        OSError: a folder cannot be read.
     """
-    folder = _split_folder(folder, split)
-    classes, files = _entries(folder)
-    loose = [name for name in files if name.lower().endswith(SUFFIXES)]
-    if loose and classes:
+    left_out: Counter[str] = Counter()
+    folder, classes, loose = _of_split(folder, split, left_out)
+    if loose:
+        store = FileStore(folder, loose, left_out)
+        return store, np.zeros(len(loose), np.int64), (folder.resolve().name,)
+    images = {}
+    for name in classes:
+        inside: Counter[str] = Counter()
+        images[name] = files_below(folder, name, is_image_file, inside)
+        if not images[name]:
+            raise ValueError(f"the class folder {folder / name} has no images{_only(inside)}")
+        left_out += inside
+    if not images:
+        raise ValueError(
+            f"{folder} has no images{_only(left_out)}: a folder for each class is needed, with"
+            " images in it"
+        )
+    labels = np.repeat(np.arange(len(images)), list(map(len, images.values())))
+    store = FileStore(folder, [path for paths in images.values() for path in paths], left_out)
+    return store, labels, tuple(images)
+
+
+def _only(left_out: Counter[str]) -> str:
+    return f" (only {listed(left_out)})" if +left_out else ""
+
+
+def _of_split(
+    folder: Path, split: str, left_out: Counter[str]
+) -> tuple[Path, list[str], list[str]]:
+    """The sub-folder of a split, if the sub-folders are splits, else the folder, which is `train`;
+    the folders and the images in it."""
+    beside: Counter[str] = Counter()
+    names, loose = entries_of(folder, "", is_image_file, beside)
+    if loose and names:
         raise ValueError(
             f"{folder} has images outside its class folders, such as {loose[0]}: move them into one"
         )
-    if loose:
-        return FileStore(folder, loose), np.zeros(len(loose), np.int64), (folder.resolve().name,)
-    images = {name: _images_below(folder, name) for name in classes}
-    for name, paths in images.items():
-        if not paths:
-            raise ValueError(
-                f"the class folder {folder / name} has no images ({', '.join(SUFFIXES)})"
-            )
-    if not images:
-        raise ValueError(
-            f"{folder} has no images: a folder for each class is needed, with {', '.join(SUFFIXES)}"
-            " files in it"
-        )
-    labels = np.repeat(np.arange(len(images)), list(map(len, images.values())))
-    return (
-        FileStore(folder, [path for paths in images.values() for path in paths]),
-        labels,
-        tuple(images),
-    )
-
-
-def _entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, sorted, without hidden ones."""
-    seen = [entry for entry in os.scandir(folder) if not entry.name.startswith(".")]
-    folders = sorted(entry.name for entry in seen if entry.is_dir())
-    return folders, sorted(entry.name for entry in seen if entry.is_file())
-
-
-def _split_folder(folder: Path, split: str) -> Path:
-    """The sub-folder of a split, if the sub-folders are splits; else the folder: it is `train`."""
-    names, _ = _entries(folder)
     validation = ("val", "valid", "validation")
     if not names or not {name.lower() for name in names} <= {"train", "test", *validation}:
         if split != "train":
@@ -95,21 +97,12 @@ def _split_folder(folder: Path, split: str) -> Path:
                 f"{folder} has no sub-folder for the split {split!r}: it is all of the split"
                 " 'train'"
             )
-        return folder
+        left_out += beside
+        return folder, names, loose
     wanted = validation if split in validation else (split,)
     for name in names:
         if name.lower() in wanted:
-            return folder / name
+            return _of_split(folder / name, "train", left_out)
     raise ValueError(
         f"{folder} has no sub-folder for the split {split!r}; it has {', '.join(names)}"
     )
-
-
-def _images_below(folder: Path, name: str) -> list[str]:
-    """Paths, relative to `folder`, of the images in its sub-folder `name` and below, sorted."""
-    found = []
-    for place, folders, files in os.walk(folder / name):
-        folders[:] = [sub for sub in folders if not sub.startswith(".")]
-        images = [file for file in files if file.lower().endswith(SUFFIXES) and file[0] != "."]
-        found += [os.path.join(place, file) for file in images]
-    return sorted(os.path.relpath(path, folder) for path in found if os.path.isfile(path))

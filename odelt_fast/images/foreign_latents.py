@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import numpy as np
 from odelt_fast.files import one_line
 
 from .latents import SCALE, LatentSource, Moments
+from .listing import entries_of, files_below
 from .sources import warn_left_out
 from .tables import check_labels, numbered_classes
 
@@ -24,12 +28,18 @@ class FileLatents(LatentSource):
     Args:
         paths, labels: of the samples, below `folder`.
         posterior: the files hold mean and std (2C, S, S); else scaled latents ((1,) C, S, S).
+        left_out: what is no sample, by kind.
     """
 
     flippable = False
 
     def __init__(
-        self, folder: Path, paths: Sequence[str], labels: Sequence[int], posterior: bool
+        self,
+        folder: Path,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        posterior: bool,
+        left_out: Counter[str],
     ) -> None:
         seen: dict[bytes, Header] = {}
         good: list[int] = []
@@ -70,7 +80,7 @@ class FileLatents(LatentSource):
         self.class_names, self.labels = numbered_classes(every), every[good]
         self.skipped = list(skipped)
         self._paths, self._posterior = [paths[row] for row in good], posterior
-        warn_left_out("latents", skipped, len(paths))
+        warn_left_out("latents", skipped, len(paths), left_out)
 
     def sample_name(self, index: int) -> str:
         return self._paths[index]
@@ -115,6 +125,15 @@ def npy_header(path: Path, seen: dict[bytes, Header]) -> Header:
     return shape, dtype
 
 
+def _is_npy(path: str) -> bool:
+    return path.endswith(".npy")
+
+
+def is_repa(path: str) -> bool:
+    """Whether a file is named as REPA names latents."""
+    return fnmatch(os.path.basename(path), "img-mean-std-*.npy")
+
+
 def _is_label(value: object) -> bool:
     return type(value) is int and abs(value) <= 1 << 62
 
@@ -124,9 +143,13 @@ def open_fast_dit(folder: Path, features: Path) -> FileLatents:
     labels_folder = folder / (features.name.removesuffix("_features") + "_labels")
     if not labels_folder.is_dir():
         raise ValueError(f"{folder} has {features.name} but no {labels_folder.name} beside it")
-    names = sorted((path.name for path in features.glob("*.npy")), key=lambda n: (len(n), n))
+    left_out: Counter[str] = Counter()
+    names = entries_of(features, "", _is_npy, left_out)[1]
     if not names:
         raise ValueError(f"{features} has no .npy files")
+    names.sort(key=lambda name: (len(name), name))
+    labelled = entries_of(labels_folder, "", _is_npy, left_out)[1]
+    left_out["label without latents"] += len(set(labelled) - set(names))
     seen: dict[bytes, Header] = {}
     labels = []
     for name in names:
@@ -142,7 +165,8 @@ def open_fast_dit(folder: Path, features: Path) -> FileLatents:
         if not _is_label(label):
             raise ValueError(f"{name} has the label {label}, which is no class")
         labels.append(label)
-    return FileLatents(folder, [f"{features.name}/{name}" for name in names], labels, False)
+    paths = [f"{features.name}/{name}" for name in names]
+    return FileLatents(folder, paths, labels, False, left_out)
 
 
 def open_repa(folder: Path, features: Path) -> FileLatents:
@@ -150,8 +174,8 @@ def open_repa(folder: Path, features: Path) -> FileLatents:
 
     dataset.json, there or in `folder`, has their labels by path.
     """
-    found = features.rglob("img-mean-std-*.npy")
-    paths = sorted(path.relative_to(features).as_posix() for path in found)
+    left_out: Counter[str] = Counter()
+    paths = files_below(features, "", is_repa, left_out)
     if not paths:
         raise ValueError(f"{features} has no img-mean-std-*.npy files")
     places = [place / "dataset.json" for place in (features, folder)]
@@ -167,9 +191,11 @@ def open_repa(folder: Path, features: Path) -> FileLatents:
         ) from None
     if pairs is None:
         labels = dict.fromkeys(paths, 0)
+    left_out["label without latents"] += len({*filter(is_repa, labels)} - set(paths))
+    left_out[".json"] -= index.parent == features
     for path in paths:
         if path not in labels:
             raise ValueError(f"{index}: {path} has no label")
         if not _is_label(labels[path]):
             raise ValueError(f"{index}: {path} has the label {labels[path]!r}, no whole number")
-    return FileLatents(features, paths, [labels[path] for path in paths], True)
+    return FileLatents(features, paths, [labels[path] for path in paths], True, left_out)

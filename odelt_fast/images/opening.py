@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 from odelt_fast.checks import one_of, whole
@@ -12,10 +13,11 @@ from odelt_fast.files import one_line
 from .digits import DigitsSource
 from .encoded import EncodedImages
 from .folders import open_folder
-from .foreign_latents import open_fast_dit, open_repa
+from .foreign_latents import is_repa, open_fast_dit, open_repa
 from .latents import LatentSource
+from .listing import files_below
 from .parquet import open_parquet, parquet_files
-from .pixels import SUFFIXES, Opened
+from .pixels import Opened, image_endings
 from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from .sources import ImageSource
 from .tables import SAVED_MARKS, open_dataset
@@ -121,7 +123,7 @@ def _kind(path: Path, data: str) -> str:
             return "parquet"
         raise ValueError(f"{path} is a file of no known kind: give a .parquet file or a folder")
     if not path.is_dir() or not data:
-        files = (".parquet", ".npy", ".json", *SUFFIXES)
+        files = {".parquet", ".npy", ".json", *image_endings()}
         is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)
         if is_id and path.suffix not in files:
             return "dataset"
@@ -131,14 +133,14 @@ def _kind(path: Path, data: str) -> str:
         )
     entries = list(os.scandir(path))
     names = {entry.name for entry in entries}
-    folders = {entry.name for entry in entries if entry.is_dir()}
+    folders = {entry.name for entry in entries if os.path.isdir(entry)}  # links may end nowhere
     if {MANIFEST_NAME, SETTINGS_NAME} & names and not folders:
         return "latents"
     if "vae-sd" in folders or any(name.endswith("_features") for name in folders):
         return "latents"
     if names & set(SAVED_MARKS):
         return "dataset"
-    if "dataset.json" in names and any(path.rglob("img-mean-std-*.npy")):
+    if "dataset.json" in names and files_below(path, "", is_repa, Counter()):
         return "latents"
     tables = any(any(path.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
     return "parquet" if tables else "folder"

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -110,6 +111,7 @@ class ParquetStore:
     def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
         self.files, self.column = [Path(file) for file in files], column
         self._ends = np.cumsum(lengths)
+        self.left_out: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}

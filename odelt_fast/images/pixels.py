@@ -7,33 +7,45 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from odelt_fast.files import cache_folder, locked, one_line, write_atomically
+from odelt_fast.files import cache_folder, locked, one_line, read_bytes, write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# Pillow is told to try no other: some of its readers start other programs.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+# What Pillow's readers hand to other programs (EPS), or recognise without decoding it.
+_NOT_DECODED = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")
+# Told by how they begin. Not TIFF, whose mark cameras' raw files have too: of these Pillow decodes
+# the thumbnail.
+_MARKED = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
+_PNG_MARK = b"\x89PNG\r\n\x1a\n"
+_MAX_PNG = 1 << 30  # bytes of a file
+# Beginnings of the texts in a PNG that may say how it is to be turned, and the most bytes of one.
+_TURNING = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")
+_MAX_TURNING = 1 << 20
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _EXIF_ORIENTATION = 0x0112
 _REMEMBERED_FROM = 2000  # images: below, a check takes a second or two and is not worth a file
-_CHECK_VERSION = 1
+_CHECK_VERSION = 2
 
 
 class Store(Protocol):
     """Where encoded images lie.
 
     `encoded`: the bytes or the path of one; it may raise. `fingerprint`: changes when the data do.
+    `left_out`: what lies there and is no image, by kind.
     """
+
+    left_out: Counter[str]
 
     def __len__(self) -> int: ...
     def name(self, row: int) -> str: ...
@@ -62,11 +74,44 @@ class Check:
     grey: bool
 
 
+@cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that Pillow decodes by itself, without other programs."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name not in _NOT_DECODED)
+
+
+@cache
+def image_endings() -> frozenset[str]:
+    """Endings of the names of files in these formats, in lower case, with their dots."""
+    from PIL import Image
+
+    formats = {*image_formats(), "MPO"}  # a JPEG with further pictures
+    endings = Image.registered_extensions().items()
+    return frozenset(ending for ending, name in endings if name in formats)
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file's name ends as an image's does; one without ending is looked into."""
+    from PIL import Image
+
+    ending = os.path.splitext(path)[1].lower()
+    if ending:
+        return ending in image_endings()
+    try:
+        with Image.open(path, formats=_MARKED):
+            return True
+    except Exception:  # readers of images raise most kinds
+        return False
+
+
 def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
     """The centred square of an encoded image.
 
-    The EXIF orientation is applied; transparent parts are laid over white; 16-bit grey keeps its
-    upper 8 bits; of an animation, the first frame. Any exception means that the image cannot be
+    The EXIF orientation is applied; transparent parts are laid over white; 16 bits keep their upper
+    8; of an animation or several pages, the first. Any exception means that the image cannot be
     decoded: Pillow's readers raise most kinds of them.
 
     Args:
@@ -76,7 +121,8 @@ def decode_image(encoded: bytes | str, image_size: int | None, channels: int) ->
     Returns:
         (channels, S, S) uint8.
     """
-    with _open_image(encoded) as image:
+    with _open_image(_without_texts(encoded)) as image:
+        image.load()  # some readers turn it then
         orientation = _orientation(image)
         pixels = _convert(image, "L" if channels == 1 else "RGB")
     square = np.asarray(resize_square(_turn(pixels, orientation), image_size))
@@ -101,11 +147,34 @@ def resize_square(image: Image, image_size: int | None) -> Image:
     return image.resize((image_size, image_size), Resampling.BICUBIC)
 
 
+def _without_texts(encoded: bytes | str) -> bytes | str:
+    """What Pillow is to open: a PNG without its texts and its colour profile, of which Pillow
+    unpacks no more than 1 MB, and which change nothing here; all else as it is."""
+    if isinstance(encoded, str):
+        with open(encoded, "rb") as file:
+            if file.read(len(_PNG_MARK)) != _PNG_MARK:
+                return encoded
+        encoded = read_bytes(Path(encoded), _MAX_PNG)
+    elif not encoded.startswith(_PNG_MARK):
+        return encoded
+    kept, start = [_PNG_MARK], len(_PNG_MARK)
+    while start < len(encoded):
+        length, kind = int.from_bytes(encoded[start : start + 4]), encoded[start + 4 : start + 8]
+        end = start + length + 12  # with its length, kind and checksum
+        turning = length <= _MAX_TURNING and encoded.startswith(_TURNING, start + 8)
+        if kind[:1].isupper() or kind in (b"tRNS", b"eXIf") or turning:
+            kept.append(encoded[start:end])
+        if kind == b"IEND":
+            break
+        start = end
+    return b"".join(kept)
+
+
 def _open_image(encoded: bytes | str) -> Image:
     from PIL import Image
 
     file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-    image = Image.open(file, formats=_FORMATS)
+    image = Image.open(file, formats=image_formats())
     # Pillow itself only warns up to twice its limit.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         image.close()
@@ -134,6 +203,8 @@ def _turn(image: Image, orientation: int) -> Image:
 def _convert(image: Image, mode: str) -> Image:
     from PIL import Image as pillow
 
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError("32-bit values, whose black and white are not known: make them 8 bits")
     if image.mode.startswith("I"):
         # Pillow's own conversion clips 16-bit values at 255.
         wide = np.asarray(image).astype(np.int64).clip(0, 65535)
@@ -149,12 +220,15 @@ def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
 
     Any exception means that it does not, completely.
     """
+    encoded = _without_texts(encoded)
     with _open_image(encoded) as image:
-        turned = _orientation(image) >= 5
         if image.format == "PNG":
             with _open_image(encoded) as other:
                 other.verify()  # the checksums, which decoding ignores
         image.load()
+        turned = _orientation(image) >= 5
+        if image.mode not in ("L", "RGB"):
+            _convert(image, "RGB")  # not every mode can be
         width, height = (image.height, image.width) if turned else image.size
         return width, height, image.mode in _GREY_MODES
 
@@ -241,7 +315,7 @@ def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
 def decode_failure(error: Exception) -> str:
     """Why an image cannot be decoded, in one line without Pillow's memory addresses."""
     if type(error).__name__ == "UnidentifiedImageError":
-        return f"not a {', '.join(_FORMATS)} image"
+        return "no image that Pillow decodes"
     return one_line(error)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 
+from .listing import listed
 from .pixels import decode_failure
 
 T = TypeVar("T")
@@ -106,12 +109,23 @@ def first_readable(
     )
 
 
-def warn_left_out(kind: str, reasons: Mapping[str, str], count: int) -> None:
-    """One warning that names the first of the unreadable images (name -> reason) among `count`."""
+def warn_left_out(kind: str, reasons: Mapping[str, str], count: int, beside: Counter[str]) -> None:
+    """One warning, of the first process alone, of what is left out.
+
+    Args:
+        kind: images or latents.
+        reasons: name -> reason of each among `count` that is unreadable; the first are named.
+        beside: what lies beside them and is none, by kind.
+    """
+    parts = []
     if reasons:
         first = ", ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:5])
         more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-        warnings.warn(f"{len(reasons)} of {count} {kind} left out: {first}{more}", stacklevel=3)
+        parts.append(f"{len(reasons)} of {count} {kind} left out: {first}{more}")
+    if number := beside.total():
+        parts.append(f"{number} others left out beside the {kind}: {listed(beside)}")
+    if parts and os.environ.get("RANK", "0") == "0":
+        warnings.warn("; ".join(parts), stacklevel=3)
 
 
 def check_indices(indices: Indices, length: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,7 @@ class DatasetStore:
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
         self._dataset = dataset.select_columns([column]).with_format(None)
         self._column, self._title = column, title
+        self.left_out: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._dataset)
