@@ -1,5 +1,5 @@
-"""The training loader: which images a step sees. A pure function of (seed, step, row), so a resumed
-run needs no loader state."""
+"""What a run trains on: its data, at the size of its model, and the loader, which images a step
+sees: a pure function of (seed, step, row), so a resumed run needs no loader state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.images import ImageSource
+from odelt_fast.images import ImageSource, is_latents, open_source
 
+from .config import TrainConfig
 from .draws import generator
+
+
+def open_images(config: TrainConfig) -> ImageSource:
+    """The data of a run: images at the size and with the channels of its model, or latents as they
+    are. ValueError as `open_source`."""
+    if is_latents(config.data):
+        return open_source(config.data)
+    model = config.model
+    return open_source(config.data, image_size=model.image_size, channels=model.channels)
 
 
 class Loader:

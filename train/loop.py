@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import save_model
-from odelt_fast.images import ImageSource, open_source
+from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 
 from .checkpoints import (
@@ -26,7 +26,7 @@ from .checkpoints import (
     written_whole,
 )
 from .config import TrainConfig
-from .data import Loader
+from .data import Loader, open_images
 from .draws import StepDraws, global_rows, to_device
 from .ema import PowerAverages, update_average, whole_model
 from .memory import device_memory, out_of_memory
@@ -91,7 +91,9 @@ class Trainer:
         if config.objective == "reflow":
             source: ImageSource = open_pairs(config, self.accelerator.state)
         else:
-            source = open_source(config.data)
+            source = open_images(config)
+        if source.remark:
+            self.accelerator.print(source.remark)
         what = f"the images of {config.data!r} have"
         check_same(what, source, config.model, "image_size", "channels", "num_classes")
         self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps

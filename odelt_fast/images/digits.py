@@ -12,6 +12,7 @@ from .sources import (
     Indices,
     Noises,
     check_indices,
+    fitting,
     flip_rows,
 )
 
@@ -34,6 +35,7 @@ class DigitsSource(ImageSource):
                 "the digits come with scikit-learn: pip install 'odelt-fast[eval]'"
             ) from None
         self.image_size, self.channels = image_size, channels
+        self.remark = fitting(self.name, "8x8", image_size, channels, grey=True)
         digits = load_digits()
         self.labels = digits.target.astype(np.int64)
         images = (digits.images / 8 - 1).astype(np.float32)

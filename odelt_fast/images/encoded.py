@@ -19,6 +19,7 @@ from .sources import (
     Noises,
     check_indices,
     first_readable,
+    fitting,
     flip_rows,
     warn_left_out,
 )
@@ -49,6 +50,8 @@ class EncodedImages(ImageSource):
         self.labels = labels[good]
         self.image_size = image_size or min(check.size)
         self.channels = channels or (1 if check.grey else 3)
+        sizes = f"{check.size[0]}x{check.size[1]}" + (" and other sizes" if check.other else "")
+        self.remark = fitting(name, sizes, self.image_size, self.channels, check.grey)
         self.skipped = [store.name(row) for row in check.skipped]
         self._store, self._rows, self._resize = store, good, image_size
         # Decoded sooner than handed to another thread.

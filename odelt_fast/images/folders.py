@@ -12,6 +12,7 @@ import numpy as np
 
 from .listing import entries_of, files_below, listed
 from .pixels import Opened, is_image_file
+from .tables import natural_order
 
 
 class FileStore:
@@ -42,8 +43,8 @@ class FileStore:
 def open_folder(folder: Path, split: str) -> Opened:
     """A folder of class folders, or one folder of images (one class).
 
-    Labels are the positions of the class folders in sorted order; images, all that Pillow decodes,
-    may lie in folders below them; links are followed; hidden files are no images.
+    Labels are the positions of the class folders in natural order (2 before 10); images, all that
+    Pillow decodes, may lie in folders below them; links are followed; hidden files are no images.
 
     Returns:
         The image files, labels (N,) int64 and class names.
@@ -59,7 +60,7 @@ def open_folder(folder: Path, split: str) -> Opened:
         store = FileStore(folder, loose, left_out)
         return store, np.zeros(len(loose), np.int64), (folder.resolve().name,)
     images = {}
-    for name in classes:
+    for name in natural_order(classes):
         inside: Counter[str] = Counter()
         images[name] = files_below(folder, name, is_image_file, inside)
         if not images[name]:

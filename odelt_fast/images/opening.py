@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from odelt_fast.checks import one_of, whole
+from odelt_fast.checks import whole
 from odelt_fast.files import one_line
 
 from .digits import DigitsSource
@@ -35,8 +35,8 @@ def open_source(
     Args:
         data: one of
             - digits: the digits of scikit-learn
-            - a folder of class folders (sorted names are the labels), of train/ and test/ with
-              class folders, or of images (one class)
+            - a folder of class folders (labels are their positions in natural order, 2 before 10),
+              of train/ and test/ with class folders, or of images (one class)
             - a Parquet file, or a folder of them, with columns of images and labels as Hugging
               Face `datasets` writes them
             - the id of a data set on the Hugging Face Hub (user/name, user/name:config), or a
@@ -66,14 +66,25 @@ def open_source(
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
         if kind == "latents":
             return _open_latents(path, image_size, channels)
-        if channels is not None:
-            one_of("channels", channels, (1, 3))
+        if channels not in (None, 1, 3):
+            raise ValueError(
+                f"channels must be 1 or 3 for images such as {name}, not {channels}: models of"
+                " latents need latents, which odelt-fast encode makes"
+            )
         if kind == "digits":
             return DigitsSource(image_size or 8, channels or 1)
         store, labels, names = _open_store(name, path, kind, split)
         return EncodedImages(name, store, labels, names, image_size, channels)
     except OSError as error:
         raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
+
+
+def is_latents(data: str | Path) -> bool:
+    """Whether data are latents, and no images; ValueError for what is no data."""
+    try:
+        return str(data) != "digits" and _kind(Path(data).expanduser(), str(data)) == "latents"
+    except OSError:  # `open_source` tells it
+        return False
 
 
 def _open_store(data: str, path: Path, kind: str, split: str) -> Opened:

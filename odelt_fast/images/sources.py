@@ -34,6 +34,8 @@ class ImageSource(ABC):
         labels: (N,) int64.
         flippable: whether a mirrored image is still an image of its class.
         skipped: names of images that were left out as unreadable.
+        remark: what brings the images to the size and channels that were asked for, if they had
+            others.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ImageSource(ABC):
     labels: np.ndarray
     flippable: bool = True
     skipped: Sequence[str] = ()
+    remark: str | None = None
 
     @property
     def num_classes(self) -> int:
@@ -126,6 +129,17 @@ def warn_left_out(kind: str, reasons: Mapping[str, str], count: int, beside: Cou
         parts.append(f"{number} others left out beside the {kind}: {listed(beside)}")
     if parts and os.environ.get("RANK", "0") == "0":
         warnings.warn("; ".join(parts), stacklevel=3)
+
+
+def fitting(name: str, sizes: str, side: int, channels: int, grey: bool) -> str | None:
+    """The remark of a source whose images are of `sizes` (8x8, or several), all of them `grey` or
+    not."""
+    made = []
+    if sizes != f"{side}x{side}":
+        made.append(f"of {sizes}, brought to {side}x{side} (the centred square, resized)")
+    if grey != (channels == 1):
+        made.append("grey, repeated in 3 channels" if grey else "made grey")
+    return f"the images of {name} are {'; '.join(made)}" if made else None
 
 
 def check_indices(indices: Indices, length: int) -> np.ndarray:

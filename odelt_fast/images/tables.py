@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,17 @@ def check_labels(labels: np.ndarray, class_names: Sequence[str] | None, name: An
 def numbered_classes(labels: np.ndarray) -> tuple[str, ...]:
     """Names for classes of which only the labels are known: "0" .. the largest label."""
     return tuple(map(str, range(int(labels.max()) + 1)))
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Names sorted as people count: 2 before 10, class9 before class10."""
+
+    def key(name: str) -> list[tuple[int, str]]:
+        parts = re.split(r"([0-9]+)", name)  # text and digits in turn
+        parts[1::2] = [part.lstrip("0") for part in parts[1::2]]
+        return [(len(part) if i % 2 else 0, part) for i, part in enumerate(parts)] + [(0, name)]
+
+    return sorted(names, key=key)
 
 
 def check_image_type(type_: Any, where: str) -> None:
