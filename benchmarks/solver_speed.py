@@ -78,7 +78,7 @@ class Racers:
         y = torch.from_numpy(self.inputs["labels"]).to(noise.device)
         index = noise.new_full((1,), 7.0)
 
-        def field(t: Tensor, x: Tensor, log2_steps: int) -> Tensor:
+        def field(t: Tensor, x: Tensor, log2_steps: float) -> Tensor:
             return network(x, t[:1].float(), index, y, depth=depth).to(x.dtype)
 
         tolerance = tolerance or self.load.operation.rtol

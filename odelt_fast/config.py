@@ -15,7 +15,7 @@ HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published size
 # How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the
 # index of 128 steps at any T), consistency (predict the data, re-noise), live_reflow (index 0 below
 # 128 steps), diffusion (probability-flow ODE of the variance-preserving path).
-SAMPLING_KINDS = ("shortcut", "flow", "consistency", "live_reflow", "diffusion")
+SAMPLING_KINDS = ("shortcut", "flow", "consistency", "live_reflow", "diffusion", "mean_flow")
 # Far above any published DiT (XL: width 1152, 28 blocks): a configuration read from a file must not
 # be able to ask for absurd tables.
 _LIMITS = {

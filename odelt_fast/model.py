@@ -258,7 +258,7 @@ class DiT(nn.Module):
         self,
         x: Tensor,
         t: float | Tensor,
-        log2_steps: int | Tensor,
+        log2_steps: float | Tensor,
         y: Tensor,
         depth: int | Sequence[int] | Tensor | None = None,
     ) -> Tensor:
@@ -376,7 +376,7 @@ class DiT(nn.Module):
             positions = table.to(x.device)
         return (tokens + positions).to(self.dtype)
 
-    def condition(self, t: float | Tensor, log2_steps: int | Tensor, y: Tensor) -> Tensor:
+    def condition(self, t: float | Tensor, log2_steps: float | Tensor, y: Tensor) -> Tensor:
         """Time + label + step-size embedding (B, D); blocks see it plus the length embedding."""
         index = log2_steps if self.config.step_conditioned else 0
         time, step = (as_vector(value, y.device) for value in (t, index))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -120,7 +121,7 @@ class Operation(SolverOptions):
         stages = 1 if self.torchdiffeq else self.tableau.stages - self.tableau.fsal
         return (self.steps or 0) * stages * self.rows_per_image
 
-    def step_index(self, sampling: str) -> int:
+    def step_index(self, sampling: str) -> float:
         """Step index that a network of `DiTConfig.sampling` is fed (`step_index`)."""
         jumps = self.solver in ("euler", "fixed:euler", "torchdiffeq:euler") and self.shift == 1
         return step_index(sampling, self.steps, jumps)
@@ -135,19 +136,22 @@ class Operation(SolverOptions):
         return f"depth {depth}, {self.steps} step{'' if self.steps == 1 else 's'} of {self.solver}"
 
 
-def step_index(sampling: str, steps: int | None, jumps: bool = True) -> int:
+def step_index(sampling: str, steps: int | None, jumps: bool = True) -> float:
     """Step index that the network is fed when `steps` time steps are taken: 0 (one step) to 7.
 
     `sampling` is `DiTConfig.sampling`. shortcut, consistency: floor(log2 steps), at most 7 (128
-    steps). flow: 7 at any number of steps. live_reflow: 0 below 128 steps, else 7. diffusion: 7, of
+    steps). mean_flow: log2 steps, which may be a fraction, at most 7. flow: 7 at any number of
+    steps. live_reflow: 0 below 128 steps, else 7. diffusion: 7, of
     no effect. (A network that is not step-conditioned replaces it by 0 itself.) steps None (an
     adaptive solver): 7, the instantaneous velocity. jumps False (a solver other than Euler's, or
     steps of unequal length): 7 for shortcut too, because what it learnt below 7 is the mean
     velocity over one Euler step of length 1/steps, not the velocity.
     """
     finest = NUM_STEP_INDICES - 1
-    if steps is None or (sampling == "shortcut" and not jumps):
+    if steps is None or (sampling in ("shortcut", "mean_flow") and not jumps):
         return finest
+    if sampling == "mean_flow":
+        return min(math.log2(steps), finest)
     if sampling in ("shortcut", "consistency"):
         return min(steps.bit_length() - 1, finest)
     if sampling == "live_reflow":

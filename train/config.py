@@ -15,10 +15,14 @@ import tyro
 from odelt_fast.checks import number, whole
 from odelt_fast.config import PRESETS, DiTConfig
 
+from .mean_velocity import MEAN_VELOCITY, MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
+
 ObjectiveName = Literal[
     "shortcut",
     "shortcut-models",
     "flow",
+    "mean-flow",
+    "alpha-flow",
     "live-reflow",
     "reflow",
     "consistency",
@@ -39,6 +43,8 @@ SAMPLING = {
     "shortcut": "shortcut",
     "shortcut-models": "shortcut",
     "flow": "flow",
+    "mean-flow": "mean_flow",
+    "alpha-flow": "mean_flow",
     "live-reflow": "live_reflow",
     "reflow": "flow",
     "consistency": "consistency",
@@ -47,7 +53,7 @@ SAMPLING = {
     "diffusion": "diffusion",
 }
 # Time-consistency or Reflow rows; their networks, and no others, are given the step size.
-WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow")
+WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow", *MEAN_VELOCITY)
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
 RecipeName = Literal[
     "digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"
@@ -78,8 +84,9 @@ class TrainConfig:
     objective: ObjectiveName = "shortcut"
     """Training method. shortcut: flow matching with time-consistency rows, as the ODE_t(ODE_l)
     reference. shortcut-models: the same as shortcut-models does it (guided at the finest step size
-    only, targets clipped). flow: plain flow matching on --path. live-reflow: Reflow on pairs that
-    the live network makes. reflow: on --pairs that a teacher made. consistency: consistency
+    only, targets clipped). mean-flow, alpha-flow: mean velocities over any duration
+    (--mean-velocity). flow: plain flow matching on --path. live-reflow: Reflow on pairs that the
+    live network makes. reflow: on --pairs that a teacher made. consistency: consistency
     training. From a teacher (--init-from): consistency-distillation, progressive. diffusion: noise
     prediction, variance preserving."""
     path: PathName = "rectified"
@@ -95,6 +102,18 @@ class TrainConfig:
     """w in v_null + w (v_label - v_null) for the velocities that teach shortcuts (half of the
     time-consistency rows; shortcut-models: the finest step size), live and two-stage Reflow,
     progressive and consistency distillation. None: labels only."""
+    target_network: Literal["ema", "live", "fast-ema"] = "ema"
+    """Network that makes the targets of shortcut, mean-flow, alpha-flow and of length consistency:
+    the EMA, the live network itself (without gradient), or an EMA of decay fast_ema_decay."""
+    fast_ema_decay: float = 0.99
+    """Of --target-network fast-ema."""
+    mean_velocity: MeanVelocityOptions = MEAN_VELOCITY_DEFAULTS
+    """Of mean-flow and alpha-flow."""
+    loss_weight_power: float = 0.0
+    """p of the adaptive weight (D/(e + loss_weight_eps))^p of a row with squared error e, summed
+    over its D numbers; 0: every row alike, 1: as MeanFlow."""
+    loss_weight_eps: float = 0.01
+    """Added to the squared error there."""
     teacher_depth: Literal["full", "student"] = "full"
     """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's
     l of each row (Algorithm 1)."""
@@ -209,9 +228,10 @@ class TrainConfig:
             whole(name, getattr(self, name), 0)
         if self.checkpoints_total_limit is not None:
             whole("checkpoints_total_limit", self.checkpoints_total_limit)
-        for name in ("learning_rate", "weight_decay"):
+        for name in ("learning_rate", "weight_decay", "loss_weight_power", "loss_weight_eps"):
             number(name, getattr(self, name), 0)
-        for name in ("label_dropout", "decay_fraction", "ema_decay", "path_sigma"):
+        shares = ("label_dropout", "decay_fraction", "ema_decay", "fast_ema_decay", "path_sigma")
+        for name in shares:
             number(name, getattr(self, name), 0, 1)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
@@ -275,11 +295,19 @@ class TrainConfig:
                 f"times {self.times} are not for objective {name}, which makes steps of its own:"
                 " use --times discrete"
             )
-        if self.compat != "none" and name in ("reflow", "diffusion"):
+        if self.compat != "none" and name in ("reflow", "diffusion", *MEAN_VELOCITY):
             raise ValueError(
                 f"the reference has no objective {name} to be compatible with: leave --compat at"
                 " none"
             )
+        if self.target_network != "ema" and name not in ("shortcut", *MEAN_VELOCITY):
+            raise ValueError(
+                f"target_network {self.target_network} is for shortcut, mean-flow, alpha-flow:"
+                f" leave it out with objective {name}"
+            )
+        if self.fast_ema_decay != 0.99 and self.target_network != "fast-ema":
+            raise ValueError("fast_ema_decay goes with --target-network fast-ema")
+        self.mean_velocity.check(name, self.compile)
         if name in ("consistency", "progressive") and self.steps < self.log2_steps:
             raise ValueError(
                 f"objective {name} has {self.log2_steps} stages: steps must be at least that, not"
@@ -338,6 +366,8 @@ class TrainConfig:
         batch = self.train_batch_size
         every = self.time_consistency_every if self.objective in WITH_TIME_ROWS else 0
         time = batch // every if every else 0
+        if self.objective in MEAN_VELOCITY:
+            time = round(batch * self.mean_velocity.time_share)
         every = self.length_consistency_every if self.model.length_conditioned else 0
         length = batch // every if every else 0
         rest = {"flow": batch - time - length, "length": length}

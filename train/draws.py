@@ -27,6 +27,8 @@ STREAMS = (
     "pair_noise",
     "pair_label",
     "pair_drop",
+    "time2",
+    "pair_kind",
 )
 
 

@@ -64,6 +64,16 @@ def row_losses(model: Model, targets: Targets) -> Tensor:
     return (velocity.float() - targets.velocity.float()).square().flatten(1).mean(1)
 
 
+def weighted(errors: Tensor, targets: Targets, config: TrainConfig) -> Tensor:
+    """The rows' losses (B,): their errors times the objective's weights and the adaptive ones,
+    (D/(D error + eps))^p, which carry no gradient."""
+    if config.loss_weight_power:
+        size = targets.velocity[0].numel()
+        adaptive = size / (size * errors.detach() + config.loss_weight_eps)
+        errors = errors * adaptive**config.loss_weight_power
+    return errors if targets.weight is None else errors * targets.weight
+
+
 class Trainer:
     """State of a run: live network, its averages, optimizer and the number of finished steps.
     `step()` does one update."""
@@ -109,6 +119,12 @@ class Trainer:
             if config.objective == "progressive":
                 self.accelerator.register_for_checkpointing(self.teacher)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
+        self.fast: DiT | None = None
+        if config.target_network == "fast-ema":
+            if self.sharded:
+                raise ValueError("target_network fast-ema cannot be sharded: use ema or live")
+            self.fast = copy.deepcopy(self.ema)
+            self.accelerator.register_for_checkpointing(self.fast)
         if config.compile:
             # Independent depths make blocks of any number of rows; stratified ones of a few.
             for block in [*model.blocks, *self.ema.blocks]:
@@ -157,6 +173,9 @@ class Trainer:
         share = (1 - config.ema_decay_at(step)) * moved
         update_average(local(self.ema_weights.values()), live, share)
         refresh(self.ema)
+        if self.fast is not None:
+            share = (1 - min(config.fast_ema_decay, (1 + step) / (10 + step))) * moved
+            update_average(list(self.fast.parameters()), live, share)
         self.power.update(live, self.finished_steps - self.skipped_steps, moved)
         if config.objective == "progressive" and self.teacher is not None:
             stages = {stage(n, config.steps, config.log2_steps) for n in (step, step + 1)}
@@ -175,14 +194,16 @@ class Trainer:
         kinds = [size * self.parts for size in sizes] if stratified else None
         batch = StepBatch(images, labels, StepDraws(config.seed, step, rows, kinds), step)
         torch.manual_seed(_mix(config.seed, step, part_index))  # dropout
-        networks = Networks(live=self.model, ema=self.ema, teacher=self.teacher)
+        chosen = {"live": self.model, "fast-ema": self.fast}.get(config.target_network)
+        networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
         with self.accelerator.autocast():
             targets = self.objective(networks, batch)
         last = part == config.gradient_accumulation_steps - 1
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.live):
             with self.accelerator.autocast():
                 losses = row_losses(self.live, targets)
-            self.accelerator.backward(losses.mean() / config.gradient_accumulation_steps)
+                loss = weighted(losses, targets, config).mean()
+            self.accelerator.backward(loss / config.gradient_accumulation_steps)
         return losses.detach()
 
     def _skip_if_not_finite(self) -> Tensor:

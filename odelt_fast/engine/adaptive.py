@@ -55,7 +55,7 @@ class AdaptiveTrajectory:
         predicts_noise = engine.config.sampling == "diffusion"
         shared = self.limits.error_norm == "batch"
 
-        def field(t: Tensor, state: Tensor, log2_steps: int) -> Tensor:
+        def field(t: Tensor, state: Tensor, log2_steps: float) -> Tensor:
             condition = engine.condition(t[:1].float() if shared else t.float(), log2_steps)
             if guidance is not None and len(condition) > 1:
                 condition = torch.cat([condition, condition])

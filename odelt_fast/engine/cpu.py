@@ -83,7 +83,7 @@ class CpuNetwork:
         self._lock = threading.Lock()
 
     def __call__(
-        self, x: Tensor, t: float | Tensor, log2_steps: int | Tensor, y: Tensor, depth: Any = None
+        self, x: Tensor, t: float | Tensor, log2_steps: float | Tensor, y: Tensor, depth: Any = None
     ) -> Tensor:
         model = self.model
         patch = model.config.patch_size

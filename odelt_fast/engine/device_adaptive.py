@@ -58,7 +58,7 @@ class DeviceAdaptive:
         self,
         field: Field,
         x0: Tensor,
-        log2_steps: int,
+        log2_steps: float,
         tableau: Tableau,
         limits: Limits = Limits(),  # noqa: B008 (it is frozen)
         span: tuple[float, float] = (0.0, 1.0),

@@ -131,7 +131,7 @@ class Engine:
             self._positions[height, width] = table.to(self.device)
         return self._positions[height, width]
 
-    def condition(self, t: Tensor, log2_steps: Tensor | int) -> Tensor:
+    def condition(self, t: Tensor, log2_steps: Tensor | float) -> Tensor:
         """Time + step-size embedding (S, D), in float32 at least; t (S,) float32. The label's row
         is added to it."""
         index = log2_steps if self.config.step_conditioned else 0
@@ -163,7 +163,7 @@ class Engine:
         self,
         x: Tensor,
         t: float | Tensor,
-        log2_steps: int | Tensor,
+        log2_steps: float | Tensor,
         y: Tensor,
         depth: int | None = None,
     ) -> Tensor:

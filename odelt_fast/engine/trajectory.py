@@ -29,7 +29,7 @@ def evaluation_times(tableau: Tableau | None, times: Sequence[float]) -> list[fl
         return list(times[:-1])
     asked: list[float] = []
 
-    def field(t: float, x: Tensor, log2_steps: int) -> Tensor:
+    def field(t: float, x: Tensor, log2_steps: float) -> Tensor:
         asked.append(t)
         return x
 
@@ -85,7 +85,7 @@ class Trajectory:
             modulations = iter(self.null_table)
         evaluations = enumerate(zip(modulations, self.depths, strict=True))
 
-        def field(t: float, state: Tensor, log2_steps: int) -> Tensor:
+        def field(t: float, state: Tensor, log2_steps: float) -> Tensor:
             i, (tables, depth) = next(evaluations)
             output = engine.velocity(state, tables, depth, guidance)
             if not predicts_noise:

@@ -137,7 +137,7 @@ def on_host(
     scale = operation.mixing_scale
     both = torch.cat([y, torch.full_like(y, config.num_classes)])
 
-    def field(t: float | Tensor, state: Tensor, log2_steps: int) -> Tensor:
+    def field(t: float | Tensor, state: Tensor, log2_steps: float) -> Tensor:
         time = torch.as_tensor(t, dtype=torch.float32, device=state.device).reshape(-1)
         step = torch.full((1,), float(log2_steps), device=state.device)
         if scale is None:

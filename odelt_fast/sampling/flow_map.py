@@ -136,7 +136,7 @@ def flow(
     t1: float = 1.0,
     *,
     save_at: Sequence[float] = (),
-    log2_steps: int | None = None,
+    log2_steps: float | None = None,
     progress: Hook | None = None,
 ) -> Solution:
     """States at t1 of x (N, C, H, W) at t0, forward or backward, by the sampler's solver; float32,

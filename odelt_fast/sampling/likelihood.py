@@ -133,7 +133,7 @@ def with_divergence(field: Field, shape: Sequence[int], probes: Tensor | None) -
     """
     columns = 1 if probes is None else len(probes)
 
-    def augmented(t: float | Tensor, state: Tensor, log2_steps: int) -> Tensor:
+    def augmented(t: float | Tensor, state: Tensor, log2_steps: float) -> Tensor:
         with torch.enable_grad():
             x = state[:, :-columns].unflatten(1, tuple(shape)).detach().requires_grad_()
             v = field(t, x, log2_steps)

@@ -49,7 +49,7 @@ class VelocityField:
             self.labels = torch.cat([labels, null])
         self.evaluations = 0
 
-    def __call__(self, t: float | Tensor, x: Tensor, log2_steps: int) -> Tensor:
+    def __call__(self, t: float | Tensor, x: Tensor, log2_steps: float) -> Tensor:
         """Velocity of x (B, C, H, W) at time t, a number or (B,), in the shape and dtype of x; the
         network runs in its own dtype."""
         # Time and step index are tensors so that a compiled network is not compiled anew for each

@@ -61,7 +61,7 @@ class AdaptiveSteps:
     def __init__(
         self,
         field: Field,
-        log2_steps: int,
+        log2_steps: float,
         tableau: Tableau,
         t0: float,
         t1: float,
@@ -165,7 +165,7 @@ class AdaptiveSteps:
 def integrate_adaptive(
     field: Field,
     x: Tensor,
-    log2_steps: int,
+    log2_steps: float,
     tableau: Tableau,
     limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     *,

@@ -17,7 +17,7 @@ from .torchdiffeq import integrate_torchdiffeq
 def solve(
     field: Field,
     x: Tensor,
-    log2_steps: int,
+    log2_steps: float,
     solver: str | SolverOptions = "dopri5",
     *,
     t0: float = 0.0,

@@ -20,7 +20,7 @@ def integrate_fixed(
     field: Field,
     x: Tensor,
     times: Sequence[float],
-    log2_steps: int,
+    log2_steps: float,
     tableau: Tableau,
     on_step: Hook | None = None,
     save_at: Sequence[float] = (),
@@ -57,7 +57,12 @@ def integrate_fixed(
 
 
 def predict_and_renoise(
-    field: Field, x: Tensor, steps: int, log2_steps: int, noise: Noise, on_step: Hook | None = None
+    field: Field,
+    x: Tensor,
+    steps: int,
+    log2_steps: float,
+    noise: Noise,
+    on_step: Hook | None = None,
 ) -> Tensor:
     """Sampling of consistency models: predict the data, add noise anew, at each of T steps.
 

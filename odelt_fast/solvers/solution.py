@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .step_control import DONE, NON_FINITE
 
-Field = Callable[[Any, Tensor, int], Tensor]
+Field = Callable[[Any, Tensor, float], Tensor]
 Hook = Callable[[int], None]
 Noise = Callable[[int], Tensor]  # fresh noise (B, ...) of a step
 

@@ -17,7 +17,7 @@ def integrate_torchdiffeq(
     field: Field,
     x: Tensor,
     times: Sequence[float],
-    log2_steps: int,
+    log2_steps: float,
     method: str,
     limits: Limits = Limits(),  # noqa: B008 (it is frozen)
     on_step: Hook | None = None,

@@ -29,6 +29,7 @@ from odelt_fast.train.data import Loader
 from odelt_fast.train.draws import STREAMS, StepDraws, generator, global_rows
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.main import main, parse
+from odelt_fast.train.mean_velocity import MeanVelocityOptions
 from odelt_fast.train.objectives.build import build_objective
 from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from odelt_fast.train.recipes import RECIPES
@@ -445,9 +446,10 @@ def test_every_option_is_explained_with_its_default(
     options = [
         f"--{field.name.replace('_', '-')}"
         for field in fields(TrainConfig)
-        if field.name != "model"
+        if field.name not in ("model", "mean_velocity")
     ]
-    options += [f"--model.{field.name.replace('_', '-')}" for field in fields(DiTConfig)]
+    for name, parts in (("model", DiTConfig), ("mean-velocity", MeanVelocityOptions)):
+        options += [f"--{name}.{field.name.replace('_', '-')}" for field in fields(parts)]
     entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"\n(?=--)", text)}
     for option in options:
         entry = entries[option]

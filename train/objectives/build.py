@@ -11,6 +11,7 @@ from .consistency import Consistency, ConsistencyDistillation
 from .flow_matching import Diffusion, FlowMatching, Reflow
 from .length_consistency import LengthConsistency
 from .live_reflow import LiveReflow
+from .mean_flow import AlphaFlow, MeanFlow
 from .progressive import Progressive
 from .shortcut import Shortcut
 from .shortcut_models import ShortcutModels
@@ -45,6 +46,16 @@ def _method(config: TrainConfig) -> Objective:
             return Shortcut(time_rows=rows, **common)
         case "shortcut-models":
             return ShortcutModels(time_rows=rows, **common)
+        case "mean-flow":
+            return MeanFlow(time_rows=rows, options=config.mean_velocity, **common)
+        case "alpha-flow":
+            return AlphaFlow(
+                time_rows=rows,
+                options=config.mean_velocity,
+                total_steps=config.steps,
+                weight_power=config.loss_weight_power,
+                **common,
+            )
         case "live-reflow":
             return LiveReflow(reflow_rows=rows, **common)
         case "flow":

@@ -35,7 +35,7 @@ class LengthConsistency:
         if self.rows:
             inputs = (targets.x_t, targets.t, targets.log2_steps, targets.y)
             other = self._drawn_depths(batch, "teacher_depth", first)
-            taught = networks.ema(*(values[first:] for values in inputs), depth=other)
+            taught = networks.target(*(values[first:] for values in inputs), depth=other)
             velocity = torch.cat([velocity[:first], taught.to(velocity.dtype)])
         return replace(targets, depth=depth, velocity=velocity)
 

@@ -61,7 +61,7 @@ class Shortcut(Method):
         x_t = torch.lerp(noise, batch.images, as_rows(t, noise))
         if n:
             finer = (index[time] + 1, y[time], networks.depth(time))
-            teacher = self._teacher(networks.ema)
+            teacher = self._teacher(networks.target)
             taught = two_half_steps(teacher, x_t[time], t[time], *finer)
             velocity = torch.cat([taught, velocity[n:]])
         return Targets(x_t, t, index, y, velocity)

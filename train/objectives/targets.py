@@ -22,13 +22,19 @@ class Networks:
     """The networks of a step: live (being trained), its EMA, a frozen teacher where there is one.
 
     depths: of the student, per row, where teachers run at the student's depth (Algorithm 1); None:
-    teachers run all blocks.
+    teachers run all blocks. chosen: what makes targets in place of the EMA.
     """
 
     live: Model
     ema: Model
     teacher: Model | None = None
     depths: Depths = None
+    chosen: Model | None = None
+
+    @property
+    def target(self) -> Model:
+        """The network that makes targets: the EMA unless another was chosen."""
+        return self.ema if self.chosen is None else self.chosen
 
     def depth(self, rows: slice) -> Depths:
         """Depth at which a teacher runs for these rows of the batch; None is all blocks."""
@@ -83,10 +89,11 @@ class Targets:
 
     x_t: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
-    log2_steps: Tensor  # (B,) int64
+    log2_steps: Tensor  # (B,) int64, or of any duration float32
     y: Tensor  # (B,) int64, the null label where dropped
     velocity: Tensor  # (B, C, H, W); for the diffusion baseline, the noise
     depth: Depths = None  # on the host, where the schedule of shrinking prefixes is made
+    weight: Tensor | None = None  # (B,), of the rows' squared errors; None: 1
 
 
 Objective = Callable[[Networks, StepBatch], Targets]  # a training method; builds no graph
