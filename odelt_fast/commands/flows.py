@@ -1,5 +1,5 @@
 """What `odelt-fast sample` draws besides images from a seed: states on the way, images to noise and
-back, images between two seeds."""
+back, images between two seeds, the rest of an image of which a part is kept."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from odelt_fast.images import open_source
-from odelt_fast.images.pixels import decode_failure, decode_image
+from odelt_fast.images.pixels import decode_failure, decode_image, inspect_image
 from odelt_fast.sampling.flow_map import interpolate, invert, trajectory
+from odelt_fast.sampling.inpaint import check_known, inpaint
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.sampler import Sampler
 
@@ -51,7 +52,7 @@ class Plan:
 
 
 def plan(options: Command, sampler: Sampler, labels: Labels) -> Plan:
-    """What the options ask for; opens the images of --invert."""
+    """What the options ask for; opens the images of --invert, and --init-image with its --mask."""
     count, steps = options.num_images, sampler.operation.steps or 0
     if options.trajectory:
         columns = len(options.trajectory)
@@ -66,7 +67,39 @@ def plan(options: Command, sampler: Sampler, labels: Labels) -> Plan:
             _invert, sampler, images, own if labels is None else labels[: len(images)]
         )
         return Plan(3 * len(images), 3, 2 * len(images) * steps, there_and_back)
+    if options.init_image is not None:
+        known = partial(_inpaint, options, sampler, labels, *_known(options, sampler))
+        return Plan(count, None, count * steps, known)
     return Plan(count, None, count * steps, partial(_draw, options, sampler, labels))
+
+
+def _known(options: Command, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Image (C, H, W) in [-1, 1] and mask (H, W) of --init-image and --mask."""
+    config = sampler.model.config
+    if config.channels not in (1, 3):
+        raise ValueError(
+            f"--init-image: the model makes latents of {config.channels} channels, and there is no"
+            " encoder here that makes them of an image: sampling.inpaint takes latents"
+        )
+    parts, side = [], config.image_size
+    for name, channels in (("init_image", config.channels), ("mask", 1)):
+        path = getattr(options, name)
+        option = f"--{name.replace('_', '-')} {path}"
+        try:
+            width, height, _ = inspect_image(str(path))
+            pixels = decode_image(str(path), None, channels)
+        except Exception as error:  # Pillow's readers raise most kinds
+            raise ValueError(f"{option} cannot be read: {decode_failure(error)}") from None
+        if (width, height) != (side, side):
+            raise ValueError(
+                f"{option} has {width}x{height} pixels, the model makes {side}x{side}: bring it to"
+                " that size"
+            )
+        parts.append(torch.tensor(pixels))
+    try:
+        return check_known(sampler, parts[0] / 127.5 - 1, parts[1][0] >= 128)
+    except ValueError as error:
+        raise ValueError(f"--init-image, --mask: {error}") from None
 
 
 def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, Labels, float | None]:
@@ -102,6 +135,20 @@ def channels_last(images: Tensor) -> np.ndarray:
 
 def _draw(options: Command, sampler: Sampler, labels: Labels, progress: Progress) -> Drawing:
     images = sampler(options.num_images, labels, options.seed, progress=progress)
+    return Drawing(images, labels, images)
+
+
+def _inpaint(
+    options: Command,
+    sampler: Sampler,
+    labels: Labels,
+    image: Tensor,
+    mask: Tensor,
+    progress: Progress,
+) -> Drawing:
+    images = inpaint(
+        sampler, image, mask, options.num_images, labels, options.seed, progress=progress
+    )
     return Drawing(images, labels, images)
 
 

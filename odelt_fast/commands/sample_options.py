@@ -72,6 +72,12 @@ class Command:
     originals, noise, reconstructions."""
     interpolate: Annotated[tuple[int, int] | None, metavar("SEED_A SEED_B")] = None
     """Draw a row of images on the way from the noise of one seed to that of another."""
+    init_image: Annotated[File, tyro.conf.arg(metavar="IMAGE")] = None
+    """Keep a part of this image, of the model's size, and draw the rest to fit: where --mask is
+    white. For flows and solvers with equal steps."""
+    mask: Annotated[File, tyro.conf.arg(metavar="IMAGE")] = None
+    """Of --init-image: a picture of its size, white (from half grey on) where it is drawn anew,
+    black where it is kept."""
     frames: int = 8
     """Images of --interpolate, both ends included."""
     decoder: Text = None
@@ -97,9 +103,12 @@ class Command:
 
 def check_modes(options: Command) -> None:
     """ValueError for options that exclude each other or are out of range."""
-    given = [name for name in ("trajectory", "invert", "interpolate") if getattr(options, name)]
+    modes = ("trajectory", "invert", "interpolate", "init_image")
+    given = [name.replace("_", "-") for name in modes if getattr(options, name)]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
+    if (options.init_image is None) != (options.mask is None):
+        raise ValueError("--init-image and --mask go together: what to keep, and where to draw")
     times = list(options.trajectory)
     if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
         raise ValueError(
