@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
@@ -273,6 +274,43 @@ def test_conventional_weights_start_with_an_empty_length_table(teacher: DiT) -> 
         start_from(source, teacher)
     with pytest.raises(ValueError, match=r"hidden_size 32.*--model.hidden-size"):
         start_from(model, DiT(replace(SMALL, hidden_size=32)))
+
+
+def test_other_classes_start_with_a_new_label_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From ten classes to three, in one line; what else was learnt is kept, and the run trains."""
+    source = DiT(replace(SMALL, length_conditioned=False))
+    with torch.no_grad():
+        source.final_layer.out.weight.normal_()
+    save_model(source, tmp_path / "ten")
+    data = tmp_path / "data"
+    for label, grey in enumerate((0, 128, 255)):
+        (data / str(label)).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.full((8, 8), grey + (i if grey < 255 else -i), np.uint8)
+            Image.fromarray(pixels).save(data / str(label) / f"{i}.png")
+    config = small_run(
+        tmp_path / "run",
+        model=replace(SMALL, num_classes=3),
+        init_from=str(tmp_path / "ten"),
+        data=str(data),
+        steps=2,
+    )
+    trainer = Trainer(config)
+    said = [line for line in capsys.readouterr().out.splitlines() if "init_from" in line]
+    assert len(said) == 1
+    assert "has 10 classes, this run's 3: the label table starts anew" in said[0]
+    assert "length table starts at zero" in said[0]
+    table = trainer.model.label_embed.weight
+    assert table.shape == (4, 16)
+    assert float(table.std()) == pytest.approx(0.02, rel=0.3)
+    assert not torch.equal(table, source.label_embed.weight[:4])
+    assert torch.equal(trainer.model.final_layer.out.weight, source.final_layer.out.weight)
+    assert torch.equal(trainer.ema.label_embed.weight, table)
+    assert torch.isfinite(trainer.step()).all()
+    with pytest.raises(ValueError, match=r"teacher has num_classes 10.*--model.num-classes 10"):
+        Trainer(replace(config, objective="progressive", denoise_timesteps=2))
 
 
 def test_data_without_classes_train_the_null_label() -> None:

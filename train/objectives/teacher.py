@@ -34,7 +34,7 @@ def start_from(model: DiT, source: DiT) -> str | None:
 
     The shapes and num_heads must agree; how the network is run (depth_min, depth_group, sampling,
     step_conditioned, dropout) may differ. Weights of a conventional DiT have no length table: it
-    starts at zero.
+    starts at zero. With another number of classes the label table stays as `model` has it, new.
 
     Returns:
         A remark, if there is something to say about it.
@@ -44,18 +44,25 @@ def start_from(model: DiT, source: DiT) -> str | None:
     """
     names = ("channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_size")
     has, wanted = source.config, model.config
-    check_same("the model of init_from has", has, wanted, *names, "num_classes")
+    check_same("the model of init_from has", has, wanted, *names)
     if has.length_conditioned and not wanted.length_conditioned:
         raise ValueError("the model of init_from has an inner ODE: set --model.length-conditioned")
     conventional = wanted.length_conditioned and not has.length_conditioned
-    model.load_state_dict(source.state_dict(), strict=not conventional)
-    if not conventional:
-        return None
-    torch.nn.init.zeros_(model.length_embed.weight)
-    return (
-        "init_from is a conventional DiT: its blocks become the steps of the inner ODE, whose"
-        " length table starts at zero"
-    )
+    state, remarks = {**model.state_dict(), **source.state_dict()}, list[str]()
+    if has.num_classes != wanted.num_classes:
+        state["label_embed.weight"] = model.label_embed.weight
+        remarks.append(
+            f"the model of init_from has {has.num_classes} classes, this run's"
+            f" {wanted.num_classes}: the label table starts anew"
+        )
+    if conventional:
+        state["length_embed.weight"] = torch.zeros_like(model.length_embed.weight)
+        remarks.append(
+            "init_from is a conventional DiT: its blocks become the steps of the inner ODE, whose"
+            " length table starts at zero"
+        )
+    model.load_state_dict(state)
+    return "; ".join(remarks) or None
 
 
 def check_teacher(source: DiT, config: TrainConfig) -> None:
