@@ -86,7 +86,12 @@ def step_flops(config: TrainConfig, masked: bool) -> float:
 
 
 def make_trainer(
-    method: str, batch: int, precision: Precision, folder: Path, model: DiTConfig
+    method: str,
+    batch: int,
+    precision: Precision,
+    folder: Path,
+    model: DiTConfig,
+    checkpointing: bool = False,
 ) -> Trainer:
     """A trainer on random latents: speed does not depend on what they show."""
     latents = folder / "latents"
@@ -107,6 +112,7 @@ def make_trainer(
         train_batch_size=batch,
         depth_sampling="stratified",
         mixed_precision=precision,
+        gradient_checkpointing=checkpointing,
         **METHODS[method],
     )
     return Trainer(config)
@@ -173,6 +179,8 @@ class Options:
     """Measured steps of each kind."""
     precision: Precision = "no"
     """accelerate's mixed_precision."""
+    gradient_checkpointing: bool = False
+    """Compute the blocks again in the backward pass, both ways."""
     out: Path | None = None
     """JSON file for the results."""
 
@@ -198,7 +206,8 @@ def measure(options: Options, device: str, limit_s: float) -> list[Record]:
                     f"{method}: gradients differ by {difference:.1e} from the masked computation's:"
                     " not measured"
                 )
-            trainer = make_trainer(method, batch, precision, Path(folder), model)
+            again = options.gradient_checkpointing
+            trainer = make_trainer(method, batch, precision, Path(folder), model, again)
             seconds: dict[type[DiT], list[float]] = {DiT: [], MaskedDiT: []}
             memory = [peak_of(trainer, kind) for kind in seconds]  # also the warm-up
             for step in range(1, options.rounds + 1):
@@ -214,6 +223,7 @@ def measure(options: Options, device: str, limit_s: float) -> list[Record]:
                 "method": method,
                 "batch": batch,
                 "precision": precision,
+                "gradient_checkpointing": again,
                 "images_per_second": batch / median,
                 "masked_images_per_second": batch / statistics.median(masked),
                 "ratio": statistics.median(slow / fast for fast, slow in zip(ours, masked)),

@@ -177,6 +177,9 @@ class TrainConfig:
     folder."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Arithmetic of the network; weights, optimizer and EMA are float32."""
+    gradient_checkpointing: bool = False
+    """Keep of each block its inputs alone, and compute the rest again in the backward pass: the
+    same gradients in less memory, for about a third more time."""
     compile: bool = False
     """torch.compile each block (one compilation serves all)."""
     seed: int = 0

@@ -29,7 +29,7 @@ from .config import TrainConfig
 from .data import Loader, open_images
 from .draws import StepDraws, global_rows, to_device
 from .ema import PowerAverages, update_average, whole_model
-from .memory import device_memory, out_of_memory
+from .memory import checkpoint_blocks, device_memory, out_of_memory
 from .objectives.build import build_objective
 from .objectives.progressive import stage
 from .objectives.targets import Model, Networks, StepBatch, Targets
@@ -125,6 +125,8 @@ class Trainer:
                 raise ValueError("target_network fast-ema cannot be sharded: use ema or live")
             self.fast = copy.deepcopy(self.ema)
             self.accelerator.register_for_checkpointing(self.fast)
+        if config.gradient_checkpointing:
+            checkpoint_blocks(model)
         if config.compile:
             # Independent depths make blocks of any number of rows; stratified ones of a few.
             for block in [*model.blocks, *self.ema.blocks]:

@@ -1,16 +1,34 @@
-"""What to say when a training step runs out of the device's memory: the batch that would fit."""
+"""Memory of a training step: activations computed again in place of being kept, and what to say
+when the device's runs out: the batch that would fit."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
+from torch.utils.checkpoint import checkpoint
+
+from odelt_fast.model import DiT
 
 from .config import TrainConfig
 
 _USABLE = 0.92  # of the device's memory: the rest is the driver's, other libraries' and fragments
+
+
+def checkpoint_blocks(model: DiT) -> None:
+    """Has every block keep its inputs alone for the backward pass, which computes the rest again:
+    the same gradients, with dropout too, for a forward pass more.
+
+    Within the block's own call, so that what wraps it (sharding, compilation) stays outside.
+    """
+    random = model.config.dropout > 0
+    for block in model.blocks:
+        block.forward = partial(  # type: ignore[method-assign]
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random
+        )
 
 
 def fitting_batch_size(
@@ -49,9 +67,10 @@ def out_of_memory(config: TrainConfig, fixed: int, peak: int, capacity: int) -> 
     if capacity:
         problem += f" ({fixed / 2**30:.1f} of {capacity / 2**30:.1f} GiB are taken between steps)"
     if size is None:
+        again = "" if config.gradient_checkpointing else "--gradient-checkpointing, "
         return (
-            f"{problem}: no smaller batch would fit; use --mixed-precision bf16, a smaller model,"
-            " or accelerate launch --use_fsdp"
+            f"{problem}: no smaller batch would fit; use {again}--mixed-precision bf16, a smaller"
+            " model, or accelerate launch --use_fsdp"
         )
     accumulation = allowed[size].gradient_accumulation_steps
     return (

@@ -1,5 +1,6 @@
 """Trains in one process and in two, by gradient accumulation and with sharded weights: `python -m
-tests.stress.compare_processes`. All must agree.
+tests.stress.compare_processes`. All must agree; the sharded run computes its blocks again in the
+backward pass, too.
 
 Draws belong to rows of the global batch, so only the order of sums differs: losses agree to 1e-6,
 weights to 1e-5. The sharded run (FSDP2) is also continued from its checkpoint, which must repeat it
@@ -46,6 +47,7 @@ def run(
         output_dir=folder / kind,
         train_batch_size=batch,
         gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=sharded,
     )
     parts = replace(parts, checkpointing_steps=config.steps // 2, checkpoints_total_limit=None)
     assert wait(start(parts, witness, processes, sharded), time.monotonic() + 600, witness.log), (

@@ -1,13 +1,17 @@
-"""Running out of the device's memory: the batch size that would fit."""
+"""Memory of a training step: blocks that are computed again, and the batch size that would fit."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
+from benchmarks.training_speed import peak_of
+from odelt_fast.config import DiTConfig
 from odelt_fast.model import DiT
 from odelt_fast.train import loop
 from odelt_fast.train.config import TrainConfig
@@ -83,3 +87,50 @@ def test_model_that_is_too_large_for_any_batch_is_said_to_be(tmp_path: Path) -> 
     message = out_of_memory(config(tmp_path), 79 * GIB, 80 * GIB, 80 * GIB)
     assert "no smaller batch would fit" in message
     assert "--use_fsdp" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"depth_sampling": "stratified", "train_batch_size": 48},
+        {"objective": "flow", "mixed_precision": "bf16"},
+    ],
+    ids=lambda changes: " ".join(changes) or "as it is",
+)
+def test_blocks_computed_again_give_the_same_gradients(
+    tmp_path: Path, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    """Bit for bit, with dropout: losses and weights of three whole steps."""
+    model = replace(SMALLER, dropout=0.2)
+    request.addfinalizer(AcceleratorState._reset_state)  # precisions differ
+    AcceleratorState._reset_state()
+    plain, again = (
+        Trainer(small_run(tmp_path, model=model, gradient_checkpointing=on, **changes))
+        for on in (False, True)
+    )
+    for _ in range(3):
+        assert torch.equal(plain.step(), again.step())
+    assert all(torch.equal(weight, again.weights[name]) for name, weight in plain.weights.items())
+    assert all(torch.equal(w, again.ema_weights[name]) for name, w in plain.ema_weights.items())
+
+
+def test_blocks_computed_again_keep_their_inputs_alone(tmp_path: Path) -> None:
+    """At least two thirds of a step's memory are activations inside the blocks; the profiler counts
+    bytes, not time."""
+    deep = DiTConfig(
+        image_size=8, channels=1, hidden_size=32, depth=12, num_heads=2, num_classes=10
+    )
+    peaks = [
+        peak_of(Trainer(small_run(tmp_path, model=deep, gradient_checkpointing=on)), DiT)
+        for on in (False, True)
+    ]
+    assert peaks[1] < 0.4 * peaks[0]
+
+
+def test_advice_names_what_is_not_in_use(tmp_path: Path) -> None:
+    for on in (False, True):
+        with_it = replace(config(tmp_path), gradient_checkpointing=on)
+        message = out_of_memory(with_it, 79 * GIB, 80 * GIB, 80 * GIB)
+        assert ("--gradient-checkpointing" in message) != on
