@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +26,16 @@ class Command(Evaluation):
 
     The same command goes on where it was interrupted. Several GPUs: torchrun --nproc-per-node 4 -m
     odelt_fast.cli evaluate ...
+
+    With --samples no model is needed: the images are there.
     """
 
+    model: Text = None  # type: ignore[assignment]  # `evaluation_of` has the default
+    """Folder of a model, name of a bundled one, or Hub id (user/repo); digits by default."""
+    samples: Text = None
+    """In place of --model: images that exist already, all of one size. A folder of them, a Parquet
+    file, or .npz with arr_0 (N, H, W, C) uint8 as ADM's evaluator reads it. frechet, kid and
+    precision_recall against --data (or, frechet, --stats), under either --protocol."""
     data: Text = None
     """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's
     id."""
@@ -60,14 +69,16 @@ class Command(Evaluation):
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
+    if options.samples is not None:
+        measure_samples(options.samples, options)
+        return
     settings = evaluation_of(options)
     dtype = choose_dtype(options.dtype, device_of(options.device).type)
-    made = make_folder("--out", options.out)
 
     from odelt_fast.evaluation.evaluator import Evaluator
     from odelt_fast.evaluation.results import to_markdown
 
-    try:
+    with new_folder(options.out):
         evaluator = Evaluator(
             settings,
             options.out,
@@ -75,22 +86,58 @@ def run(options: Command) -> None:
             dtype=dtype,
             show=not (options.quiet or options.json),
         )
+    results = evaluator.run()
+    if evaluator.processes.index == 0:
+        show(results, to_markdown(results), options)
+
+
+def measure_samples(samples: str, options: Command) -> None:
+    """Runs it with --samples; ValueError for an option that has no effect then."""
+    from odelt_fast.evaluation.existing import APPLYING, measure_existing
+    from odelt_fast.evaluation.results import to_markdown
+
+    applying = {"samples", "out", "device", "json", "quiet", *APPLYING}
+    for field in fields(options):
+        if field.name not in applying and getattr(options, field.name) != field.default:
+            raise ValueError(
+                f"--{field.name.replace('_', '-')} has no effect on --samples, images that exist"
+                " already: leave it out"
+            )
+    settings = evaluation_of(options)
+    if settings.data is None and settings.split != Evaluation.split:
+        raise ValueError("--split is of --data, which is not given: leave it out")
+    quiet = options.quiet or options.json
+    with new_folder(options.out):
+        results = measure_existing(
+            samples, settings, options.out, device=options.device, show=not quiet
+        )
+    if results:
+        show(results, to_markdown(results), options)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Makes --out, and takes it away again after a mistake if it was new and is still empty."""
+    made = make_folder("--out", out)
+    try:
+        yield
     except ValueError:
         if made:
             with contextlib.suppress(OSError):  # another process's, or not empty
-                options.out.rmdir()
+                out.rmdir()
         raise
-    results = evaluator.run()
-    if evaluator.processes.index == 0:
-        text = (
-            f"{to_markdown(results)}\n{options.out / 'results.md'}, {options.out / 'results.json'}"
-        )
-        print(json.dumps(results) if options.json else text)
+
+
+def show(results: dict[str, Any], tables: str, options: Command) -> None:
+    """Prints what was found, and where it is."""
+    text = f"{tables}\n{options.out / 'results.md'}, {options.out / 'results.json'}"
+    print(json.dumps(results) if options.json else text)
 
 
 def evaluation_of(options: Any) -> Evaluation:
     """The settings among a command's options."""
     values = {field.name: getattr(options, field.name) for field in fields(Evaluation)}
+    values["model"] = values["model"] or Evaluation.model
     try:
         values["depth_schedules"] = tuple(map(parse_schedule, options.depth_schedules))
     except ValueError as error:

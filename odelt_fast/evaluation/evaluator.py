@@ -26,20 +26,14 @@ from odelt_fast.sampling.sampler import Sampler
 
 from .batch_files import BatchFiles
 from .cells import Cell, plan_cells
-from .comparison import (
-    Reference,
-    compare,
-    features_of,
-    merge_reference,
-    stored_reference,
-)
+from .comparison import Reference, compare
 from .folder import Folder
 from .inputs import Inputs
 from .machine import environment
 from .measuring import PeakMemory, Processes, timed
 from .metrics import check_features
 from .results import FORMAT, summarise
-from .settings import COMPARING, Evaluation
+from .settings import Evaluation
 
 
 class Evaluator:
@@ -73,7 +67,7 @@ class Evaluator:
         self.settings, self.config = settings, load_model(settings.model, depth=shallow).config
         self.cells = plan_cells(settings, self.config)
         self.inputs = Inputs.of(settings, self.config, self.device)
-        self.network = self.inputs.network
+        self.network = self.inputs.real.network
         self.folder = Folder(Path(out), self.processes, settings.batch_size)
         self.folder.bind(self.inputs.bound(self.dtype))
 
@@ -88,7 +82,8 @@ class Evaluator:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        reference, self.memory = self._reference(), PeakMemory(self.device)
+        reference = self.inputs.real.reference(self.folder, self.show)
+        self.memory = PeakMemory(self.device)
         waiting = [cell for cell in self.cells if not self.folder.record(cell).exists()]
         self.processes.barrier()
         model: DiT | None = None
@@ -109,31 +104,6 @@ class Evaluator:
                     self._write_results()
                 self.processes.barrier()
         return self._write_results() if self.processes.index == 0 else {}
-
-    def _reference(self) -> Reference | None:
-        """None if no metric compares with real images.
-
-        Their batches are shared among the processes, and resumed, as those of a cell.
-        """
-        settings, inputs, out = self.settings, self.inputs, self.folder.path
-        if not COMPARING & set(settings.metrics):
-            return None
-        if inputs.statistics is not None:
-            return Reference(inputs.statistics, None)
-        source, protocol = inputs.source, settings.protocol
-        assert source is not None
-        if not (out / "reference.npz").exists():
-            files = self.folder.batches("reference", len(source))
-            todo = self._missing(files)
-            hidden = None if self.show else True  # None: shown on a terminal only
-            for batch in tqdm(todo, desc="real images", leave=False, disable=hidden):
-                by = files.images(batch), self.network, protocol, self.device
-                files.write(batch, features=features_of(source, *by))
-            self.processes.barrier()
-            if self.processes.index == 0:
-                merge_reference(files, out, self.network, protocol, settings.allow_few_samples)
-        self.processes.barrier()
-        return stored_reference(out)
 
     def _missing(self, files: BatchFiles) -> list[int]:
         return files.missing(self.processes.index, self.processes.count)
@@ -241,11 +211,7 @@ class Evaluator:
             "settings": self.settings.to_dict(),
             "model": self.config.to_dict(),
             "model_sha256": self.inputs.model_sha256,
-            "features": {
-                "name": self.network.name,
-                "dimensions": self.network.dimensions,
-                "sha256": self.network.fingerprint,
-            },
+            "features": self.network.record(),
             "environment": environment(self.device, self.dtype, self.processes.count),
             "rows": summarise(done),
         }

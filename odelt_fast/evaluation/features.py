@@ -61,6 +61,10 @@ class FeatureNetwork:
     def distance(self) -> str:
         return "FID" if self.name == "inception-v3" else f"{self.name} Frechet distance"
 
+    def record(self) -> dict[str, str | int]:
+        """What results say of it."""
+        return {"name": self.name, "dimensions": self.dimensions, "sha256": self.fingerprint}
+
     def check_images(self, channels: int, image_size: int) -> None:
         """ValueError unless it can take such images."""
         if channels not in (1, 3) or (channels == 3 and self.channels == 1):
@@ -142,6 +146,8 @@ def load_features(
     Raises ValueError (CheckpointError) in one line: missing weights and where they are looked for,
     damaged or foreign files.
     """
+    if inception_weights is not None and name != "inception":
+        raise ValueError(f"--inception-weights are of --features inception, not of {name}")
     path = Path(name)
     if name in BUNDLED:
         path = _bundled_path(str(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,17 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_fingerprint(path: Path) -> str:
+    """Changes when a file, or a file below a folder, gets another name, size or time."""
+    paths = [path] if path.is_file() else path.rglob("*")
+    digest = hashlib.sha256()
+    for file in sorted(file for file in paths if file.is_file()):
+        facts = file.stat()
+        name = os.fsencode(file.relative_to(path))
+        digest.update(b"%s\0%d %d\0" % (name, facts.st_size, facts.st_mtime_ns))
+    return digest.hexdigest()
 
 
 def model_hash(name: str) -> str:

@@ -66,6 +66,8 @@ def read_results(path: str | Path) -> dict[str, Any]:
     path = path / "results.json" if path.is_dir() else path
     try:
         results = json.loads(path.read_text())
+        if "samples" in results:
+            raise ValueError("is of images alone: it says nothing of what they cost")
         if results["format"] != FORMAT or not results["rows"]:
             raise ValueError("is of another version, or empty")
         for row in results["rows"]:
@@ -86,7 +88,10 @@ def read_results(path: str | Path) -> dict[str, Any]:
 
 
 def to_markdown(results: Mapping[str, Any]) -> str:
-    """The tables: for equal steps depths by T (Table 2); then cost and quality of every row."""
+    """The tables: for equal steps depths by T (Table 2); then cost and quality of every row. Of
+    existing images (`existing`) one row."""
+    if "samples" in results:
+        return _existing(results)
     rows, settings = results["rows"], results["settings"]
     names = list(rows[0]["metrics"])
     lines = [f"# {settings['model']}", "", *_description(results), ""]
@@ -128,29 +133,56 @@ def number(spread: Mapping[str, Any]) -> str:
     return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
+def _existing(results: Mapping[str, Any]) -> str:
+    settings, samples = results["settings"], results["samples"]
+    side, device = samples["image_size"], results["environment"]["device"]
+    left_out = f", {samples['left_out']} left out" if samples["left_out"] else ""
+    lines = [f"{settings['num_images']} images of {side}x{side} pixels{left_out}, {_by(results)}"]
+    lines += [f"Features computed on {device}.", *_remarks(results)]
+    metrics = results["metrics"]
+    values = [number({"mean": value, "std": None}) for value in metrics.values()]
+    text = [f"# {settings['samples']}", "", *_broken(lines), "", *_table(list(metrics), [values])]
+    return "\n".join(text).rstrip() + "\n"
+
+
+def _by(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    against = settings["data"] or settings["stats"]
+    compared = f"against {against}; " if against else ""
+    return f"{compared}features: {results['features']['name']}, protocol {settings['protocol']}."
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    """What to know of the distances."""
+    name, lines = results["features"]["name"], []
+    if name != "inception-v3":
+        lines.append(
+            f"**Not an FID**: every distance is of {name}, and compares only with its like."
+        )
+    if results["settings"]["num_images"] <= results["features"]["dimensions"]:
+        lines.append("**Fewer images than features**: the distance depends on their number.")
+    return lines
+
+
+def _broken(lines: Sequence[str]) -> list[str]:
+    """A paragraph in which each of the lines stays one."""
+    return [f"{line}  " for line in lines[:-1]] + [*lines[-1:]]
+
+
 def _description(results: Mapping[str, Any]) -> list[str]:
     settings, environment = results["settings"], results["environment"]
-    against, seeds = settings["data"] or settings["stats"], "1 seed"
+    seeds = "1 seed"
     if settings["seeds"] != 1:
         seeds = f"{settings['seeds']} seeds, mean ± standard deviation"
     lines = [
-        (
-            f"{settings['num_images']} images of each of {seeds}, against {against}; features:"
-            f" {results['features']['name']}, protocol {settings['protocol']}."
-        ),
+        f"{settings['num_images']} images of each of {seeds}, {_by(results)}",
         (
             f"Latency: median wall-clock time of a batch of {settings['batch_size']} on"
             f" {environment['device']} in {environment['dtype']}, {environment['processes']},"
             f" without the decoder, warm. Memory: the sampler's peak. torch {environment['torch']}."
         ),
+        *_remarks(results),
     ]
-    if results["features"]["name"] != "inception-v3":
-        lines.append(
-            f"**Not an FID**: every distance is of {results['features']['name']}, and compares only"
-            " with its like."
-        )
-    if settings["num_images"] <= results["features"]["dimensions"]:
-        lines.append("**Fewer images than features**: the distance depends on their number.")
     if settings["paper_guidance"]:
         lines.append(
             "T = 128 is 64 steps of two evaluations, guided with w ="
@@ -158,7 +190,7 @@ def _description(results: Mapping[str, Any]) -> list[str]:
         )
     elif settings["guidance_scale"] is not None:
         lines.append(f"Guided with w = {settings['guidance_scale']:g}.")
-    return [f"{line}  " for line in lines[:-1]] + lines[-1:]
+    return _broken(lines)
 
 
 def _distinct(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from odelt_fast.checks import whole
 from odelt_fast.files import one_line
 
+from .arrays import ArrayImages
 from .digits import DigitsSource
 from .encoded import EncodedImages
 from .folders import open_folder
@@ -41,6 +42,7 @@ def open_source(
               Face `datasets` writes them
             - the id of a data set on the Hugging Face Hub (user/name, user/name:config), or a
               folder made by its `save_to_disk`
+            - a .npz file with images as arr_0 (`ArrayImages`)
             - a folder of latents: written by `odelt-fast encode`, by fast-DiT (*_features,
               *_labels), or for REPA (img-mean-std-*.npy)
         image_size: images become the centred square, resized to it; None: all have one size, whose
@@ -62,7 +64,7 @@ def open_source(
     name, path = str(data), Path(data).expanduser()
     try:
         kind = "digits" if name == "digits" else _kind(path, name)
-        if kind in ("digits", "latents") and split != "train":
+        if kind in ("digits", "latents", "arrays") and split != "train":
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
         if kind == "latents":
             return _open_latents(path, image_size, channels)
@@ -73,6 +75,8 @@ def open_source(
             )
         if kind == "digits":
             return DigitsSource(image_size or 8, channels or 1)
+        if kind == "arrays":
+            return ArrayImages(path, image_size, channels)
         store, labels, names = _open_store(name, path, kind, split)
         return EncodedImages(name, store, labels, names, image_size, channels)
     except OSError as error:
@@ -125,16 +129,18 @@ def _latents_of(folder: Path) -> LatentSource:
 
 
 def _kind(path: Path, data: str) -> str:
-    """latents, dataset, parquet or folder; ValueError for what is none of them.
+    """latents, dataset, parquet, arrays or folder; ValueError for what is none of them.
 
     data: as the user wrote it (./a/b is never an id).
     """
     if path.is_file():
-        if path.suffix == ".parquet":
-            return "parquet"
-        raise ValueError(f"{path} is a file of no known kind: give a .parquet file or a folder")
+        if path.suffix in (".parquet", ".npz"):
+            return "parquet" if path.suffix == ".parquet" else "arrays"
+        raise ValueError(
+            f"{path} is a file of no known kind: give a .parquet or .npz file, or a folder"
+        )
     if not path.is_dir() or not data:
-        files = {".parquet", ".npy", ".json", *image_endings()}
+        files = {".parquet", ".npy", ".npz", ".json", *image_endings()}
         is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)
         if is_id and path.suffix not in files:
             return "dataset"
