@@ -85,7 +85,7 @@ class PartlyKnown:
     image: Tensor
     mask: Tensor
 
-    def __call__(self, t: float | Tensor, x: Tensor, log2_steps: int) -> Tensor:
+    def __call__(self, t: float | Tensor, x: Tensor, log2_steps: float) -> Tensor:
         known = (1 - t) * self.noise + t * self.image
         velocity = self.drawn(t, torch.where(self.mask, x, known), log2_steps)
         return torch.where(self.mask, velocity, self.image - self.noise)

@@ -91,7 +91,7 @@ def test_an_image_depends_on_its_seed_and_index_alone(model: DiT) -> None:
     assert torch.isfinite(inpaint(Sampler(model), picture(1, 4, 12), left_half(4, 12), 2)).all()
 
 
-@pytest.mark.parametrize("sampling", ["shortcut", "flow", "live_reflow"])
+@pytest.mark.parametrize("sampling", ["shortcut", "flow", "live_reflow", "mean_flow"])
 @pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 3, "solver": "heun2"}], ids=str)
 def test_the_engine_draws_what_the_model_draws(
     monkeypatch: pytest.MonkeyPatch, sampling: str, options: dict[str, Any]
