@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from odelt_fast.engine.availability import ContextLostError
 from odelt_fast.operation import Operation
 
 MISSING = (
@@ -153,7 +154,7 @@ class Batcher:
         self.max_batch, self.max_queue, self.max_client = max_batch, max_queue, max_client
         self.durations, self._queues = Durations(), dict[Key, deque[Job]]()
         self._numbers, self._changed = itertools.count(), threading.Condition()
-        self._stopped = False
+        self._stopped = self._lost = False  # told to end; the GPU is gone
         # Key, images and start of the batch that is being drawn.
         self._running: tuple[Key, int, float] | None = None
         self._pool = ThreadPoolExecutor(2, "encode")
@@ -163,12 +164,12 @@ class Batcher:
     @property
     def alive(self) -> bool:
         """Whether jobs are taken and drawn."""
-        return self._thread.is_alive() and not self._stopped
+        return self._thread.is_alive() and not self._stopped and not self._lost
 
     @property
     def healthy(self) -> bool:
-        """Whether the thread lives, or was told to end."""
-        return self._thread.is_alive() or self._stopped
+        """Whether the thread lives, or was told to end. Where the GPU is lost it ends by itself."""
+        return self._stopped or (self._thread.is_alive() and not self._lost)
 
     @property
     def waiting(self) -> int:
@@ -247,9 +248,9 @@ class Batcher:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._queues and not self._stopped:
+                while not (self._queues or self._stopped or self._lost):
                     self._changed.wait()
-                if self._stopped:
+                if self._stopped or self._lost:
                     return
                 parts = self._take()
             if parts:
@@ -297,7 +298,12 @@ class Batcher:
                 return
             for job, _ in parts:
                 self.withdraw(job)
-            self._finish([(job, error) for job, _ in parts])
+            failed = [job for job, _ in parts]
+            if isinstance(error, ContextLostError):  # nobody's turn will come
+                with self._changed:
+                    self._lost = True
+                    failed += filter(self.withdraw, [*self._jobs()])
+            self._finish([(job, error) for job in failed])
             return
         seconds, first, complete = time.monotonic() - start, 0, []
         with self._changed:

@@ -28,6 +28,7 @@ from tests.helpers.broken.sitecustomize import break_operators
 from tests.helpers.engine_cases import ROOT, random_model, run_python
 from tests.helpers.small_model import SMALL
 
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 BROKEN = Path(__file__).parents[1] / "helpers" / "broken"
 TINY = {"image_size": 4, "depth": 2, "depth_min": 1, "depth_group": 1}
 
@@ -343,6 +344,40 @@ def test_in_a_dead_context_nothing_falls_back(
         else:
             with pytest.warns(RuntimeWarning, match="the fused backend failed"):
                 assert torch.equal(sampler(2), expected)
+
+
+LOST = """
+import torch
+from odelt_fast.engine.availability import ContextLostError
+from odelt_fast.sampling.sampler import Sampler
+from tests.helpers.engine_cases import random_model
+model = random_model().to("cuda")
+sampler = Sampler(model)
+def illegal(*arguments):
+    table = torch.zeros(3, device="cuda")
+    return table[torch.full((1,), 10**6, device="cuda")].item()
+sampler.fused.engine.ops.gated_residual = illegal
+for _ in range(2):
+    try:
+        sampler(2)
+    except ContextLostError as error:
+        print(str(error)[-34:])
+"""
+
+
+@NEEDS_CUDA
+def test_cuda_in_a_dead_context_nothing_falls_back() -> None:
+    assert run_python(LOST).splitlines() == 2 * ["restart; backend='eager' avoids it"]
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("changes", [{}, {"adaptive": True}, {"precision": "fp8"}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cuda_the_engine_is_right(dtype: str, changes: dict) -> None:
+    found = selfcheck.run(Way(random_model().config, "cuda", dtype, **changes), timed=True)
+    assert found.right, (found.reason, found.output)
+    # Launched twice, replayed twice.
+    assert [each["equal"] for each in found.comparisons if "equal" in each] == 12 * [True]
 
 
 def test_reports_hold_no_paths() -> None:

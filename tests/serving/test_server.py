@@ -28,6 +28,7 @@ from odelt_fast import DiT, DiTConfig, deadline_planner, load_model
 from odelt_fast import operation as sampling
 from odelt_fast.cli import main
 from odelt_fast.commands.serve import Command, find_plan
+from odelt_fast.engine.availability import ContextLostError
 from odelt_fast.evaluation.machine import this_machine
 from odelt_fast.operation import Operation
 from odelt_fast.planning.profile import Measurement, Profile, write_profile
@@ -527,6 +528,22 @@ def test_what_goes_wrong_in_drawing_reaches_everybody_and_the_next_batch_is_draw
     broken.clear()
     assert run_jobs(batcher, [1], images=6) == [b"1"]
     assert batcher.waiting == 0
+    batcher.stop()
+
+
+def test_where_the_gpu_is_lost_everybody_is_told_and_the_server_is_not_healthy() -> None:
+    def draw(key: Key, parts: Sequence[Part]) -> np.ndarray:
+        raise ContextLostError("the GPU context is lost: restart")
+
+    batcher = Batcher(draw, max_batch=4)
+    assert batcher.healthy
+    answers = run_jobs(batcher, range(5), images=6)
+    assert isinstance(answers[0], ContextLostError)
+    assert all(isinstance(answer, ContextLostError | Rejected) for answer in answers)
+    assert not batcher.healthy
+    assert not batcher.alive
+    assert batcher.waiting == 0
+    assert isinstance(run_jobs(batcher, [1])[0], Rejected)
     batcher.stop()
 
 
