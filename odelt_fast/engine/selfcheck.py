@@ -108,11 +108,11 @@ def way_of(
     network: DiT | Engine, operation: Operation, attention: str, precision: str | None, kind: str
 ) -> Way:
     """What of the engine has to be right for a network to be sampled so."""
-    # Kinds of sampling differ in arithmetic of PyTorch's only.
-    config = replace(network.config, sampling="shortcut", dropout=0.0)
-    device, dtype = str(network.device), str(network.dtype).removeprefix("torch.")
     whole = operation.adaptive and not operation.torchdiffeq and operation.depth_schedule is None
-    return Way(config, device, dtype, "fused", attention, precision, adaptive=whole, kind=kind)
+    return Way.of(
+        network.config, network.device, network.dtype,
+        attention=attention, precision=precision, adaptive=whole, kind=kind,
+    )  # fmt: skip
 
 
 def require(way: Way) -> None:

@@ -82,6 +82,20 @@ class Way:
         return dataclasses.asdict(self)
 
     @classmethod
+    def of(
+        cls, config: DiTConfig, device: torch.device | str, dtype: torch.dtype, **rest: Any
+    ) -> Way:
+        """That of networks of this configuration, which share it where they differ in what PyTorch
+        computes alone. (The times of an adaptive solver depend on rounding: of a network that
+        multiplies them by 1000 two right solves differ.)"""
+        plain = {
+            name: getattr(DiTConfig, name)
+            for name in ("sampling", "dropout", "time_scale", "time_period")
+        }
+        config = dataclasses.replace(config, **plain)
+        return cls(config, str(device), str(dtype).removeprefix("torch."), **rest)
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Way:
         return cls(**{**values, "config": DiTConfig.from_dict(values["config"])})
 
@@ -145,7 +159,10 @@ def on_host(
         time = time.repeat(2) if len(time) > 1 else time
         output = network(state.repeat(2, 1, 1, 1), time, step, both, depth=operation.depth)
         said, null = output.to(state.dtype).chunk(2)
-        return null + scale * (said - null)
+        mixed = null + scale * (said - null)
+        if config.guided_channels is not None:
+            mixed[:, config.guided_channels :] = said[:, config.guided_channels :]
+        return mixed
 
     return solve(field, x, operation.step_index(config.sampling), operation).x
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from odelt_fast.engine import availability, engine, fused, selfcheck
+from odelt_fast.engine import availability, engine, fused, selfcheck, trial
 from odelt_fast.engine.selfcheck import Verdict
 from odelt_fast.engine.trial import Way
 from odelt_fast.operation import Operation
@@ -76,6 +76,35 @@ def test_an_engine_that_is_right_is_found_right(changes: dict) -> None:
         "depth 1, guided", "depth 1, unguided", "depth 2, guided", "depth 2, unguided"
     ]  # fmt: skip
     assert all(0 < each["error"] < each["bound"] for each in errors)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"guided_channels": 1},
+        {"inner_step": "residual"},
+        {"inner_step": "inverse_depth", "depth": 3, "depth_min": 2, "depth_group": 1},
+        {"length_conditioned": False},
+        {"step_conditioned": False, "num_classes": 1},
+        {"time_scale": 1000.0, "sampling": "diffusion"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_every_kind_of_network_is_compared_with_itself(changes: dict, adaptive: bool) -> None:
+    """The steps of the trial are the Sampler's, and no kind is found wrong that is right."""
+    model = random_model(**TINY | changes)
+    each = Way.of(model.config, "cpu", model.dtype, adaptive=adaptive, kind="reference")
+    model = trial.random_model(each)
+    with torch.no_grad():
+        found = [*trial.compare(each)]
+        x, y = trial.noise_and_labels(each, 3)
+        for _, operation in trial.operations(each):
+            expected = Sampler.of(model, operation, backend="eager")(noise=x, labels=y)
+            assert torch.equal(trial.on_host(model, model.config, operation, x, y), expected)
+    assert all(each["error"] < each["bound"] for each in found if "error" in each)
+    assert all(each.get("equal", True) for each in found)
 
 
 @pytest.mark.parametrize(
