@@ -18,10 +18,15 @@ from .draws import generator
 def open_images(config: TrainConfig) -> ImageSource:
     """The data of a run: images at the size and with the channels of its model, or latents as they
     are. ValueError as `open_source`."""
-    if is_latents(config.data):
-        return open_source(config.data)
     model = config.model
-    return open_source(config.data, image_size=model.image_size, channels=model.channels)
+    latents = is_latents(config.data)
+    return open_source(
+        config.data,
+        image_size=None if latents else model.image_size,
+        channels=None if latents else model.channels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
 
 
 class Loader:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from odelt_fast.checks import whole
 
-from .options import Device, Dtype, Whole, choose_dtype, device_of
+from .options import Device, Dtype, Text, Whole, choose_dtype, device_of
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Command:
     """Side in pixels to which the centred square of each image is resized."""
     split: str = "train"
     """Part of the data, where they have parts."""
+    image_column: Text = None
+    """Column of images of a table; looked for by type and name by default."""
+    label_column: Text = None
+    """Column of labels, as --image-column: fine_label or coarse_label of CIFAR-100."""
     batch_size: int = 32
     """Images that the VAE encodes at once."""
     shard_length: int = 2048
@@ -50,7 +54,12 @@ def run(options: Command) -> None:
 
     device = device_of(options.device)
     source = open_source(
-        options.data, image_size=options.image_size, channels=3, split=options.split
+        options.data,
+        image_size=options.image_size,
+        channels=3,
+        split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
     )
     encoder = vae_encoder(options.vae, device, choose_dtype(options.dtype, device.type))
     encode_images(

@@ -39,6 +39,10 @@ class Command(Evaluation):
     data: Text = None
     """Real images to compare with, as for training: digits, a folder, a Parquet file, a data set's
     id."""
+    image_column: Text = None
+    """Column of images where --data is a table; looked for by type and name by default."""
+    label_column: Text = None
+    """Column of labels, as --image-column."""
     stats: Text = None
     """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
     odelt-fast stats writes."""

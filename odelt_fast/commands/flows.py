@@ -62,7 +62,7 @@ def plan(options: Command, sampler: Sampler, labels: Labels) -> Plan:
         frames = options.frames
         return Plan(frames, frames, frames * steps, partial(_interpolate, options, sampler, labels))
     if options.invert is not None:
-        images, own, _ = data_images(options.invert, sampler, count)
+        images, own, _ = data_images(options.invert, sampler, count, options)
         there_and_back = partial(
             _invert, sampler, images, own if labels is None else labels[: len(images)]
         )
@@ -102,24 +102,29 @@ def _known(options: Command, sampler: Sampler) -> tuple[Tensor, Tensor]:
         raise ValueError(f"--init-image, --mask: {error}") from None
 
 
-def data_images(data: Path, sampler: Sampler, count: int) -> tuple[Tensor, Labels, float | None]:
-    """The first `count` images (N, C, H, W) of an image file or of what `open_source` opens, at the
-    model's size; their labels where their classes can be those of the model (None: the null label
-    is to be used); the distance between levels (`quantisation_step`)."""
+def data_images(
+    data: Path, sampler: Sampler, count: int, options: Any
+) -> tuple[Tensor, Labels, float | None]:
+    """The first `count` images (N, C, H, W) of an image file or of what `open_source` opens (of a
+    table, the columns of the options), at the model's size; their labels where their classes can be
+    those of the model (None: the null label is to be used); the distance between levels
+    (`quantisation_step`)."""
     from odelt_fast.sampling.likelihood import quantisation_step  # loads scipy
 
     config = sampler.model.config
     size, channels = config.image_size, config.channels
-    if data.is_file() and data.suffix != ".parquet" and channels in (1, 3):
+    columns = {name: getattr(options, name) for name in ("image_column", "label_column")}
+    one = data.is_file() and data.suffix.lower() not in (".parquet", ".tar")
+    if one and channels in (1, 3) and not any(columns.values()):
         try:
             pixels = decode_image(str(data), size, channels)
         except Exception as error:  # Pillow's readers raise most kinds
             raise ValueError(f"{data} cannot be read: {decode_failure(error)}") from None
         return torch.from_numpy(pixels[None] / 127.5 - 1).float(), None, 1 / 127.5
     if channels in (1, 3):
-        source = open_source(str(data), image_size=size, channels=channels)
+        source = open_source(data, image_size=size, channels=channels, **columns)
     else:
-        source = open_source(str(data))
+        source = open_source(data, **columns)
     if source.channels != channels or source.image_size != size:
         has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
         raise ValueError(f"{data} has {has} numbers an image, the model wants {wants}")

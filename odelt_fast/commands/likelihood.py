@@ -17,6 +17,7 @@ from .options import (
     Dtype,
     File,
     Number,
+    Text,
     Whole,
     check_counts,
     load,
@@ -34,6 +35,10 @@ class Command:
     data: Path = Path("digits")
     """Images: a file, or what training's --data takes (digits, a folder, a Parquet file, a data
     set, latents)."""
+    image_column: Text = None
+    """Column of images where --data is a table; looked for by type and name by default."""
+    label_column: Text = None
+    """Column of labels, as --image-column."""
     num_images: int = 16
     """Images to measure, from the first on."""
     depth: Whole = None
@@ -100,7 +105,7 @@ def run(options: Command) -> None:
 
     model = load(options.model, options.device, options.dtype, operation.deepest)
     sampler = Sampler.of(model, operation, batch_size=options.batch_size)
-    images, found, step = data_images(options.data, sampler, options.num_images)
+    images, found, step = data_images(options.data, sampler, options.num_images, options)
     labels = None if options.null_label else found
     count = len(images)
     if step is not None:

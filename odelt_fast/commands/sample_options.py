@@ -70,6 +70,10 @@ class Command:
     invert: Annotated[File, tyro.conf.arg(metavar="IMAGES")] = None
     """Carry images (a file, or what training's --data takes) to noise and back instead of drawing:
     originals, noise, reconstructions."""
+    image_column: Text = None
+    """Column of images where --invert names a table; looked for by type and name by default."""
+    label_column: Text = None
+    """Column of labels, as --image-column."""
     interpolate: Annotated[tuple[int, int] | None, metavar("SEED_A SEED_B")] = None
     """Draw a row of images on the way from the noise of one seed to that of another."""
     init_image: Annotated[File, tyro.conf.arg(metavar="IMAGE")] = None
@@ -109,6 +113,8 @@ def check_modes(options: Command) -> None:
         raise ValueError(f"--{given[0]} and --{given[1]} draw different pictures: leave one out")
     if (options.init_image is None) != (options.mask is None):
         raise ValueError("--init-image and --mask go together: what to keep, and where to draw")
+    if options.invert is None and (options.image_column or options.label_column):
+        raise ValueError("--image-column and --label-column are columns of --invert: give it")
     times = list(options.trajectory)
     if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
         raise ValueError(

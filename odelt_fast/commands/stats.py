@@ -21,6 +21,10 @@ class Command:
     out: Path = Path("stats.npz")
     split: str = "train"
     """Part of --data."""
+    image_column: Text = None
+    """Column of images where --data is a table; looked for by type and name by default."""
+    label_column: Text = None
+    """Column of labels, as --image-column."""
     image_size: Whole = None
     """Side that images are brought to before the feature network sees them: that of the model's.
     Their own by default."""
@@ -69,6 +73,8 @@ def run(options: Command) -> None:
         image_size=options.image_size or network.image_size,
         channels=channels,
         split=options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
     )
     network.check_images(source.channels, source.image_size)
     with tqdm(

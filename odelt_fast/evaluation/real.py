@@ -52,7 +52,12 @@ class Real:
         source = statistics = None
         if settings.data is not None:
             source = open_source(
-                settings.data, image_size=side, channels=channels, split=settings.split
+                settings.data,
+                image_size=side,
+                channels=channels,
+                split=settings.split,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
             )
         if settings.stats is not None:
             statistics = read_statistics(settings.stats)

@@ -28,6 +28,10 @@ class Evaluation:
     id."""
     split: str = "train"
     """Part of --data."""
+    image_column: str | None = None
+    """Column of images where --data is a table; looked for by type and name by default."""
+    label_column: str | None = None
+    """Column of labels, as --image-column."""
     stats: str | None = None
     """In place of --data: statistics file (.npz with mu and sigma) of the same feature network, as
     odelt-fast stats writes."""
@@ -107,6 +111,8 @@ class Evaluation:
             raise ValueError("give either --data or --stats, to compare with")
         if self.data is None and {"kid", "precision_recall"} & set(self.metrics):
             raise ValueError("kid and precision_recall need real images: --data")
+        if self.data is None and (self.image_column or self.label_column):
+            raise ValueError("--image-column and --label-column are columns of --data: give it")
         if self.data is None and self.labels == "data":
             raise ValueError("--labels data needs --data")
 

@@ -17,7 +17,7 @@ import numpy as np
 from odelt_fast.files import one_line
 
 from .pixels import resize_square
-from .sources import Batch, Flips, ImageSource, Indices, Noises, check_indices, flip_rows
+from .sources import Batch, Flips, ImageSource, Indices, Noises, check_indices, fitting, flip_rows
 
 _MOST_CLASSES = 10_000_000
 
@@ -63,7 +63,8 @@ class ArrayImages(ImageSource):
                 f"{path} holds no images that can be read: {one_line(error, 200)}"
             ) from None
         self.name = str(path)
-        self.image_size, self.channels = image_size or shape[1], channels or shape[3]
+        self.image_size, self.channels = side, depth = image_size or shape[1], channels or shape[3]
+        self.remark = fitting(self.name, f"{shape[1]}x{shape[2]}", side, depth, shape[3] == 1)
 
     def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
         indices = check_indices(indices, len(self))

@@ -1,8 +1,9 @@
-"""Which files lie below a folder, and what else does, by kind: nothing is passed over unsaid."""
+"""Which files lie below a folder, of which split, and what else: nothing is passed over unsaid."""
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +11,11 @@ from pathlib import Path
 
 from odelt_fast.files import one_line
 
+_SPLITS = {
+    "train": "train|training",
+    "test": "test|testing|eval|evaluation",
+    "validation": "validation|valid|val|dev",
+}
 Wanted = Callable[[str], bool]  # path -> whether the file is one of those looked for
 
 
@@ -41,6 +47,50 @@ def files_below(folder: Path, place: str, wanted: Wanted, left_out: Counter[str]
         waiting += reversed(folders)
         found += files
     return sorted(found)
+
+
+def split_of(path: str) -> str | None:
+    """The split that a file's path names, as `datasets` understands it; None if none.
+
+    train-00000-of-00001.parquet, test/0.parquet.
+    """
+    for part in reversed(path.split("/")):
+        for split, words in _SPLITS.items():
+            if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", part):
+                return split
+    return None
+
+
+def files_of_split(folder: Path, kind: str, split: str, left_out: Counter[str]) -> list[str]:
+    """Paths of a split's files below a folder, sorted; all are `train` where no path names one.
+
+    Args:
+        kind: whose name, in lower case, ends the files' names.
+        left_out: as in `files_below`; files that name no split while others do are counted, too.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ending = f".{kind.lower()}"
+    files = files_below(folder, "", lambda path: path.lower().endswith(ending), left_out)
+    splits = {path: split_of(path) for path in files}
+    if not any(splits.values()):
+        splits = dict.fromkeys(files, "train")
+    known = {name for name in splits.values() if name}
+    chosen = [path for path in files if splits[path] == (split_of(split) or split)]
+    if not chosen:
+        raise ValueError(
+            f"{folder} has no {kind} file of the split {split!r}; it has {', '.join(sorted(known))}"
+        )
+    left_out[f"{ending} of no split"] += sum(name is None for name in splits.values())
+    return [os.path.join(folder, path) for path in chosen]
+
+
+def check_split(file: str, split: str) -> None:
+    """ValueError unless a file that is given by its name can be the split."""
+    own = split_of(os.path.basename(file)) or "train"
+    if split != "train" and own != (split_of(split) or split):
+        raise ValueError(f"{file} has no split {split!r}: it is all of the split {own!r}")
 
 
 def entries_of(

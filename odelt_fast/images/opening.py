@@ -17,11 +17,11 @@ from .folders import open_folder
 from .foreign_latents import is_repa, open_fast_dit, open_repa
 from .latents import LatentSource
 from .listing import files_below
-from .parquet import open_parquet, parquet_files
+from .parquet import open_parquet
 from .pixels import Opened, image_endings
 from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from .sources import ImageSource
-from .tables import SAVED_MARKS, open_dataset
+from .tables import SAVED_MARKS, Choice, open_dataset
 
 
 def open_source(
@@ -30,6 +30,8 @@ def open_source(
     image_size: int | None = None,
     channels: int | None = None,
     split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> ImageSource:
     """Opens labelled images or latents.
 
@@ -49,6 +51,7 @@ def open_source(
             centred square is taken. Latents are never changed.
         channels: 1 (grey) or 3; None: 1 if every image is grey.
         split: which part, where the data have parts.
+        image_column, label_column: of a table; None: looked for by type and by name.
 
     Returns:
         The source. Images that cannot be decoded are left out (`skipped`).
@@ -64,6 +67,10 @@ def open_source(
     name, path = str(data), Path(data).expanduser()
     try:
         kind = "digits" if name == "digits" else _kind(path, name)
+        if (image_column or label_column) and kind not in ("dataset", "parquet"):
+            raise ValueError(
+                f"{name} is no table: --image-column and --label-column choose columns of tables"
+            )
         if kind in ("digits", "latents", "arrays") and split != "train":
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
         if kind == "latents":
@@ -77,7 +84,9 @@ def open_source(
             return DigitsSource(image_size or 8, channels or 1)
         if kind == "arrays":
             return ArrayImages(path, image_size, channels)
-        store, labels, names = _open_store(name, path, kind, split)
+        store, labels, names = _open_store(
+            name, path, kind, split, Choice(image_column, label_column)
+        )
         return EncodedImages(name, store, labels, names, image_size, channels)
     except OSError as error:
         raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
@@ -91,11 +100,11 @@ def is_latents(data: str | Path) -> bool:
         return False
 
 
-def _open_store(data: str, path: Path, kind: str, split: str) -> Opened:
+def _open_store(data: str, path: Path, kind: str, split: str, choice: Choice) -> Opened:
     if kind == "dataset":
-        return open_dataset(str(path) if path.exists() else data, split)
+        return open_dataset(str(path) if path.exists() else data, split, choice)
     if kind == "parquet":
-        return open_parquet([path] if path.is_file() else parquet_files(path, split))
+        return open_parquet(path, split, choice)
     return open_folder(path, split)
 
 
@@ -134,11 +143,12 @@ def _kind(path: Path, data: str) -> str:
     data: as the user wrote it (./a/b is never an id).
     """
     if path.is_file():
-        if path.suffix in (".parquet", ".npz"):
-            return "parquet" if path.suffix == ".parquet" else "arrays"
-        raise ValueError(
-            f"{path} is a file of no known kind: give a .parquet or .npz file, or a folder"
-        )
+        kind = {".parquet": "parquet", ".npz": "arrays"}.get(path.suffix.lower())
+        if kind is None:
+            raise ValueError(
+                f"{path} is a file of no known kind: give a .parquet or .npz file, or a folder"
+            )
+        return kind
     if not path.is_dir() or not data:
         files = {".parquet", ".npy", ".npz", ".json", *image_endings()}
         is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)

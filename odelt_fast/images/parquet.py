@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,50 +15,25 @@ import numpy as np
 
 from odelt_fast.files import cache_folder, locked, one_line, write_atomically
 
-from .pixels import Opened
+from .listing import check_split, files_of_split
+from .pixels import Opened, image_endings
 from .tables import (
+    NO_CHOICE,
+    Choice,
     Columns,
     check_image_type,
     find_columns,
-    label_array,
+    is_text,
+    label_values,
+    number_labels,
 )
 
 # Bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped.
 _IN_MEMORY = 1 << 30
-_SPLITS = {
-    "train": "train|training",
-    "test": "test|testing|eval|evaluation",
-    "validation": "validation|valid|val|dev",
-}
 
 
-def split_of(path: str) -> str | None:
-    """The split that a file's path names, as `datasets` understands it; None if none.
-
-    train-00000-of-00001.parquet, test/0.parquet.
-    """
-    for part in reversed(path.split("/")):
-        for split, words in _SPLITS.items():
-            if re.search(rf"(?:^|[-._ 0-9])(?:{words})(?:$|[-._ 0-9])", part):
-                return split
-    return None
-
-
-def parquet_files(folder: Path, split: str) -> list[Path]:
-    """Parquet files of a split below a folder, sorted; all are `train` where no path names one."""
-    files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
-    splits = {path: split_of(path.relative_to(folder).as_posix()) for path in files}
-    if not any(splits.values()):
-        splits = dict.fromkeys(files, "train")
-    chosen = [path for path in files if splits[path] == (split_of(split) or split)]
-    if files and not chosen:
-        known = ", ".join(sorted({name for name in splits.values() if name}))
-        raise ValueError(f"{folder} has no Parquet file of the split {split!r}; it has {known}")
-    return chosen
-
-
-def open_parquet(files: Sequence[Path]) -> Opened:
-    """Parquet files with the same columns.
+def open_parquet(place: Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
+    """A Parquet file, or those of a split below a folder, with the same columns.
 
     Returns:
         The images, labels (N,) int64 and class names.
@@ -72,12 +46,18 @@ def open_parquet(files: Sequence[Path]) -> Opened:
         import pyarrow.parquet as pq
     except ImportError:
         raise ValueError("reading Parquet needs pyarrow: pip install 'odelt-fast[eval]'") from None
+    left_out: Counter[str] = Counter()
+    if place.is_dir():
+        files = files_of_split(place, "Parquet", split, left_out)
+    else:
+        check_split(str(place), split)
+        files = [str(place)]
     columns: Columns | None = None
     labels = []
     for file in files:
         try:
             schema = pq.read_schema(file)
-            found = find_columns(schema, str(file))
+            found = find_columns(schema, file, choice)
             if columns is not None and found != columns:
                 raise ValueError(f"{files[0]} and {file} differ in their columns or class names")
             columns = found
@@ -86,19 +66,22 @@ def open_parquet(files: Sequence[Path]) -> Opened:
                 labels.append(np.zeros(pq.read_metadata(file).num_rows, np.int64))
             else:
                 column = pq.ParquetFile(file).read(columns=[found.label])[found.label]
-                labels.append(label_array(column, found.class_names, str(file)))
+                labels.append(label_values(column, found.class_names, file))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
+        if labels[0].dtype != labels[-1].dtype:
+            raise ValueError(f"{files[0]} and {file} differ in the types of their labels")
     assert columns is not None
     together = np.concatenate(labels)
     if not len(together):
         raise ValueError(f"{files[0]} has no rows")
-    store = ParquetStore(files, columns.image, [len(part) for part in labels])
+    store = ParquetStore([*map(Path, files)], columns.image, [*map(len, labels)], left_out)
     try:
         store.open()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{files[0]}: the images cannot be read: {one_line(error)}") from None
-    return store, together, columns.names_for(together, files[0].stem)
+    only = None if columns.label else Path(files[0]).stem
+    return store, *number_labels(together, columns.class_names, only)
 
 
 class ParquetStore:
@@ -108,10 +91,11 @@ class ParquetStore:
     process. A row without bytes names a file, which must lie below the folder of its Parquet file.
     """
 
-    def __init__(self, files: Sequence[Path], column: str, lengths: Sequence[int]) -> None:
-        self.files, self.column = [Path(file) for file in files], column
+    def __init__(
+        self, files: Sequence[Path], column: str, lengths: Sequence[int], left_out: Counter[str]
+    ) -> None:
+        self.files, self.column, self.left_out = files, column, left_out
         self._ends = np.cumsum(lengths)
-        self.left_out: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}
@@ -135,7 +119,9 @@ class ParquetStore:
 
     def open(self) -> None:
         """Unpacks or maps the images now, instead of at the first read."""
-        _ = self._content
+        if not np.diff(self._content[1]).all():  # files beside the table are its images
+            for ending in image_endings():
+                self.left_out.pop(ending, None)
 
     def encoded(self, row: int) -> bytes | str:
         data, offsets = self._content
@@ -166,7 +152,7 @@ class ParquetStore:
             type_ = pq.read_schema(file).field(self.column).type
             fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
             paths = None
-            if fields.get("path") == pa.string():
+            if is_text(fields.get("path")):
                 table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
                 paths = table[self.column].combine_chunks().field("path")
             columns.append(paths)

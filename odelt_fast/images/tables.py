@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from odelt_fast.checks import shown
 from odelt_fast.files import one_line
 
 from .pixels import Opened
@@ -26,6 +27,17 @@ _MAX_CLASSES = 10_000_000
 
 
 @dataclass(frozen=True)
+class Choice:
+    """The columns of images and of labels that the user names; None: they are looked for."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+NO_CHOICE = Choice()
+
+
+@dataclass(frozen=True)
 class Columns:
     """Names of the columns of images and of labels (None: there are only images), and the class
     names if the table knows them."""
@@ -34,37 +46,46 @@ class Columns:
     label: str | None
     class_names: tuple[str, ...] | None
 
-    def names_for(self, labels: np.ndarray, only: str) -> tuple[str, ...]:
-        """The class names, or numbers for them; `only`: of the one class of a table of images."""
-        return self.class_names or (numbered_classes(labels) if self.label else (only,))
 
-
-def find_columns(schema: Any, where: str) -> Columns:
+def find_columns(schema: Any, where: str, choice: Choice = NO_CHOICE) -> Columns:
     """Chooses the columns of an Arrow schema.
 
-    By the types in its `huggingface` metadata, else by name; else ValueError with all names.
+    As the user says, else by the types in its `huggingface` metadata, else by name; else ValueError
+    with all names.
     """
     features = _features(schema)
+    present = ", ".join(map(one_line, schema.names)) or "(none)"
 
-    def choose(type_: str, usual: Sequence[str]) -> str | None:
-        """The one column of the type; else the first that has a usual name, of the type if any."""
+    def choose(what: str, named: str | None, type_: str, usual: Sequence[str]) -> str | None:
+        """The named column; the one column of the type; else the first that has a usual name, of
+        the type if any."""
+        if named is not None:
+            if named not in schema.names:
+                raise ValueError(f"{where} has no column {named!r}; it has {present}")
+            return named
         typed = [name for name in schema.names if features.get(name, {}).get("_type") == type_]
         if len(typed) == 1:
             return typed[0]
-        return next((name for name in usual if name in (typed or schema.names)), None)
+        found = next((name for name in usual if name in (typed or schema.names)), None)
+        if found is None and typed:
+            listed = ", ".join(map(one_line, typed))
+            raise ValueError(
+                f"{where} has several columns of {what}s, {listed}: choose one with --{what}-column"
+            )
+        return found
 
     def missing(what: str, usual: Sequence[str]) -> ValueError:
-        present = ", ".join(map(one_line, schema.names)) or "(none)"
         return ValueError(
-            f"{where} has the columns {present}; none (or more than one) can be the {what}: name"
-            f" that column {', '.join(usual)}"
+            f"{where} has the columns {present}; none of them can be the {what}s by its name"
+            f" ({', '.join(usual)}): choose one with --{what}-column"
         )
 
-    image, label = choose("Image", IMAGE_COLUMNS), choose("ClassLabel", LABEL_COLUMNS)
+    image = choose("image", choice.image, "Image", IMAGE_COLUMNS)
+    label = choose("label", choice.label, "ClassLabel", LABEL_COLUMNS)
     if image is None:
-        raise missing("images", IMAGE_COLUMNS)
+        raise missing("image", IMAGE_COLUMNS)
     if label is None and len(schema.names) > 1:
-        raise missing("labels", LABEL_COLUMNS)
+        raise missing("label", LABEL_COLUMNS)
     names = features.get(label or "", {}).get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = None
@@ -80,25 +101,77 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def label_array(column: Any, class_names: Sequence[str] | None, where: str) -> np.ndarray:
-    """Labels (N,) int64 of an Arrow column.
+def label_values(column: Any, class_names: Sequence[str] | None, where: str) -> np.ndarray:
+    """The labels (N,) of an Arrow column: int64, or texts as objects (truth values are the texts
+    false and true).
 
     Raises:
-        ValueError: names the first row whose label is missing, negative or beyond the class names.
+        ValueError: another type; names the first row whose label is missing, or no class.
     """
     import pyarrow as pa
 
-    if not pa.types.is_integer(column.type):
+    type_ = column.type
+    if pa.types.is_dictionary(type_):
+        column, type_ = column.cast(type_.value_type), type_.value_type
+    if not (pa.types.is_integer(type_) or pa.types.is_boolean(type_) or is_text(type_)):
         raise ValueError(
-            f"{where}: the labels are of type {one_line(column.type)}; whole numbers from 0 are"
-            " needed"
+            f"{where}: the labels are of type {one_line(type_)}; whole numbers from 0, texts or"
+            " truth values are needed"
         )
     if column.null_count:
         row = int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
         raise ValueError(f"{where}: row {row} has no label")
-    labels = np.asarray(column.to_numpy(zero_copy_only=False))
-    check_labels(labels, class_names, lambda row: f"{where}: row {row}")
-    return labels.astype(np.int64)
+    if pa.types.is_integer(type_):
+        labels = np.asarray(column.to_numpy(zero_copy_only=False))
+        check_labels(labels, class_names, lambda row: f"{where}: row {row}")
+        return labels.astype(np.int64)
+    return text_labels(column.to_pylist(), class_names, lambda row: f"{where}: row {row}")
+
+
+def text_labels(
+    values: Sequence[str | bool], class_names: Sequence[str] | None, name: Any
+) -> np.ndarray:
+    """Texts and truth values as objects (N,); ValueError for the first that is no class.
+
+    name: row -> text.
+    """
+    texts = [str(v).lower() if isinstance(v, bool) else v for v in values]
+    allowed = set(class_names or texts) - {""}
+    row = next((row for row, text in enumerate(texts) if text not in allowed), None)
+    if row is not None:
+        raise ValueError(
+            f"{name(row)} has the label {shown(texts[row])}; allowed are"
+            f" {one_line(', '.join(class_names or ['texts that are not empty']))}"
+        )
+    return np.array(texts, object)
+
+
+def number_labels(
+    values: np.ndarray, class_names: Sequence[str] | None, only: str | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (N,) int64 and the class names of `label_values`.
+
+    Texts are numbered by the class names, or in natural order; numbers without class names are
+    their own. only: the name of the one class of a table without labels.
+    """
+    if only is not None:
+        return values, (only,)
+    if values.dtype != object:
+        return values, tuple(class_names or numbered_classes(values))
+    names = tuple(class_names or natural_order(set(values)))
+    if set(names) < {"false", "true"}:
+        names = ("false", "true")  # one class of truth values is half of two
+    numbers = {name: number for number, name in enumerate(names)}
+    return np.array([numbers[value] for value in values], np.int64), names
+
+
+def is_text(type_: Any) -> bool:
+    """Whether an Arrow type is text, in any of its layouts."""
+    return _layout(type_) in ("string", "large_string", "string_view")
+
+
+def _layout(type_: Any) -> str:
+    return str(type_.value_type if hasattr(type_, "index_type") else type_)  # of a dictionary
 
 
 def check_labels(labels: np.ndarray, class_names: Sequence[str] | None, name: Any) -> None:
@@ -131,16 +204,18 @@ def natural_order(names: Iterable[str]) -> list[str]:
 
 
 def check_image_type(type_: Any, where: str) -> None:
+    """ValueError for an Arrow type that holds no encoded images: not bytes, nor {bytes, path}."""
     import pyarrow as pa
 
     fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {"bytes": type_}
-    if fields.get("bytes") not in (pa.binary(), pa.large_binary()):
+    content = _layout(fields.get("bytes"))
+    if not re.fullmatch(r"binary|large_binary|binary_view|fixed_size_binary\[\d+\]", content):
         raise ValueError(
             f"{where} holds {one_line(type_)}; encoded images are needed: {{bytes, path}}, or bytes"
         )
 
 
-def open_dataset(name: str, split: str) -> Opened:
+def open_dataset(name: str, split: str, choice: Choice = NO_CHOICE) -> Opened:
     """A data set by its Hub id (`user/name`, `user/name:config`), or a folder of `save_to_disk`.
 
     Returns:
@@ -171,17 +246,18 @@ def open_dataset(name: str, split: str) -> Opened:
             raise ValueError(f"{name!r} has no split {split!r}; it has {', '.join(dataset)}")
         dataset = dataset[split]
     schema = dataset.features.arrow_schema
-    columns = find_columns(schema, name)
+    columns = find_columns(schema, name, choice)
     check_image_type(schema.field(columns.image).type, f"{name}: column {columns.image}")
     if not len(dataset):
         raise ValueError(f"{name!r} has no rows in its split {split!r}")
+    only = name.rpartition("/")[2] if columns.label is None else None
     if columns.label is None:
-        labels = np.zeros(len(dataset), np.int64)
+        values = np.zeros(len(dataset), np.int64)
     else:
         table = dataset.select_columns([columns.label]).with_format("arrow")[:]
-        labels = label_array(table[columns.label], columns.class_names, name)
-    names = columns.names_for(labels, name.rpartition("/")[2])
-    return DatasetStore(dataset, columns.image, name), labels, names
+        values = label_values(table[columns.label], columns.class_names, name)
+    store = DatasetStore(dataset, columns.image, name)
+    return store, *number_labels(values, columns.class_names, only)
 
 
 class DatasetStore:

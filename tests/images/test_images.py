@@ -527,7 +527,7 @@ def test_wrong_labels_are_told_before_the_first_step(tmp_path):
         ([0, 1, -1], pa.int64(), r"row 2 has the label -1; allowed are 0 to 1"),
         ([0, 2, 1], pa.int64(), r"row 1 has the label 2; allowed are 0 to 1"),
         ([0, None, 1], pa.int64(), r"row 1 has no label"),
-        (["0", "1", "1"], pa.string(), r"of type string; whole numbers"),
+        (["0", "1", "1"], pa.string(), r"row 0 has the label '0'; allowed are a, b"),
         ([0.0, 1.0, 0.5], pa.float64(), r"of type double; whole numbers"),
         ([0, 2**64 - 1, 1], pa.uint64(), r"row 1 has the label 18446744073709551615"),
     ]:
