@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -112,7 +113,7 @@ def evaluation_bytes(config: DiTConfig, depth: int, batch: int, dtype: torch.dty
 
 
 def floor_seconds(
-    operations: float, traffic: float, dtype: torch.dtype, ceilings: dict[str, float]
+    operations: float, traffic: float, dtype: torch.dtype, ceilings: Mapping[str, float]
 ) -> float:
     """The larger of the two times that the measured ceilings allow."""
     return max(operations / ceilings[dtype_name(dtype)], traffic / ceilings["bandwidth"])

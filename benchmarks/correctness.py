@@ -1,163 +1,198 @@
-"""Correctness first: what a measurement depends on, run as child processes.
+"""Correctness first: what a measurement stands on.
 
-A red group refuses the measurements that need it.
-
-The kernels' random cases need no pytest; the other groups are pytest files, the tests for a GPU
-among them. A result holds for the sources it was found with (`Group.digest`): after a change the
-groups run again.
+The kernels' random cases need no pytest; the other checks are selections of the tests. A kernel or
+a backend is not measured where what it stands on has failed; the others are. A result holds for the
+sources it was found with: after a change the check runs again.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
-import re
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
-from xml.etree import ElementTree
+
+import torch
+
+from odelt_fast.files import cache_folder
 
 from .measure import ROOT, SOURCES, Record, source_digest
+from .steps import MissingError, Step
 
-TESTS = ROOT / "tests"
 WHEELS_HINT = "carry the wheels in a folder and pass --wheels FOLDER"
-SOLVER_KERNELS = ("combine_stages", "adaptive_step", "adaptive_solve")
-# Group -> its test files, and the packages that they need beside pytest.
-FILES = {
-    "network": (("test_model.py",), ()),
-    "engine": (("engine/test_engine.py", "engine/test_graphs.py"), ()),
-    "solvers": (("engine/test_device_adaptive.py", "engine/test_adaptive.py"), ()),
-    "training": (
-        ("train/test_parity.py", "train/test_objectives_recorded.py"),
-        ("tyro", "accelerate"),
-    ),
+PART = "correctness"
+# Names of tests/stress/kernel_cases.py, by the operators of the kernel table that stand on them.
+LINEAR = ("linear", "linear_tiles", "linear_split")
+FLOAT8 = ("linear_float8", "quantize", "row_float8")
+SOLVERS = ("combine_stages", "adaptive_step", "adaptive_solve")
+ENDS = ("patch_embed", "final_layer")
+ROWS = ("norm_modulate", "gated_residual", "group_end", "modulation")
+NETWORK = ("row_kernels_as_network", "faults")
+KERNELS = (*LINEAR, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK)
+OF_CASE = {  # beginning of a case's name in the kernel table -> kernels
+    "linear": LINEAR,
+    "final_euler": ("final_layer",),
+    "last_group_end": ("group_end",),
+    "quantize_rows": ("quantize",),
 }
-_SAMPLING = ("network", "engine")
-NEEDS = {
-    "kernels": ("kernels",),
-    **dict.fromkeys(("latency", "throughput", "xl", "peers"), _SAMPLING),
-    "solvers": ("solvers",),
-    "training": ("training",),
+
+
+@dataclass(frozen=True)
+class Tests:
+    """A selection of the tests.
+
+    Args:
+        files: in tests/.
+        select: pytest's -k on a GPU, where only what needs one must run.
+        quick: the same of the tiny grid; "" of either: all.
+        modules: what must be importable beside pytest.
+        cuda: whether it is there on a GPU only.
+    """
+
+    files: tuple[str, ...]
+    select: str = ""
+    quick: str = ""
+    modules: tuple[str, ...] = ()
+    cuda: bool = False
+
+
+GRAPHS = "engine/test_graphs.py"
+TESTS = {
+    "network": Tests(("test_model.py",), quick="recorded"),
+    "engine": Tests(("engine/test_engine.py",), quick="recorded_velocity"),
+    "graphs": Tests((GRAPHS,), "cuda and not broken and not ten_thousand", "replay"),
+    "broken captures": Tests(
+        (GRAPHS, "engine/test_captures.py"), "cuda and (broken or captures)", cuda=True
+    ),
+    "adaptive": Tests(("engine/test_adaptive.py", "engine/test_device_adaptive.py"), quick="kind"),
+    "while graph": Tests(("engine/native/test_while_graph.py",), "counts", cuda=True),
+    "training": Tests(
+        ("train/test_parity.py", "train/test_objectives_recorded.py"),
+        quick="targets",
+        modules=("tyro", "accelerate"),
+    ),
 }
 _KERNEL_SOURCES = ("kernels/*.py", "tests/helpers/kernel_*.py", "tests/stress/kernel_*.py")
 
 
-@dataclass(frozen=True)
-class Group:
-    """What is run, and what it speaks for.
+def key(name: str) -> str:
+    """Of a check's step: "correctness: ..."; `name` is one of TESTS or "kernel NAME"."""
+    return f"{PART}: {name}"
 
-    files: for pytest; kernels: in their place, names of kernels for their random cases. modules:
-    what must be importable. sources: patterns of the files that the result holds for.
+
+def kernel_keys(*names: str) -> tuple[str, ...]:
+    return tuple(key(f"kernel {name}") for name in names)
+
+
+def of_variant(variant: str, adaptive: bool, cuda: bool) -> tuple[str, ...]:
+    """Keys of the checks that a backend of the Sampler stands on."""
+    keys, kernels = [key("network")], [*LINEAR, "attention", *ROWS, *ENDS, *NETWORK]
+    if variant.partition("-")[0] not in ("fused", "auto"):
+        return tuple(keys)
+    keys += [key("engine"), key("graphs")]
+    if variant.endswith("-fp8"):
+        kernels += FLOAT8
+    if adaptive:
+        keys.append(key("adaptive"))
+        kernels += SOLVERS
+    return (*keys, *kernel_keys(*kernels)) if cuda else tuple(keys)
+
+
+def of_kernel(case: str) -> tuple[str, ...]:
+    """Keys of the checks that Triton's form of a case of the kernel table stands on."""
+    name = case.split()[0]
+    if name.endswith("_float8"):
+        return kernel_keys("linear_float8")
+    begins = (kernels for begin, kernels in OF_CASE.items() if name.startswith(begin))
+    return kernel_keys(*next(begins, (name,)))
+
+
+def checks(cuda: bool, cases: int, quick: bool) -> Iterator[Step]:
+    """Those of the tests first: they take longest. A kernel's has `cases` random cases.
+
+    On a GPU each kernel has its own; in the interpreter all share one.
+    """
+    for name, tests in TESTS.items():
+        if tests.cuda <= cuda:
+            select = tests.select if cuda else tests.quick if quick else ""
+            sources = (*SOURCES, "tests/data/**/*", *(f"tests/{file}" for file in tests.files))
+            if name == "training":
+                sources += ("train/**/*.py",)
+            digest = source_digest(*sources)
+            run = partial(run_tests, tests, select)
+            yield Step(key(name), run, 300, digest, env={"ODELT_FAST_CACHE": str(cache_folder())})
+    digest = source_digest(*_KERNEL_SOURCES)
+    for name in KERNELS if cuda else ("all, interpreted",):
+        kernels = (name,) if cuda else KERNELS
+        env = {} if cuda else {"TRITON_INTERPRET": "1"}
+        run = partial(run_cases, kernels, cases, "cuda" if cuda else "cpu")
+        yield Step(key(f"kernel {name}"), run, 300, f"{digest} {cases}", env=env)
+
+
+def need(*modules: str) -> None:
+    """Raises MissingError unless all of them can be imported."""
+    if gone := [module for module in modules if importlib.util.find_spec(module) is None]:
+        raise MissingError(f"{', '.join(gone)} missing: {WHEELS_HINT}")
+
+
+def run_cases(
+    kernels: Sequence[str], cases: int, device: str, _: Mapping[str, str]
+) -> Iterator[Record]:
+    """{"passed", "failed", "failures"}; ValueError if a case is wrong."""
+    need("triton")
+    kernel_cases = importlib.import_module("tests.stress.kernel_cases")
+    random.seed(0)
+    known, wrong = dict(kernel_cases.collect()), []
+    for name in kernels:
+        wrong += kernel_cases.run(name, known[name], cases, 0, 0, torch.device(device))
+    total = cases * len(kernels)
+    yield {"passed": total - len(wrong), "failed": len(wrong), "failures": wrong}
+    if wrong:
+        raise ValueError(f"{len(wrong)} of {total} cases are wrong: {wrong[0]}")
+
+
+class Outcomes:
+    """A plugin of pytest that counts what became of the tests."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._count(report)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self._count(report)
+
+    def _count(self, report: Any) -> None:
+        self.counts[report.outcome] += 1
+        if report.outcome == "failed":
+            self.failures.append(report.nodeid)
+
+
+def run_tests(tests: Tests, select: str, _: Mapping[str, str]) -> Iterator[Record]:
+    """{"passed", "failed", "skipped", "failures"}.
 
     Raises:
-        ValueError: if a test file does not exist.
+        ValueError: a test failed, or all were skipped: then nothing has been shown.
     """
+    need("pytest", *tests.modules)
+    import pytest
 
-    name: str
-    group: str
-    files: tuple[str, ...] = ()
-    kernels: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
-    sources: tuple[str, ...] = _KERNEL_SOURCES
-
-    def __post_init__(self) -> None:
-        missing = [str(path) for path in map(TESTS.joinpath, self.files) if not path.is_file()]
-        if missing:
-            raise ValueError(f"correctness: there is no {', '.join(missing)}")
-
-    @property
-    def digest(self) -> str:
-        return source_digest(*self.sources, *(f"tests/{name}" for name in self.files))
-
-
-def groups(cuda: bool) -> Iterator[Group]:
-    """All groups. On a GPU each kernel is one, so that a run can stop and go on between them."""
-    if importlib.util.find_spec("triton"):
-        names = kernel_names(cuda)
-        if cuda:
-            for name in names:
-                yield Group(f"kernels: {name}", "kernels", kernels=(name,))
-        else:
-            yield Group("kernels: all, interpreted", "kernels", kernels=tuple(names))
-        yield Group("kernels of solvers", "solvers", kernels=SOLVER_KERNELS)
-    for name, (files, modules) in FILES.items():
-        sources = (*SOURCES, "tests/data/**/*", *(("train/**/*.py",) if name == "training" else ()))
-        yield Group(name, name, files, (), ("pytest", *modules), sources)
-
-
-def kernel_names(cuda: bool) -> list[str]:
-    """The names of the kernels that tests/stress/kernel_cases.py has cases of."""
-    code = (
-        "from tests.stress.kernel_cases import collect\n"
-        "print(*[name for name, _ in collect()], sep='\\n')"
-    )
-    run = run_python(["-c", code], not cuda, stderr=subprocess.PIPE)
-    if run.returncode:
-        reason = run.stderr.strip().splitlines()[-1]
-        raise RuntimeError(f"the kernels' cases cannot be listed: {reason}")
-    return run.stdout.split()
-
-
-def run_python(
-    arguments: list[str], interpret: bool = False, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    """Runs this Python in the checkout, its output caught."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path} | ({"TRITON_INTERPRET": "1"} if interpret else {})
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, **options)
-
-
-def run_group(group: Group, cases: int, timeout: float) -> Record:
-    """{"green", "passed", "failed", "skipped", "seconds", "sources", "command", "tail"}.
-
-    {"green": False, "reason"} where it could not be run.
-    """
-    missing = [module for module in group.modules if importlib.util.find_spec(module) is None]
-    if missing:
-        return {"green": False, "reason": f"{', '.join(missing)} missing: {WHEELS_HINT}"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        if group.kernels:
-            chosen = [word for kernel in group.kernels for word in ("--kernel", kernel)]
-            arguments = ["-m", "tests.stress.kernel_cases", "--cases", str(cases), *chosen]
-        else:
-            pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-            arguments = [*pytest, *(str(Path("tests") / name) for name in group.files)]
-        start = time.perf_counter()
-        try:
-            run = run_python(arguments, stderr=subprocess.STDOUT, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return {"green": False, "reason": f"not finished in {timeout:.0f} s: run again"}
-        counts = count_cases(run.stdout) if group.kernels else count_tests(report)
-    return {
-        # A group whose every test was skipped has shown nothing.
-        "green": run.returncode == 0 and counts["passed"] > 0 and not counts["failed"],
-        **counts,
-        "seconds": time.perf_counter() - start,
-        "sources": group.digest,
-        "command": " ".join(["python", *arguments]).replace(str(report), "report.xml"),
-        "tail": run.stdout.splitlines()[-40:],
-    }
-
-
-def count_cases(output: str) -> dict[str, int]:
-    """From the lines "NAME: a of b cases right" of tests/stress/kernel_cases.py."""
-    pairs = re.findall(r"^\S+: (\d+) of (\d+) cases right", output, re.MULTILINE)
-    passed, total = (sum(int(pair[which]) for pair in pairs) for which in (0, 1))
-    return {"passed": passed, "failed": total - passed, "skipped": 0}
-
-
-def count_tests(report: Path) -> dict[str, int]:
-    """From pytest's JUnit report; nothing passed where there is none."""
-    suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
-    total, failed, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites for name in names)
-        for names in (("tests",), ("failures", "errors"), ("skipped",))
-    )
-    return {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+    os.chdir(ROOT)
+    found = Outcomes()
+    paths = [file if os.path.isabs(file) else f"tests/{file}" for file in tests.files]
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    options += ["--import-mode=importlib", *(["-k", select] if select else [])]
+    code = pytest.main([*options, *paths], [found])
+    counts = {name: found.counts[name] for name in ("passed", "failed", "skipped")}
+    yield {**counts, "failures": found.failures}
+    if code or not counts["passed"]:
+        raise ValueError(", ".join(f"{count} {name}" for name, count in counts.items()))

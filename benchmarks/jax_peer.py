@@ -39,12 +39,17 @@ class JaxPeer:
     """The other process, seen from here. Raises ValueError with its reason when it cannot do what
     is asked."""
 
-    def __init__(self, reference: Path, python: str = sys.executable) -> None:
+    @staticmethod
+    def check(reference: Path) -> None:
+        """Raises ValueError unless the folder is such a checkout."""
         if not (reference / "model.py").is_file():
             raise ValueError(
                 f"--reference-dir {reference}: there is no model.py; give a checkout of"
                 " github.com/gudovskiy/odelt"
             )
+
+    def __init__(self, reference: Path, python: str = sys.executable) -> None:
+        self.check(reference)
         # Left to itself JAX takes three quarters of the card's memory at its start.
         memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
         # Not a pipe: one that nobody reads fills up and stops the process.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -32,7 +33,9 @@ def relative_error(got: Any, exact: Any) -> float:
 
 
 class Prepared:
-    """A case with its inputs drawn, and the float64 result of the first of them.
+    """A case with its inputs drawn, and the float64 result of those that variants are checked on.
+
+    These lie apart: some variants work in place, and to time one changes what it is timed on.
 
     Args:
         inductor: also the plain form, compiled, where the case allows it.
@@ -49,17 +52,18 @@ class Prepared:
 
         needed = math.ceil(COLD_BYTES[device.type] / max(case.bytes, 1.0))
         self.sets = max(2, min(MOST_SETS, needed))
+        self.checked = case.make(draw)
         self.arguments = [case.make(draw) for _ in range(self.sets)]
         self.variants = {"pytorch": case.plain, **case.others}
         if case.compiled and inductor:
             self.variants["inductor"] = torch.compile(case.plain, fullgraph=True, dynamic=False)
-        wide = (each.double() if isinstance(each, Tensor) else each for each in self.arguments[0])
+        wide = (each.double() if isinstance(each, Tensor) else each for each in self.checked)
         self.exact = (case.exact or case.plain)(*wide)
         self.pytorch_error = 0.0  # relative, once it is known
 
     def error(self, operator: Operator) -> float:
-        """Relative error on the first set, on copies: some operators work in place."""
-        copies = (each.clone() if isinstance(each, Tensor) else each for each in self.arguments[0])
+        """Relative error, on copies."""
+        copies = (each.clone() if isinstance(each, Tensor) else each for each in self.checked)
         return relative_error(operator(*copies), self.exact)
 
     def variant(self, name: str) -> tuple[float, Timer]:
@@ -86,17 +90,23 @@ def measure_kernel(
     case: KernelCase,
     dtype: torch.dtype,
     device: torch.device,
-    ceilings: dict[str, float],
+    ceilings: Mapping[str, float],
     seconds: float,
-    inductor: bool = True,
+    inductor: bool,
+    refused: Mapping[str, str],
 ) -> Record:
-    """Samples, rates, share of the floor and error of every variant, or why it did not run."""
+    """Samples, rates, share of the floor and error of every variant, or why it did not run.
+
+    refused: why a variant must not be measured.
+    """
     prepared = Prepared(case, dtype, device, inductor)
     rows: dict[str, Record] = {name: {} for name in prepared.variants}
     timers: dict[str, Timer] = {}
     for name, row in rows.items():
         start = time.perf_counter()
         with measure.reason_in(row):
+            if name in refused:
+                raise ValueError(refused[name])
             row["relative_error"], timers[name] = prepared.variant(name)
             row["setup_s"] = time.perf_counter() - start
     floor = floor_seconds(case.flops, case.bytes, case.rate, ceilings)

@@ -155,6 +155,21 @@ def relative_error(x: Tensor, exact: Tensor) -> float:
     return float(torch.linalg.vector_norm(x.double() - exact) / torch.linalg.vector_norm(exact))
 
 
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Float32 products and convolutions on a GPU in float32, for what others are held to.
+
+    cuDNN's default for convolutions is TF32, whose error is 500 times float32's.
+    """
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+
+
 def check_error(error: float, bound: float, to: str = "") -> float:
     """The error; ValueError above the bound, and for NaN."""
     if not error <= bound:
@@ -285,42 +300,3 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
-
-
-class Results:
-    """One part's JSON file: a configuration is added whole and is never measured again.
-
-    {"part", "runs": [{"command", "ceilings", ...device_record()}], "configurations": {key: {"run":
-    index in runs, "seconds", its raw samples, ...}}}. Raises ValueError for a file that is not one
-    of these, or that another device gave: its numbers would stand beside these.
-    """
-
-    def __init__(self, path: Path, part: str) -> None:
-        command = " ".join(["python -m benchmarks.suite", *sys.argv[1:]])
-        self.path, self.run = path, device_record() | {"command": command}
-        self.content: Record = {"part": part, "runs": [], "configurations": {}}
-        if path.exists():
-            try:
-                self.content = json.loads(path.read_text())
-                devices = {run["device"] for run in self.content["runs"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} does not hold the results of a run: {error}; name another folder"
-                ) from None
-            if devices - {self.run["device"]}:
-                raise ValueError(
-                    f"{path} holds results of {', '.join(sorted(devices))}, this is"
-                    f" {self.run['device']}: name another folder"
-                )
-
-    @property
-    def configurations(self) -> Record:
-        return self.content["configurations"]  # type: ignore[no-any-return]
-
-    def add(self, key: str, configuration: Record) -> None:
-        """Stores a finished configuration at once."""
-        runs = self.content["runs"]
-        if self.run not in runs:
-            runs.append(self.run)
-        self.configurations[key] = {"run": runs.index(self.run), **configuration}
-        write_json(self.path, self.content)

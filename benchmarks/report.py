@@ -1,29 +1,33 @@
-"""Tables and plots of what `benchmarks.suite` measured.
+"""Tables and plots of what `benchmarks.card` found.
 
     python -m benchmarks.report DIR [--out FOLDER]
 
-Prints markdown: for every part a table, each row with its device and the command that made it; and
-the project's targets beside what was measured, met or missed. With --out also FOLDER/report.md and
+Prints markdown: what went wrong; for every part a table; what ran in one call; the runs, with
+device and command; and the project's targets beside what was measured, met or missed. With --out
+also FOLDER/report.md and
 the plots latency.png and memory.png (against l), batch.png (latency of an evaluation against the
 batch) and floor.png (share of the floor), where DIR has what they show.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from .measure import Record, command_parser
 from .solver_report import solver_tables
+from .steps import read_log
 from .tables import mebibytes, not_run, seconds, spread, table
 from .targets import Parts, samples, targets
 
+NAME = "card.jsonl"
 _SAMPLING = (
     "configuration | variant | median (10 % to 90 %) | evaluation | rate | share of floor"
     " | to plain PyTorch | first call"
 )
+_DISPATCH = "scaled_dot_product_attention of | operators | kernels | backends that can run"
 _MEMORY = "memory | variant | live blocks | weights of blocks | of the ends | peak | reserved"
 _PLOTS = {  # name -> axes, and whether they are logarithmic
     "latency.png": ("active blocks l", "ms an evaluation and image (T = 4)", False),
@@ -34,33 +38,88 @@ _PLOTS = {  # name -> axes, and whether they are logarithmic
 
 
 def load(folder: Path) -> Parts:
-    """The parts' files in a folder; ValueError if there are none."""
-    parts = {}
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
-        if isinstance(content, dict) and {"part", "runs", "configurations"} <= set(content):
-            parts[content["part"]] = content
-    if not parts:
+    """The steps by part; ValueError if there are none.
+
+    {part: {"runs": [...], "configurations": {step: its record and, beside that, its results}}}
+    """
+    runs, found = read_log(folder / NAME)
+    if not found:
         raise ValueError(
-            f"{folder} holds no results: make them with python -m benchmarks.suite --out {folder}"
+            f"{folder} holds no results: make them with python -m benchmarks.card --out {folder}"
         )
+    parts: Parts = {}
+    for key, record in found.items():
+        part, _, name = key.partition(": ")
+        content = parts.setdefault(part, {"part": part, "runs": runs, "configurations": {}})
+        content["configurations"][name] = record | record["result"]
+        if "ceilings" in record["result"]:
+            runs[record["run"]] |= record["result"]
     return parts
 
 
 def part_table(content: Record) -> str:
     """One part as markdown tables; a variant that did not run stands there with its reason."""
-    makers = {"correctness": correctness_table, "training": training_table}
-    make = (makers | {"solvers": solver_tables}).get(content["part"], sampling_tables)
-    return make(content["configurations"])
+    makers = {"correctness": correctness_table, "training": training_table, "look": look_table}
+    makers |= {"solvers": solver_tables, "tuning": tuning_table}
+    return makers.get(content["part"], sampling_tables)(content["configurations"])
+
+
+def wrong(parts: Parts) -> list[tuple[str, ...]]:
+    """(step, state, reason) of what is not done, and of what its checks have not proven."""
+    rows: list[tuple[str, ...]] = []
+    for part, content in parts.items():
+        for name, record in content["configurations"].items():
+            if record["state"] != "done":
+                rows.append((f"{part}: {name}", record["state"], record.get("reason", "")))
+            for variant, keys in record.get("unproven", {}).items():
+                rows.append((f"{part}: {name}", "unproven", f"{variant}: {', '.join(keys)}"))
+    return rows
+
+
+def summary(parts: Parts) -> str:
+    """What went wrong, and the targets."""
+    lines = ["## Targets", "", table(" | target | measured | ", targets(parts)), ""]
+    if rows := wrong(parts):
+        lines = ["## What went wrong", "", table("step | state | why", rows), "", *lines]
+    return "\n".join(lines)
 
 
 def correctness_table(found: Record) -> str:
     counts = ("passed", "failed", "skipped")
     rows = []
     for key, each in found.items():
-        state = "green" if each["green"] else "RED"
-        rows.append((key, state, *(each[name] for name in counts), seconds(each["seconds"])))
-    return table("group | state | passed | failed | skipped | time", rows)
+        numbers = (str(each.get(name, "")) for name in counts)
+        rows.append((key, each["state"], *numbers, seconds(each["seconds"])))
+    return table("check | state | passed | failed | skipped | time", rows)
+
+
+def look_table(found: Record) -> str:
+    """What PyTorch's attention dispatches to; then the other steps with their time."""
+    rows, steps = [], []
+    for key, each in found.items():
+        steps.append((key, each["state"], seconds(each["seconds"])))
+        for shape, seen in each.get("dispatch", {}).items():
+            can = ", ".join(name for name, reason in seen["backends"].items() if not reason)
+            ran = (", ".join(seen[what]) for what in ("operators", "kernels"))
+            rows.append((shape, *ran, can))
+    text = table("step | state | time", steps)
+    return f"{table(_DISPATCH, rows)}\n\n{text}" if rows else text
+
+
+def tuning_table(found: Record) -> str:
+    rows = [(key, each["state"], each.get("entries", 0)) for key, each in found.items()]
+    return table("network | state | shapes that this step added to tuning.json", rows)
+
+
+def profile_tables(found: Record) -> Iterator[str]:
+    """What took longest in one call of each variant."""
+    for key, each in found.items():
+        for variant, profiled in each.get("profiles", {}).items():
+            rows = [
+                (f"`{row['name'][:90]}`", row["calls"], seconds(row["us"] / 1e6))
+                for row in profiled[:12]
+            ]
+            yield table(f"{key}: a call of {variant} | launches | in all", rows)
 
 
 def training_table(found: Record) -> str:
@@ -71,7 +130,7 @@ def training_table(found: Record) -> str:
             if not isinstance(value, list)
         }
         for each in found.values()
-        for row in each["rows"]
+        for row in each.get("rows", ())
     ]
     return table(" | ".join(rows[0]) if rows else "", [row.values() for row in rows])
 
@@ -81,7 +140,7 @@ def sampling_tables(found: Record) -> str:
     rows: list[tuple[str, ...]] = []
     memory: list[tuple[str, ...]] = []
     for key, configuration in found.items():
-        variants = configuration["variants"]
+        variants = configuration.get("variants", {})
         plain = variants.get("eager", variants.get("pytorch", {})).get("median_s")
         for variant, row in variants.items():
             if "weights" in row and "reason" not in row:
@@ -135,12 +194,16 @@ def run_line(number: int, run: Record) -> str:
 
 
 def markdown(parts: Parts) -> str:
-    lines = []
+    lines = [summary(parts), *weights_in_proportion(parts), ""]
     for name, content in parts.items():
-        runs = [run_line(number, run) for number, run in enumerate(content["runs"])]
-        lines += [f"## {name}", "", part_table(content), "", *runs, ""]
-    goals = table(" | target | measured | ", targets(parts))
-    return "\n".join([*lines, *weights_in_proportion(parts), "", "## Targets", "", goals, ""])
+        lines += [f"## {name}", "", part_table(content), ""]
+    lines += ["## What one call ran", ""]
+    for content in parts.values():
+        for text in profile_tables(content["configurations"]):
+            lines += [text, ""]
+    runs = next(iter(parts.values()))["runs"]
+    lines += ["## Runs", "", *(run_line(number, run) + "\n" for number, run in enumerate(runs))]
+    return "\n".join(lines)
 
 
 def plots(parts: Parts, folder: Path) -> list[Path]:
@@ -186,7 +249,7 @@ def plots(parts: Parts, folder: Path) -> list[Path]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("report", __doc__)
-    text = "what --out of benchmarks.suite was"
+    text = "what --out of benchmarks.card was"
     parser.add_argument("folder", type=Path, metavar="DIR", help=text)
     parser.add_argument("--out", type=Path, help="folder for report.md and the plots")
     options = parser.parse_args(arguments)

@@ -10,7 +10,7 @@ to the finished result. Weights are random in every tensor, because zeros multip
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,11 +25,13 @@ from odelt_fast.sampling.sampler import Sampler
 
 from .ceilings import evaluation_bytes, evaluation_flops, floor_seconds
 from .jax_peer import JaxPeer
+from .look import profile_rows
 from .measure import (
     Record,
     Timer,
     check_error,
     dtype_name,
+    exact_float32,
     host_timer,
     measured,
     peak_memory,
@@ -154,7 +156,8 @@ def sampler_call(
 def true_samples(model: DiT, load: Workload, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """What variants are checked by: the eager model's samples, and float32's, as float64."""
     wide = load.model(inputs["noise"].device, torch.float32)
-    exact = sampler_call(wide, load, "eager", inputs)[0]().double()
+    with exact_float32():
+        exact = sampler_call(wide, load, "eager", inputs)[0]().double()
     return sampler_call(model, load, "eager", inputs)[0](), exact
 
 
@@ -196,13 +199,19 @@ def check(variant: str, dtype: torch.dtype, got: Tensor, eager: Tensor, exact: T
 def measure_workload(
     load: Workload,
     device: torch.device,
-    ceilings: dict[str, float],
+    ceilings: Mapping[str, float],
     seconds: float,
-    peer: JaxPeer | None,
-) -> Record:
+    refused: Mapping[str, str],
+    peer: JaxPeer | None = None,
+    profiled: bool = False,
+) -> Iterator[Record]:
     """Every variant's samples, setup, error and peak memory; or the reason why it did not run.
 
     Setup is the first call: compilation, preparation, capture.
+
+    Args:
+        refused: why a variant must not be measured.
+        profiled: gives, after the times, also what one call of each of the Sampler's backends ran.
     """
     config, depth, steps = load.config, load.depth, load.operation.steps or 1
     model, inputs = load.model(device), load.inputs(device)
@@ -210,11 +219,14 @@ def measure_workload(
     if checked:
         eager, exact = true_samples(model, load, inputs)
     timers: dict[str, Timer] = {}
+    calls: dict[str, Callable[[], Tensor]] = {}
     rows: dict[str, Record] = {}
     for variant in load.variants:
         row = rows[variant] = {"evaluations": float(steps)}
         start = time.perf_counter()
         with reason_in(row):
+            if variant in refused:
+                raise ValueError(refused[variant])
             if variant == "jax":
                 assert peer
                 row["setup_s"] = peer.build(config, depth, steps, load.batch, load.dtype)
@@ -231,6 +243,7 @@ def measure_workload(
             if variant not in MODES:
                 row["evaluations"] = float(sampler.stats["evaluations_per_image"])
                 row["explain"] = {name: str(value) for name, value in sampler.explain().items()}
+                calls[variant] = call
             if checked:
                 row["relative_error"] = check(variant, load.dtype, got, eager, exact)
             row["peak_bytes"] = peak_memory(call, device) if device.type == "cuda" else None
@@ -250,15 +263,15 @@ def measure_workload(
             "floor_s": floor,
             "share_of_floor": floor / evaluation,
         }
-    if peer:
-        peer.forget()
-    return {"cell": load.record(), "flops": operations, "checked": checked, "variants": rows}
+    yield {"cell": load.record(), "flops": operations, "checked": checked, "variants": rows}
+    for variant in calls.keys() & timers.keys() if profiled else ():
+        yield {"profiles": {variant: profile_rows(calls[variant], device)}}
 
 
-def measure_memory(load: Workload, device: torch.device) -> Record:
+def measure_memory(load: Workload, device: torch.device, refused: Mapping[str, str]) -> Record:
     """Bytes of the weights, and the peak of a whole life over an empty device, by variant.
 
-    A life: loading, preparing, capturing, sampling.
+    A life: loading, preparing, capturing, sampling. refused as in `measure_workload`.
     """
     rows: dict[str, Record] = {}
     inputs, cuda = load.inputs(device), device.type == "cuda"
@@ -280,6 +293,8 @@ def measure_memory(load: Workload, device: torch.device) -> Record:
         release(device)
         row = rows[variant] = {}
         with reason_in(row):
+            if variant in refused:
+                raise ValueError(refused[variant])
             row["peak_bytes"] = peak_memory(partial(life, variant, row), device)
     release(device)
     return {"cell": load.record(), "variants": rows}

@@ -1,4 +1,4 @@
-"""What the suite measures on each kind of device: networks, depths, steps, batches."""
+"""What is measured on each kind of device: networks, depths, steps, batches."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from odelt_fast.operation import Operation
 
 from .sampling import MODES, Workload, dopri5
+from .tune import SAMPLES
 
 # Random weights at which Dopri5 takes 32 evaluations at 1e-2 and 50 at 1e-4 (DiT-S/2), near the
 # paper's 33 to 34 and 71 to 72.
@@ -21,8 +22,9 @@ SCALE = 30.0
 class Scope:
     """What is measured on one kind of device.
 
-    Tuples of (network, batch) or (network, batch, depth); cases: random ones of each kernel;
-    seconds: of each variant.
+    Tuples of (network, batch) or (network, batch, depth). variants: beside eager. modes:
+    torch.compile's; inductor: whether single kernels are compiled by it. cases: random ones of each
+    kernel. tuned: networks, and for how many samples; seconds: of each variant.
     """
 
     network: str
@@ -31,10 +33,12 @@ class Scope:
     xl: tuple[str, int, tuple[int, ...]]
     kernels: tuple[tuple[str, int], ...]
     peers: tuple[tuple[str, int, int], ...]
-    variants: tuple[str, ...] = ("eager", "fused")
+    tuned: tuple[tuple[str, ...], tuple[int, ...]]
+    variants: tuple[str, ...] = ("auto",)
     dtype: torch.dtype = torch.float32
     depths: tuple[int, ...] = (4, 8, 12)
     adaptive: tuple[float, ...] = (1e-2,)
+    modes: tuple[str, ...] = MODES
     inductor: bool = True
     cases: int = 4
     seconds: float = 1.0
@@ -51,10 +55,11 @@ GRIDS = {
             *(("DiT-B/2", batch, depth) for batch in (1, 128) for depth in (12, 4)),
             ("DiT-XL/2", 64, 28),
         ),
-        variants=("eager", "fused", "fused-fp8"),
+        tuned=(("DiT-B/2", "DiT-XL/2"), SAMPLES),
+        variants=("fused", "fused-fp8"),
         dtype=torch.bfloat16,
         adaptive=(1e-2, 1e-4),
-        cases=40,
+        cases=12,
     ),
     "reduced": Scope(
         network="DiT-S/2",
@@ -63,7 +68,7 @@ GRIDS = {
         xl=("DiT-B/2", 1, (4, 12)),
         kernels=(("DiT-S/2", 1),),
         peers=(("DiT-S/2", 1, 4),),
-        variants=("eager", "auto"),
+        tuned=(("DiT-S/2",), (1,)),
     ),
     "tiny": Scope(
         network="tiny",
@@ -73,6 +78,8 @@ GRIDS = {
         xl=("tiny", 1, (4,)),
         kernels=(("tiny", 1),),
         peers=(("tiny", 2, 4),),
+        tuned=(("tiny",), (1, 2)),
+        modes=MODES[-1:],
         inductor=False,
         cases=1,
         seconds=0.05,
@@ -80,34 +87,23 @@ GRIDS = {
 }
 
 
-def workloads(part: str, scope: Scope, reference: bool) -> Iterator[Workload]:
-    """Those of latency, throughput, xl and peers.
-
-    T ascends, because the longest are held to a shorter one's check.
-    """
-    dtype, variants = scope.dtype, scope.variants
-    if part == "peers":
-        modes = MODES if scope.inductor else ()
-        everyone = (*variants, *modes, *(("jax",) if reference else ()))
-        for network, batch, depth in scope.peers:
-            yield Workload(network, Operation(depth=depth), batch, dtype, everyone)
-        return
+def workloads(part: str, scope: Scope) -> Iterator[Workload]:
+    """Those of latency, throughput and xl, without variants; the long ones last."""
     network, depths, counts = scope.network, scope.depths, scope.steps
     batches = (1,) if part == "latency" else scope.batches
     if part == "xl":
         network, batch, depths = scope.xl
         batches, counts = (batch,), scope.steps[:2]
     for batch, depth, steps in product(batches, depths, counts):
-        yield Workload(network, Operation(depth=depth, steps=steps), batch, dtype, variants)
+        yield Workload(network, Operation(depth=depth, steps=steps), batch, scope.dtype)
     if part == "throughput":
         for operation in starmap(dopri5, product(depths, scope.adaptive)):
-            yield Workload(network, operation, batches[-1], dtype, variants[:2])
+            yield Workload(network, operation, batches[-1], scope.dtype)
 
 
-def table3(scope: Scope, variant: str) -> Iterator[Workload]:
+def table3(scope: Scope) -> Iterator[Workload]:
     """Longest first, as in the paper; fixed steps before adaptive ones."""
     for depth in sorted(scope.depths, reverse=True):
         equal = [Operation(depth=depth, steps=steps) for steps in sorted(scope.steps) if steps > 1]
         for operation in (*equal, *(dopri5(depth, tolerance) for tolerance in scope.adaptive)):
-            shape = scope.batches[-1], scope.dtype
-            yield Workload(scope.network, operation, *shape, (variant,), SCALE)
+            yield Workload(scope.network, operation, scope.batches[-1], scope.dtype, scale=SCALE)

@@ -1,4 +1,4 @@
-"""The suite's part "solvers": Table 3, a race against torchdiffeq, and what a solve launches.
+"""The part "solvers": Table 3, a race against torchdiffeq, and what a solve launches.
 
 Table 3 is a workload of sampling.py for each length and solver. In the race all take Dopri5's steps
 with one error over the batch, as torchdiffeq does, on one network, compiled by torch.compile or
@@ -32,6 +32,7 @@ from .measure import (
     Record,
     Timer,
     check_error,
+    exact_float32,
     host_timer,
     measured,
     reason_in,
@@ -144,7 +145,8 @@ def measure_race(load: Workload, device: torch.device, seconds: float, inductor:
     """Every solver's time, evaluations, error and first call; or the reason why it did not run."""
     inputs, finest = load.inputs(device), dopri5(load.depth, 1e-5)
     wide = load.model(device, torch.float32)
-    exact = Sampler.of(wide, finest, backend="eager", batch_size=load.batch)(**inputs).double()
+    with exact_float32():
+        exact = Sampler.of(wide, finest, backend="eager", batch_size=load.batch)(**inputs).double()
     del wide
     release(device)
     timers: dict[str, Timer] = {}

@@ -2,7 +2,7 @@
 
 A round is all calls of one variant over inputs that have left the cache between two uses
 (extra_info: calls), and only after its result was found right. Inductor's forms: `python -m
-benchmarks.suite --part kernels`.
+benchmarks.card --only "kernels: *"`.
 """
 
 from __future__ import annotations

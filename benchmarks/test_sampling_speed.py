@@ -3,7 +3,7 @@
 DiT-B/2 in bfloat16 on a GPU; a smaller network and grid elsewhere. Groups are workloads (batch, l,
 T), their rows the backends, each timed from the call to the finished
 result and only after its samples were found right. A backend that cannot run here is skipped with
-its reason. Interleaved peers, larger networks: `python -m benchmarks.suite`.
+its reason. Interleaved peers, larger networks: `python -m benchmarks.card`.
 """
 
 from __future__ import annotations

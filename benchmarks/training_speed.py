@@ -185,7 +185,9 @@ class Options:
     """JSON file for the results."""
 
 
-def measure(options: Options, device: str, limit_s: float) -> list[Record]:
+def measure(
+    options: Options, device: str, limit_s: float, model: DiTConfig = PRESETS["DiT-B/2"]
+) -> list[Record]:
     """One row a method: images per second both ways, ratio and its bound, peak memory, arithmetic.
 
     Args:
@@ -195,7 +197,7 @@ def measure(options: Options, device: str, limit_s: float) -> list[Record]:
     Raises:
         RuntimeError: if the gradients differ.
     """
-    model, results, begin = PRESETS["DiT-B/2"], [], time.perf_counter()
+    results, begin = [], time.perf_counter()
     batch = options.batch or (240 if device == "cuda" else 24)
     precision = options.precision
     for number, method in enumerate(METHODS, 1):

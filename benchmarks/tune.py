@@ -3,35 +3,36 @@
     python -m benchmarks.tune
 
 Writes odelt_fast/tuning/DEVICE.json, which the engine reads from then on (`tuning.read_tuning`);
-until then it takes cuBLAS and PyTorch's attention. About two minutes a network on an H200.
+until then it takes cuBLAS and PyTorch's attention. About two minutes a network on an H200. The file
+is written after each shape, and what it holds of this card is not measured again.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from odelt_fast.config import PRESETS, DiTConfig
 from odelt_fast.engine import availability, operators, tuning
-from odelt_fast.files import one_line
-from odelt_fast.kernels.quantize import quantize_rows_reference
 
 from .ceilings import token_count
 from .measure import (
+    Record,
     command_parser,
     device_record,
     dtype_name,
     graph_timer,
+    reason_in,
     take_turns,
     write_json,
 )
@@ -40,6 +41,7 @@ SECONDS = 0.15  # of measuring for each shape
 SAMPLES = (1, 2, 4, 8, 16, 32, 64, 128)
 COLD_BYTES = 256 * 2**20  # of the inputs of all calls of a round: several times the last cache
 Variants = dict[str, Callable[[int], object]]
+Shape = tuple[Record, Callable[[], dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Tuner:
     dtype: torch.dtype
     device: torch.device
     ops: SimpleNamespace
+    refused: Mapping[str, str]  # "linear triton" and the like -> why it is not measured
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
@@ -76,7 +79,9 @@ class Tuner:
             return ops.linear(x[i], weight[i], bias[i], activation, workspace=ops.workspace)
 
         if not float8:
-            return self.measure({"cublas": cublas, "triton": triton}, sets)
+            return self.measure({"cublas": cublas, "triton": triton}, sets, "linear ")
+        from odelt_fast.kernels.quantize import quantize_rows_reference
+
         xs, weights = ([quantize_rows_reference(each) for each in every] for every in (x, weight))
 
         def cublas8(i: int) -> Tensor:
@@ -90,7 +95,7 @@ class Tuner:
         variants: Variants = {"triton": triton8}
         if activation == "none":
             variants["cublas"] = cublas8
-        return self.measure(variants, sets)
+        return self.measure(variants, sets, "float8 ")
 
     def attention_times(self, config: DiTConfig, samples: int) -> dict[str, float]:
         size, heads, tokens = config.hidden_size, config.num_heads, token_count(config)
@@ -107,46 +112,83 @@ class Tuner:
             ) or availability.try_attention(name, function, qkv[0], heads)
             if reason is None:
                 variants[name] = partial(call, function)
-        return self.measure(variants, sets)
+        return self.measure(variants, sets, "attention ")
 
-    def measure(self, variants: Variants, sets: int) -> dict[str, float]:
+    def measure(self, variants: Variants, sets: int, operator: str) -> dict[str, float]:
         """Median microseconds of each variant; those that cannot run are left out."""
         timers = {}
         for name, call in variants.items():
-            try:
+            row: Record = {}
+            with reason_in(row):
+                if operator + name in self.refused:
+                    raise ValueError(self.refused[operator + name])
                 timers[name] = graph_timer(call, sets, self.device)
-            except (RuntimeError, ValueError) as error:
-                print(f"  {name} cannot run: {one_line(error, 150)}", file=sys.stderr)
+            if row:
+                print(f"  {operator}{name} cannot run: {row['reason'][:150]}", file=sys.stderr)
         samples = take_turns(timers, SECONDS, warm_seconds=0.05)
         return {name: 1e6 * statistics.median(taken) for name, taken in samples.items()}
 
-    def entries(self, config: DiTConfig) -> Iterator[dict[str, Any]]:
+    def shapes(self, config: DiTConfig, counts: Sequence[int]) -> Iterator[Shape]:
+        """What is measured: an entry but for its times, and what measures these."""
         tokens, heads, dtype = token_count(config), config.num_heads, dtype_name(self.dtype)
         size, hidden = config.hidden_size, config.mlp_size
         layers = ((3 * size, size, "none"), (size, size, "none"), (hidden, size, "gelu"))
-        for samples in SAMPLES:
-            yield {
+        for samples in counts:
+            entry = {
                 "operator": "attention",
                 "dtype": dtype,
                 "heads": heads,
                 "head_dim": size // heads,
                 "tokens": tokens,
                 "amount": samples,
-                "microseconds": self.attention_times(config, samples),
             }
+            yield entry, partial(self.attention_times, config, samples)
+            rows = samples * tokens
             for layer in (*layers, (size, hidden, "none")):
                 columns, inner, activation = layer
                 # The engine keeps the output projection in 16 bits.
                 for float8 in (False,) if columns == inner else (False, True):
-                    yield {
+                    entry = {
                         "operator": "linear",
                         "dtype": "float8_e4m3fn" if float8 else dtype,
                         "activation": activation,
                         "columns": columns,
                         "inner": inner,
-                        "amount": samples * tokens,
-                        "microseconds": self.linear_times(samples * tokens, layer, float8),
+                        "amount": rows,
                     }
+                    yield entry, partial(self.linear_times, rows, layer, float8)
+
+
+def tune(
+    tuner: Tuner, config: DiTConfig, out: Path, counts: Sequence[int] = SAMPLES
+) -> Iterator[Record]:
+    """Measures what `out` does not hold yet of a network, and gives each entry once it is written.
+
+    counts: of samples; the smallest and the largest are likeliest to be asked for, and come first.
+    """
+    device, entries = device_record(), []
+    if out.exists():
+        known = json.loads(out.read_text())
+        if known["device"]["device"] == device["device"]:
+            entries = known["entries"]
+    measured = [{**entry, "microseconds": None} for entry in entries]
+    ends = [each for pair in zip(counts, reversed(counts)) for each in pair]
+    for entry, times in tuner.shapes(config, list(dict.fromkeys(ends))):
+        if {**entry, "microseconds": None} in measured:
+            continue
+        found = {name: round(time, 2) for name, time in times().items()}
+        entries.append({**entry, "microseconds": found})
+        write_json(out, {"device": device, "entries": entries})
+        yield entries[-1]
+
+
+def make_tuner(device: torch.device, refused: Mapping[str, str]) -> Tuner:
+    """In bfloat16 on a GPU; in float32, with the kernels' plain forms, elsewhere."""
+    cuda = device.type == "cuda"
+    ops = operators.load_operators("kernels" if cuda else "reference")
+    # Split-K launches then allocate and clear nothing.
+    ops.workspace = torch.zeros(2**22, dtype=torch.int32, device=device)
+    return Tuner(torch.bfloat16 if cuda else torch.float32, device, ops, refused)
 
 
 def main() -> int:
@@ -160,18 +202,11 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     if reason := availability.device_unavailable(device):
         parser.error(reason)
-    ops, found = operators.load_operators("kernels"), []
-    # Split-K launches then allocate and clear nothing.
-    ops.workspace = torch.zeros(2**22, dtype=torch.int32, device=device)
-    tuner = Tuner(torch.bfloat16, device, ops)
-    for network in arguments.network or ("DiT-B/2", "DiT-XL/2"):
-        for entry in tuner.entries(PRESETS[network]):
-            found.append(entry)
-            *shape, times = entry.values()
-            rounded = {name: round(time, 2) for name, time in times.items()}
-            print(network, *shape, rounded, flush=True)
     out = arguments.out or tuning.tuning_path(torch.cuda.get_device_name(device))
-    write_json(out, {"device": device_record(), "entries": found})
+    tuner = make_tuner(device, {})
+    for network in arguments.network or ("DiT-B/2", "DiT-XL/2"):
+        for entry in tune(tuner, PRESETS[network], out):
+            print(network, *entry.values(), flush=True)
     print(out)
     return 0
 

@@ -48,9 +48,11 @@ def plain_warnings() -> Iterator[None]:
 
 def cache_folder() -> Path:
     """Where the package keeps files of its own: $ODELT_FAST_CACHE, else the user's cache folder."""
+    if given := os.environ.get("ODELT_FAST_CACHE"):
+        return Path(given)
     import platformdirs
 
-    return Path(os.environ.get("ODELT_FAST_CACHE") or platformdirs.user_cache_path("odelt-fast"))
+    return platformdirs.user_cache_path("odelt-fast")
 
 
 @contextlib.contextmanager

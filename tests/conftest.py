@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: one core fo
     signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist has it ignored
 
 
+@pytest.hookimpl(optionalhook=True)  # a machine that is lent has no pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Whole folders are divided between processes, file by file; single files run in this one."""
     if not all(Path(argument).is_dir() for argument in config.args):
@@ -32,6 +33,15 @@ def _empty_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ODELT_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exact_convolutions() -> None:
+    """Float32 results that others are held to are float32's on a GPU too: cuDNN's default is
+    TF32."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,9 @@
-"""The harness: that it measures what it says, refuses what is wrong, forgets nothing that is
-finished, and reports what it found."""
+"""Measurements: they are of what they say, refuse what is wrong, and are reported as found."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +13,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import correctness, cpu_rate, measure, report, solver_speed, suite
+from benchmarks import cpu_rate, measure, report, solver_speed
 from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
-from benchmarks.correctness import Group, run_group
 from benchmarks.jax_peer import JaxPeer
 from benchmarks.kernel_speed import measure_kernel
 from benchmarks.kernel_table import KernelCase
-from benchmarks.measure import Results, summary, take_turns, write_json
+from benchmarks.measure import summary, take_turns, write_json
 from benchmarks.sampling import CONFIGS, Workload, check, measure_memory, random_model
-from benchmarks.scope import GRIDS, workloads
 from odelt_fast.operation import Operation
 
 CPU = torch.device("cpu")
@@ -85,23 +80,6 @@ def test_a_result_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> 
         write_json(path, {"a": torch.zeros(1)})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_results_of_another_device_or_of_something_else_are_not_mixed_in(tmp_path: Path) -> None:
-    path = tmp_path / "latency.json"
-    first = Results(path, "latency")
-    first.add("a", {"value": 1})
-    first.add("b", {"value": 2})
-    again = Results(path, "latency")
-    assert again.configurations == {"a": {"run": 0, "value": 1}, "b": {"run": 0, "value": 2}}
-    content = json.loads(path.read_text())
-    content["runs"][0]["device"] = "NVIDIA Z9"
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds results of NVIDIA Z9"):
-        Results(path, "latency")
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="does not hold the results"):
-        Results(path, "latency")
 
 
 def test_the_commit_comes_from_the_environment_where_there_is_no_repository(
@@ -165,12 +143,12 @@ def test_a_wrong_kernel_is_not_timed_and_says_so() -> None:
     case = KernelCase(
         "add 16", 192.0, 0.0, lambda draw: (draw(16), draw(16)), torch.add,
         {
-            "right": lambda x, y: y + x, "wrong": lambda x, y: x + 1.01 * y,
-            "broken": lambda x, y: x @ y[:3], "in_place": lambda x, y: x.add_(y),
+            "in_place": lambda x, y: x.add_(y), "right": lambda x, y: y + x,
+            "wrong": lambda x, y: x + 1.01 * y, "broken": lambda x, y: x @ y[:3],
         },
         rate=torch.float32,
     )  # fmt: skip
-    found = measure_kernel(case, torch.float32, CPU, CEILINGS, 0.01, inductor=False)
+    found = measure_kernel(case, torch.float32, CPU, CEILINGS, 0.01, inductor=False, refused={})
     rows = found["variants"]
     assert len(rows["right"]["samples_s"]) == len(rows["pytorch"]["samples_s"]) >= 5
     assert rows["right"]["share_of_floor"] == pytest.approx(192 / 1e10 / rows["right"]["median_s"])
@@ -178,148 +156,6 @@ def test_a_wrong_kernel_is_not_timed_and_says_so() -> None:
     assert "samples_s" not in rows["wrong"]
     assert rows["broken"]["reason"].startswith("RuntimeError")
     assert "samples_s" in rows["in_place"]
-
-
-def quick_tests(folder: Path, name: str, body: str) -> Group:
-    """A group of one test file that takes no time."""
-    path = folder / f"test_{name}.py"
-    path.write_text(f"import pytest\n{body}\n")
-    return Group(name, "engine", (str(path),), (), ("pytest",))
-
-
-@pytest.mark.parametrize(
-    ("name", "body", "green", "counts"),
-    [
-        ("green", "def test_a(): pass\ndef test_b(): pytest.skip('no GPU')", True, (1, 0, 1)),
-        ("red", "def test_a(): pass\ndef test_b(): assert 0", False, (1, 1, 0)),
-        ("skipped", "def test_a(): pytest.skip('no GPU')", False, (0, 0, 1)),
-        ("broken", "import no_such_module", False, (0, 1, 0)),
-    ],
-)
-def test_a_group_is_green_only_if_something_passed_and_nothing_failed(
-    tmp_path: Path, name: str, body: str, green: bool, counts: tuple[int, ...]
-) -> None:
-    found = run_group(quick_tests(tmp_path, name, body), cases=1, timeout=600)
-    assert found["green"] is green
-    assert (found["passed"], found["failed"], found["skipped"]) == counts
-
-
-def test_a_missing_package_is_named_with_the_way_to_bring_it() -> None:
-    found = run_group(
-        Group("network", "network", ("test_model.py",), (), ("pytest", "no_such_module")), 1, 600
-    )
-    assert not found["green"]
-    assert (
-        found["reason"]
-        == "no_such_module missing: carry the wheels in a folder and pass --wheels FOLDER"
-    )
-
-
-def test_kernel_cases_are_counted_by_their_lines() -> None:
-    output = (
-        "linear: 38 of 40 cases right, 1.0 s\n  --kernel linear (...): AssertionError\nattention:"
-        " 40 of 40 cases right, 2 s\n"
-    )
-    assert correctness.count_cases(output) == {"passed": 78, "failed": 2, "skipped": 0}
-
-
-def test_a_changed_source_makes_a_result_stale(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "a.py").write_text("1")
-    group = Group("kernels", "kernels")
-    before = group.digest
-    assert group.digest == before
-    (tmp_path / "kernels" / "a.py").write_text("2")
-    assert group.digest != before
-
-
-def run_suite(folder: Path, *arguments: str) -> int:
-    return suite.main(["--out", str(folder / "out"), "--grid", "tiny", *arguments])
-
-
-def test_the_suite_measures_once_and_the_report_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    group = quick_tests(tmp_path, "green", "def test_a(): pass")
-    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
-    assert run_suite(tmp_path, "--part", "latency", "--only", "tiny * l=4 T=1") == suite.FINISHED
-    assert set(json.loads((tmp_path / "out" / "latency.json").read_text())["configurations"]) == {
-        "tiny float32 batch 1 l=4 T=1"
-    }
-    assert run_suite(tmp_path, "--part", "latency") == suite.FINISHED
-    content = json.loads((tmp_path / "out" / "latency.json").read_text())
-    assert set(content["configurations"]) == {
-        *(f"tiny float32 batch 1 l={depth} T={steps}" for depth in (4, 12) for steps in (1, 2)),
-        *(f"memory tiny float32 batch 1 l={depth} T=1" for depth in (4, 12)),
-    }
-    cell = content["configurations"]["tiny float32 batch 1 l=4 T=2"]
-    eager, fused = cell["variants"]["eager"], cell["variants"]["fused"]
-    assert len(eager["samples_s"]) >= 7
-    assert eager["per_evaluation_s"] == pytest.approx(eager["median_s"] / 2)
-    assert eager["tflops"] == pytest.approx(
-        evaluation_flops(CONFIGS["tiny"], 4, 1) / eager["per_evaluation_s"] / 1e12
-    )
-    assert "median_s" in fused or "fused" in fused["reason"]
-    run = content["runs"][cell["run"]]
-    assert {"device", "torch", "commit", "sources", "threads", "ceilings", "command"} <= set(run)
-    stamp = (tmp_path / "out" / "latency.json").stat().st_mtime_ns
-    assert run_suite(tmp_path, "--part", "latency") == suite.FINISHED
-    assert (tmp_path / "out" / "latency.json").stat().st_mtime_ns == stamp
-
-    pytest.importorskip("matplotlib")
-    capsys.readouterr()
-    assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
-    text = capsys.readouterr().out
-    assert "| tiny float32 batch 1 l=4 T=2 | eager |" in text
-    assert "Weights of tiny in float32: " in text
-    assert "NOT in proportion" not in text
-    assert (
-        "| batch 1, l = 12, evaluation in a trajectory (T = 128) | at most 180 us | not measured"
-        " |  |" in text
-    )
-    assert (tmp_path / "report" / "report.md").read_text() in text
-    assert (tmp_path / "report" / "memory.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_the_solvers_part_measures_table_3_a_race_and_a_proof(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    group = quick_tests(tmp_path, "green", "def test_a(): pass")
-    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
-    monkeypatch.setitem(correctness.NEEDS, "solvers", ("green",))
-    assert run_suite(tmp_path, "--part", "solvers") == suite.FINISHED
-    found = json.loads((tmp_path / "out" / "solvers.json").read_text())["configurations"]
-    batch = "tiny float32 batch"
-    expected = []
-    for depth in (12, 4):
-        equal = f"{batch} 2 l={depth} T=2"
-        expected += [equal, f"memory {equal}", f"{batch} 2 l={depth} dopri5 0.01"]
-    for count in (1, 2):
-        expected += [f"{what} {batch} {count} l=12 dopri5 0.01" for what in ("race", "proof")]
-    assert list(found) == expected
-    for batch in (1, 2):
-        race = found[f"race tiny float32 batch {batch} l=12 dopri5 0.01"]["race"]
-        assert len(race) == 7
-        assert [name for name, row in race.items() if "median_s" not in row] == []
-        name = (
-            f"{'one launch' if torch.cuda.is_available() else 'steps on the device'}, eager network"
-        )
-        ours, host = race[name], race["host loop, eager network"]
-        assert ours["evaluations"] == host["evaluations"]
-        theirs, equal = (
-            race[name] for name in ("torchdiffeq, eager network", f"{name}, at torchdiffeq's error")
-        )
-        assert equal["relative_error"] <= theirs["relative_error"]
-        assert equal["evaluations"] <= theirs["evaluations"]
-        assert ours["relative_error"] == pytest.approx(host["relative_error"], rel=1e-2)
-    capsys.readouterr()
-    assert report.main([str(tmp_path / "out")]) == 0
-    text = capsys.readouterr().out
-    assert "| 12 | dopri5 | 0.01 | " in text
-    assert "| 1 | 0.01 | host loop, eager network |" in text
 
 
 def test_the_papers_figures_stand_beside_ours_and_the_gain_is_judged() -> None:
@@ -379,22 +215,9 @@ def test_what_a_solve_asks_of_cuda_is_counted_inside_its_time() -> None:
     )
 
 
-def test_the_suite_refuses_what_is_red_and_stops_at_its_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    group = quick_tests(tmp_path, "red", "def test_a(): assert 0, 'wrong'")
-    monkeypatch.setattr(correctness, "groups", lambda cuda: iter([group]))
-    assert run_suite(tmp_path, "--part", "latency", "--limit-s", "0") == suite.AGAIN
-    assert run_suite(tmp_path, "--part", "latency", "xl") == suite.REFUSED
-    output = capsys.readouterr().out
-    assert "correctness: red: RED (0 passed, 1 failed, 0 skipped" in output
-    assert "latency: refused" in output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["correctness.json"]
-
-
 def test_weights_are_in_proportion_to_live_blocks() -> None:
     found = [
-        measure_memory(Workload("tiny", one_step(depth), 1, torch.float32, ("eager",)), CPU)
+        measure_memory(Workload("tiny", one_step(depth), 1, torch.float32, ("eager",)), CPU, {})
         for depth in (4, 8, 12)
     ]
     sizes = [one["variants"]["eager"]["weights"] for one in found]
@@ -508,44 +331,3 @@ def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) ->
     assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
     assert rows[-1][0] == "all else"
     assert times[:-1] == sorted(times[:-1], reverse=True)
-
-
-def test_a_missing_test_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(correctness, "kernel_names", lambda cuda: ["linear"])
-    assert {group.group for group in correctness.groups(False)} >= set(correctness.FILES)
-    monkeypatch.setitem(correctness.FILES, "network", (("test_gone.py",), ()))
-    with pytest.raises(ValueError, match=r"there is no .*test_gone.py"):
-        list(correctness.groups(False))
-
-
-def test_the_suite_runs_without_tyro() -> None:
-    """Machines on which the suite runs have torch, numpy and safetensors, not the command line's
-    packages."""
-    program = (
-        "import sys\nfor name in ('tyro', 'matplotlib', 'triton', 'pytest'): sys.modules[name] ="
-        " None\nimport benchmarks.suite, benchmarks.report, benchmarks.cpu_rate,"
-        " odelt_fast.sampling.sampler\n"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=measure.ROOT
-    )
-    assert run.returncode == 0, run.stderr
-
-
-def test_every_part_of_the_full_grid_has_workloads_of_its_own() -> None:
-    """Long ones follow the one by which they are checked."""
-    keys: list[str] = []
-    for part in ("latency", "throughput", "xl", "peers"):
-        loads = list(workloads(part, GRIDS["full"], reference=True))
-        assert loads
-        keys += [f"{part} {load.key}" for load in loads]
-        for first, second in itertools.pairwise(loads):
-            if (first.network, first.batch, first.depth) == (
-                second.network,
-                second.batch,
-                second.depth,
-            ):
-                assert second.operation.adaptive or second.work > first.work
-    assert len(set(keys)) == len(keys)
-    assert sum(key.startswith("latency") for key in keys) == 9
-    assert sum(key.startswith("throughput") and "dopri5" not in key for key in keys) == 18
