@@ -133,3 +133,12 @@ def test_exact_samples_are_made_without_tf32(monkeypatch: pytest.MonkeyPatch) ->
     seen.clear()
     solver_speed.measure_race(load, CPU, 0.0, False)
     assert {each[1] for each in seen} == {False}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_card_float8_products_are_held_to_pytorchs_in_bfloat16(dtype: torch.dtype) -> None:
+    """Hopper adds them with too few bits for float16's rounding to hide."""
+    from tests.helpers.kernel_cases_gemm import float8_result
+
+    assert float8_result("cuda", dtype) == torch.bfloat16
+    assert float8_result("cpu", dtype) == dtype
