@@ -1,10 +1,13 @@
-"""The configuration of a network, its presets, and the lengths at which it can run."""
+"""The configuration of a network, its presets, the lengths at which it can run, and what is known
+of the data that it was trained on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from odelt_fast.checks import number, one_of, shown, whole
 
@@ -206,3 +209,131 @@ PRESETS: dict[str, DiTConfig] = {
     # 15.6 MB in float16
     "cifar10": DiTConfig(channels=3, hidden_size=192, num_heads=3, mlp_ratio=3.5, num_classes=10),
 }
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What latents are: scale * (z - shift) of the values z that an autoencoder's encoder makes.
+
+    encoder: the autoencoder's name, a folder or Hub id; encoder_sha256: of its encoder's weights,
+    which tells copies from others. Empty where it is not known.
+    """
+
+    scale: float
+    shift: float = 0.0
+    encoder: str = ""
+    encoder_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        number("the latents' scale", self.scale, 1e-30, 1e6)
+        number("the latents' shift", self.shift, -1e6, 1e6)
+        for name in ("encoder", "encoder_sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"the latents' {name} must be text")
+
+    def __str__(self) -> str:
+        shift = f", shift {self.shift:g}" if self.shift else ""
+        return f"{plain(self.encoder) or 'an unknown encoder'} (scale {self.scale:g}{shift})"
+
+    def fits(self, other: Latents) -> bool:
+        """Whether both can be latents of one autoencoder, by all that is known of both. The same
+        encoder under another name is the same."""
+        if not (
+            math.isclose(self.scale, other.scale, rel_tol=1e-6)
+            and math.isclose(self.shift, other.shift, rel_tol=1e-6, abs_tol=1e-9)
+        ):
+            return False
+        for name in ("encoder_sha256", "encoder"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours and theirs:
+                return ours == theirs
+        return True
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """What is known of a model's data: the names of its classes in the order of their labels
+    (empty: unknown), and what its latents are (None: unknown, or pixels).
+
+    In config.json beside the shape of the network: `id2label`, as Hugging Face has it, where
+    synonyms are separated by commas, and `latents`.
+    """
+
+    class_names: tuple[str, ...] = ()
+    latents: Latents | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """What is known, as config.json has it."""
+        names = {str(label): name for label, name in enumerate(self.class_names)}
+        latents = None if self.latents is None else dataclasses.asdict(self.latents)
+        known = {"id2label": names, "latents": latents}
+        return {name: value for name, value in known.items() if value}
+
+    @classmethod
+    def taken_from(cls, values: dict[str, object], num_classes: object) -> TrainedOn:
+        """Takes the entries of `to_dict` out of a configuration. ValueError for damaged ones."""
+        names, latents = values.pop("id2label", None), values.pop("latents", None)
+        fields = {field.name for field in dataclasses.fields(Latents)}
+        if latents is not None and not (
+            isinstance(latents, dict) and "scale" in latents and latents.keys() <= fields
+        ):
+            raise ValueError(f"latents must have scale and may have {', '.join(sorted(fields))}")
+        known = None if latents is None else Latents(**latents)
+        if names is None:
+            return cls(latents=known)
+        known_names = names if isinstance(names, dict) else {}
+        found = (known_names.get(str(label)) for label in range(len(known_names)))
+        ordered = [name for name in found if isinstance(name, str)]
+        if len(ordered) != len(known_names) or len(ordered) != num_classes:
+            raise ValueError("id2label must map every label, from 0 on, to the name of its class")
+        return cls(tuple(ordered), known)
+
+    @cached_property
+    def _exact(self) -> dict[str, list[int]]:
+        return _index((name, label) for label, name in enumerate(self.class_names))
+
+    @cached_property
+    def _synonyms(self) -> dict[str, list[int]]:
+        names = enumerate(self.class_names)
+        return _index((part.strip(), label) for label, name in names for part in name.split(","))
+
+    def find(self, name: str) -> list[int]:
+        """Labels of the classes of this name; those that have it among their synonyms, if none."""
+        return self._exact.get(name) or self._synonyms.get(name, [])
+
+    def conflict(self, other: TrainedOn) -> str | None:
+        """What tells this and another one apart, in words; None: nothing, as far as known."""
+        ours, theirs = self.class_names, other.class_names
+        named = all(names and not are_numbers(names) for names in (ours, theirs))
+        if named and ours != theirs:
+            return f"{describe_classes(ours)}, not {describe_classes(theirs)}"
+        if self.latents and other.latents and not self.latents.fits(other.latents):
+            return f"latents of {self.latents}, not {other.latents}"
+        return None
+
+
+def _index(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, label in pairs:
+        found.setdefault(name, []).append(label)
+    return found
+
+
+def plain(name: str) -> str:
+    """A name from a file or folder for a message: printable, of at most 58 characters."""
+    return " ".join(shown(name)[1:-1].split())
+
+
+def are_numbers(class_names: Sequence[str]) -> bool:
+    """Whether classes have no names but their labels, "0", "1", ..."""
+    return all(name == str(label) for label, name in enumerate(class_names))
+
+
+def describe_classes(class_names: Sequence[str]) -> str:
+    """Classes and their labels in one line: 3 classes (0 ant, 1 bee, 2 cat)."""
+    count = len(class_names)
+    chosen = range(count) if count <= 20 else (*range(10), count - 1)
+    listed = [f"{label} {plain(class_names[label])}" for label in chosen]
+    if count > 20:
+        listed.insert(10, "...")
+    return f"{count} class{'' if count == 1 else 'es'} ({', '.join(listed)})"

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from odelt_fast.config import LAYER_NORM_EPS, DiTConfig
+from odelt_fast.config import LAYER_NORM_EPS, DiTConfig, TrainedOn
 
 FREQUENCIES = 128  # of the time and step-size embeddings: 256 features
 
@@ -122,6 +122,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.trained_on = TrainedOn()  # what is known of its data; stored with it
         self.max_depth = config.depth
         # Whether forward calls the blocks, too, that no row needs: weights sharded over processes
         # are gathered by all of them together.

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.checks import one_of
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import DiTConfig, Latents
+from odelt_fast.images.encode import latents_of
 from odelt_fast.model import DiT
 from odelt_fast.sampling.decoder import Decoder, Overlapped
 from odelt_fast.sampling.pictures import to_uint8
@@ -98,8 +99,9 @@ class OdeltPipeline(DiffusionPipeline):
     >>> pipe(class_labels=[207, 360], depth=4, num_inference_steps=1, generator=seeded).images[0]
 
     transformer: the model. vae: AutoencoderKL (or AutoencoderTiny, for previews) of a model of
-    latents; None for a model of pixels. id2label: class -> its names, separated by commas. There is
-    no scheduler: `solver` of a call takes its place.
+    latents; None for a model of pixels. id2label: class -> its names, separated by commas; None:
+    those that are stored with the model. any_decoder: take a vae of other latents than the model
+    was trained on, too. There is no scheduler: `solver` of a call takes its place.
     """
 
     model_cpu_offload_seq = "transformer->vae"  # type: ignore[assignment]
@@ -110,6 +112,7 @@ class OdeltPipeline(DiffusionPipeline):
         transformer: OdeltTransformer | DiT,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        any_decoder: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(transformer, OdeltTransformer | DiT):
@@ -120,7 +123,12 @@ class OdeltPipeline(DiffusionPipeline):
         if isinstance(transformer, DiT):
             transformer = OdeltTransformer(transformer)
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(id2label=id2label)
+        if id2label is None and transformer.model.trained_on.class_names:
+            id2label = dict(enumerate(transformer.model.trained_on.class_names))
+        self.register_to_config(id2label=id2label, any_decoder=any_decoder)
+        self._known_vae: tuple[Any, Latents] | None = None
+        if vae is not None:
+            self._decoder(transformer.model)
         names = (
             (name.strip(), int(label))
             for label, text in (id2label or {}).items()
@@ -187,7 +195,7 @@ class OdeltPipeline(DiffusionPipeline):
             shape = (len(labels), *config.image_shape)
             noise = randn_tensor(shape, generator, model.device, torch.float32)
             seed = _seed_of(generator) if config.sampling == "consistency" else 0
-        decoder = None if output_type == "latent" or self.vae is None else Decoder(self.vae)
+        decoder = None if output_type == "latent" or self.vae is None else self._decoder(model)
         # An offloaded autoencoder sends the transformer away when it starts: then all is sampled
         # first.
         overlapped = Overlapped(decoder) if decoder and not hasattr(self.vae, "_hf_hook") else None
@@ -235,6 +243,17 @@ class OdeltPipeline(DiffusionPipeline):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_CODE.format(name=name))
         super().save_pretrained(str(save_directory), *args, **options)
+
+    def _decoder(self, model: DiT) -> Decoder:
+        """The decoder of the vae; ValueError if it is for other latents than the model's."""
+        vae, any_vae = self.vae, bool(self.config["any_decoder"])
+        if model.trained_on.latents is None or isinstance(vae, AutoencoderTiny) or any_vae:
+            return Decoder(vae, any_latents=True)
+        if self._known_vae is None or self._known_vae[0] is not vae:
+            self._known_vae = vae, latents_of(vae, "")  # its folder is not the name of its encoder
+        decoder = Decoder(vae, latents=self._known_vae[1])
+        decoder.check_latents(model.trained_on.latents)
+        return decoder
 
     def _onload(self, module: Any) -> None:
         """Moves a module of `enable_model_cpu_offload` to the GPU, which its hook does only at a

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from odelt_fast.checkpoints.folder import save_model
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import DiTConfig, TrainedOn
 from odelt_fast.model import DiT
 
 from .power_functions import exponent
@@ -30,9 +30,10 @@ def update_average(average: list[Tensor], live: list[Tensor], weight: Tensor) ->
     torch._foreach_add_(average, difference)
 
 
-def whole_model(config: DiTConfig, weights: Mapping[str, Tensor]) -> DiT:
+def whole_model(config: DiTConfig, weights: Mapping[str, Tensor], trained_on: TrainedOn) -> DiT:
     """A network of its own with these weights, on the CPU."""
     model = DiT(config).requires_grad_(False).eval()
+    model.trained_on = trained_on
     model.load_state_dict(dict(weights))
     return model
 
@@ -51,13 +52,17 @@ class PowerAverages:
     Args:
         widths: sigma_rel, the standard deviation of these weights over time as a share of t.
         weights: name -> tensor, those of the run's start, sharded or not.
-        config: of the model that holds them.
+        config, trained_on: of the model that holds them.
     """
 
     def __init__(
-        self, widths: Sequence[float], weights: Mapping[str, Tensor], config: DiTConfig
+        self,
+        widths: Sequence[float],
+        weights: Mapping[str, Tensor],
+        config: DiTConfig,
+        trained_on: TrainedOn = TrainedOn(),  # noqa: B008 (frozen)
     ) -> None:
-        self.config = config
+        self.config, self.trained_on = config, trained_on
         self.averages = {
             width: {name: tensor.detach().clone() for name, tensor in weights.items()}
             for width in widths
@@ -110,4 +115,4 @@ class PowerAverages:
         for width, average in self.averages.items():
             whole = gather(average, main)
             if main:
-                yield width, whole_model(self.config, whole)
+                yield width, whole_model(self.config, whole, self.trained_on)

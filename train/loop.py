@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.folder import save_model
+from odelt_fast.checkpoints.folder import read_trained_on, save_model
+from odelt_fast.config import TrainedOn, describe_classes
 from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 
@@ -104,13 +105,16 @@ class Trainer:
             source = open_images(config)
         if source.remark:
             self.accelerator.print(source.remark)
+        self.accelerator.print(f"{source.name}: {describe_classes(source.class_names)}")
         what = f"the images of {config.data!r} have"
         check_same(what, source, config.model, "image_size", "channels", "num_classes")
+        trained_on = TrainedOn(source.class_names, source.latents)
         self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps
         batch = config.train_batch_size * self.parts
         self.loader = Loader(source, config.seed, batch, config.random_flip)
         torch.manual_seed(config.seed)
         model = DiT(config.model_config())
+        model.trained_on = trained_on
         self.teacher, remark = load_start(config, model)
         if remark:
             self.accelerator.print(remark)
@@ -143,7 +147,7 @@ class Trainer:
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())
         self.ema_weights: dict[str, Tensor] = dict(self.ema.named_parameters())
         zero_gradients(self.weights.values())
-        self.power = PowerAverages(config.ema_widths, self.weights, self.model.config)
+        self.power = PowerAverages(config.ema_widths, self.weights, self.model.config, trained_on)
         self.objective = build_objective(config)
         self.finished_steps = 0
         self.skipped_steps = torch.zeros((), device=device)
@@ -252,7 +256,10 @@ class Trainer:
         if not self.sharded:
             return self.ema if self.accelerator.is_main_process else None
         whole = gather(self.ema_weights, self.accelerator.is_main_process)
-        return whole_model(self.model.config, whole).to(self.accelerator.device) if whole else None
+        if not whole:
+            return None
+        model = whole_model(self.model.config, whole, self.model.trained_on)
+        return model.to(self.accelerator.device)
 
     def save(self) -> Path:
         """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit.
@@ -293,6 +300,11 @@ class Trainer:
                 raise ValueError(
                     f"{folder} is not a checkpoint folder: give one named checkpoint-N, or latest"
                 )
+        before = read_trained_on(folder / "ema")
+        if conflict := before.conflict(self.model.trained_on):
+            raise ValueError(
+                f"{folder} was trained on {conflict}: resume with the data it began with"
+            )
         from safetensors.torch import load_file
 
         for weight in self.weights.values():

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import DiTConfig, TrainedOn
 from odelt_fast.files import flush, locked, one_line, parse_object, read_bytes
 from odelt_fast.model import DiT
 
@@ -87,7 +88,15 @@ def save_model(
     }
     for name, tensor in tensors.items():
         check_finite(name, tensor)
-    text = json.dumps(model.config.to_dict(), indent=2).encode() + b"\n"
+    values = model.config.to_dict() | model.trained_on.to_dict()
+    text = json.dumps(values, indent=2).encode() + b"\n"
+    if len(text) > _JSON_LIMIT:
+        count = len(model.trained_on.class_names)
+        warnings.warn(
+            f"the names of {count} classes take more than 1 MiB: not stored", stacklevel=2
+        )
+        del values["id2label"]
+        text = json.dumps(values, indent=2).encode() + b"\n"
     header = {**(metadata or {}), "format": "pt", "config_sha256": hashlib.sha256(text).hexdigest()}
     folder = Path(folder)
     try:
@@ -164,7 +173,7 @@ def load_model(
     folder = find_folder(name, download)
     shards = _shards(folder)
     headers = {path: read_header(path) for path in shards}
-    config = _folder_config(folder, {digest for _, digest in headers.values()})
+    config, trained_on = _folder_config(folder, {digest for _, digest in headers.values()})
     config.check_depth(depth)
     grid = config.image_size // config.patch_size
     allowed = _TABLE_FLOOR + 4 * sum(path.stat().st_size for path in shards)
@@ -175,6 +184,7 @@ def load_model(
         )
     with WithoutStorage():
         model = DiT(config)
+    model.trained_on = trained_on
     _check_shapes(model, headers)
     if depth is not None:
         model.truncate(depth)
@@ -215,7 +225,14 @@ class WithoutStorage(TorchFunctionMode):
 def read_config(name: str | Path) -> DiTConfig:
     """The configuration of the model that `load_model` would load; it raises as that does."""
     folder = find_folder(name)
-    return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})
+    return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})[0]
+
+
+def read_trained_on(name: str | Path) -> TrainedOn:
+    """What is known of the data of the model that `load_model` would load; it raises as that
+    does."""
+    folder = find_folder(name)
+    return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})[1]
 
 
 def _member(folder: Path, name: str) -> Path:
@@ -244,15 +261,17 @@ def _read_json(path: Path) -> tuple[dict[str, Any], str]:
         return parse_object(data), hashlib.sha256(data).hexdigest()
 
 
-def _read_config(path: Path) -> tuple[DiTConfig, str]:
-    """A configuration and the SHA-256 of its file."""
+def _read_config(path: Path) -> tuple[tuple[DiTConfig, TrainedOn], str]:
+    """A configuration with what is known of the data, and the SHA-256 of its file."""
     values, digest = _read_json(path)
     with refusals(path):
-        return DiTConfig.from_dict(values), digest
+        classes = values.get("num_classes", DiTConfig.num_classes)
+        trained_on = TrainedOn.taken_from(values, classes)
+        return (DiTConfig.from_dict(values), trained_on), digest
 
 
-def _folder_config(folder: Path, digests: set[str | None]) -> DiTConfig:
-    """The configuration of the folder, or of an interrupted save that the weights belong to.
+def _folder_config(folder: Path, digests: set[str | None]) -> tuple[DiTConfig, TrainedOn]:
+    """What config.json says, or that of an interrupted save that the weights belong to.
 
     digests: of their configurations, which the weights carry.
     """

@@ -26,6 +26,8 @@ class Command:
     """Images of a picture, at most 64."""
     decoder: Text = None
     """Autoencoder that makes pictures of a model's latents: folder or Hub id."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -75,7 +77,7 @@ def run(options: Command) -> None:
             metric = table.metric(options.metric)
             quality = measured_operations(config, table, metric)
         model = load(name, options.device, options.dtype, None)
-        decoder = load_decoder(options.decoder, model)
+        decoder = load_decoder(options.decoder, model, options.any_decoder)
         if decoder is None and config.channels not in (1, 3):
             raise ValueError(
                 f"{name} makes latents of {config.channels} channels: give the --decoder of them"

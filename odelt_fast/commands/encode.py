@@ -67,8 +67,6 @@ def run(options: Command) -> None:
         encoder,
         options.out,
         batch_size=options.batch_size,
-        encoder_name=encoder.name,
-        scale=encoder.scale,
         shard_length=options.shard_length,
     )
     print(

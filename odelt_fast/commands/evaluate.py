@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -56,6 +57,8 @@ class Command(Evaluation):
     looked for in torch's cache by default."""
     decoder: Text = None
     """For models of latents: autoencoder, a folder or Hub id (stabilityai/sd-vae-ft-mse)."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
     out: Path = Path("evaluation")
     """Folder for results.json, results.md, and the state to go on from."""
     device: Device = "auto"
@@ -90,8 +93,11 @@ def run(options: Command) -> None:
             dtype=dtype,
             show=not (options.quiet or options.json),
         )
+    first = evaluator.processes.index == 0
+    if evaluator.inputs.remark and first:
+        print(evaluator.inputs.remark, file=sys.stderr)
     results = evaluator.run()
-    if evaluator.processes.index == 0:
+    if first:
         show(results, to_markdown(results), options)
 
 

@@ -3,6 +3,7 @@ back, images between two seeds, the rest of an image of which a part is kept."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +18,7 @@ from odelt_fast.images import open_source
 from odelt_fast.images.pixels import decode_failure, decode_image, inspect_image
 from odelt_fast.sampling.flow_map import interpolate, invert, trajectory
 from odelt_fast.sampling.inpaint import check_known, inpaint
+from odelt_fast.sampling.labels import labels_of_classes
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.sampler import Sampler
 
@@ -128,8 +130,18 @@ def data_images(
     if source.channels != channels or source.image_size != size:
         has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
         raise ValueError(f"{data} has {has} numbers an image, the model wants {wants}")
+    trained_on = sampler.model.trained_on
+    there, known = source.latents, trained_on.latents
+    if there is not None and known is not None and not known.fits(there):
+        raise ValueError(
+            f"{data} has latents of {there}, the model was trained on those of {known}"
+        )
     images, labels = source.read_many(range(min(count, len(source))))
-    fitting = labels if 1 < config.num_classes == source.num_classes else None
+    fitting = None
+    if config.num_classes > 1 and source.num_classes > 1:
+        with contextlib.suppress(ValueError):  # of other classes: without labels
+            of_classes = labels_of_classes(trained_on, source.class_names, config.num_classes)
+            fitting = np.array(of_classes, np.int64)[labels]
     return torch.from_numpy(images), fitting, quantisation_step(source)
 
 

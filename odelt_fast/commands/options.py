@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Labels = Annotated[tuple[int, ...], metavar("LABEL...")]
+Labels = Annotated[tuple[str, ...], metavar("LABEL...")]
 
 
 def _optional(kind: type, metavar: str) -> Any:
@@ -53,9 +53,11 @@ def load(name: str, device: Device, dtype: Dtype, depth: Whole) -> Any:
     return load_model(name, place, choose_dtype(dtype, place.type), depth)
 
 
-def load_decoder(name: str | None, model: DiT) -> Decoder | None:
+def load_decoder(name: str | None, model: DiT, any_decoder: bool) -> Decoder | None:
     """The decoder of --decoder, on the model's device; ValueError if it does not fit the model."""
     if name is None:
+        if any_decoder:
+            raise ValueError("--any-decoder is of --decoder, which is not given")
         return None
     import torch
 
@@ -63,13 +65,35 @@ def load_decoder(name: str | None, model: DiT) -> Decoder | None:
 
     # float16 overflows in the usual autoencoders.
     dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
-    decoder = decoders.load_decoder(name, model.device, dtype)
+    decoder = decoders.load_decoder(name, model.device, dtype, any_latents=any_decoder)
     if decoder.latent_channels != model.config.channels:
         raise ValueError(
             f"--decoder {name} takes latents of {decoder.latent_channels} channels, the model makes"
             f" {model.config.channels}"
         )
+    decoder.check_latents(model.trained_on.latents)
     return decoder
+
+
+def labels_of(texts: Sequence[str], model: DiT) -> list[int]:
+    """The classes of --labels; says so where a number is also the name of another class."""
+    from odelt_fast.sampling.labels import labels_from_text
+
+    known, classes = model.trained_on, model.config.num_classes
+    try:
+        labels = labels_from_text(known, texts, classes)
+    except ValueError as error:
+        raise ValueError(f"--labels: {error}") from None
+    for label in dict.fromkeys(labels):
+        other = known.find(str(label))
+        if other and label not in other:
+            name = "the null label" if label == classes else f"named {known.class_names[label]!r}"
+            print(
+                f"--labels {label} is class number {label}, {name}; the class named {label} is"
+                f" number {other[0]}",
+                file=sys.stderr,
+            )
+    return labels
 
 
 def choose_dtype(name: Dtype, device: str) -> torch.dtype:

@@ -13,7 +13,7 @@ from odelt_fast.files import check_target, picture_formats, save_picture, try_ou
 
 from .budgets import choice_json, choose_for
 from .operations import operation_of
-from .options import check_counts, load, load_decoder, plural
+from .options import check_counts, labels_of, load, load_decoder, plural
 from .sample_options import Command, check_modes
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     check_counts(options, "steps", "num_images", "batch_size", "max_steps")
     check_seed(options.seed, "--seed")
-    if len(options.labels) > options.num_images:
-        raise ValueError(
-            f"--labels: {len(options.labels)} labels for {options.num_images} images: raise"
-            " --num-images"
-        )
     check_modes(options)
     operation = operation_of(options)
     picture = Path("samples.png") if options.out is None and options.npz is None else options.out
@@ -52,13 +47,21 @@ def run(options: Command) -> None:
     from .flows import channels_last, plan
 
     model = load(options.model, options.device, options.dtype, operation.deepest)
-    decoder = load_decoder(options.decoder, model)
+    decoder = load_decoder(options.decoder, model, options.any_decoder)
     sampler = Sampler.of(model, operation, batch_size=options.batch_size, decoder=decoder)
     config = model.config
     channels, side = config.channels, config.image_size
     if decoder:
         channels, side = decoder.channels, side * decoder.factor
-    labels = np.resize(options.labels, options.num_images) if options.labels else None
+    chosen_labels = labels_of(options.labels, model)
+    if len(chosen_labels) > options.num_images:
+        raise ValueError(
+            f"--labels: {len(chosen_labels)} labels for {options.num_images} images: raise"
+            " --num-images"
+        )
+    if options.interpolate is not None and len(chosen_labels) > 1:
+        raise ValueError(f"--interpolate draws one class, not {len(chosen_labels)} --labels")
+    labels = np.resize(chosen_labels, options.num_images) if chosen_labels else None
     planned = plan(options, sampler, labels)
     if picture is not None:
         blank = np.broadcast_to(np.uint8(0), (planned.tiles, side, side, channels))

@@ -40,8 +40,8 @@ class Command:
     num_images: int = 16
     """Images to draw. The noise of image i depends on the seed and i alone."""
     labels: Labels = ()
-    """Classes, repeated in turn if fewer than images; the number of classes is the null label.
-    Drawn from the seed by default."""
+    """Classes, by number or name (3 cat, or 3,cat), repeated in turn if fewer than images; the
+    number of classes is the null label. Drawn from the seed by default."""
     seed: int = 0
     """From 0 to 2^64 - 1."""
     guidance_scale: Number = None
@@ -87,6 +87,8 @@ class Command:
     decoder: Text = None
     """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as
     stabilityai/sd-vae-ft-mse, or madebyollin/taesd for fast previews."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -127,5 +129,3 @@ def check_modes(options: Command) -> None:
         raise ValueError(
             f"--frames must be at least 2, the two seeds' own images, not {options.frames}"
         )
-    if options.interpolate is not None and len(options.labels) > 1:
-        raise ValueError(f"--interpolate draws one class, not {len(options.labels)} --labels")

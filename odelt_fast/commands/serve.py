@@ -38,6 +38,8 @@ class Command:
     """0: a free one, which is printed."""
     decoder: Text = None
     """Autoencoder that makes pictures of a model's latents: folder or Hub id."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
     device: Device = "auto"
     """auto: cuda if there is a GPU."""
     dtype: Dtype = "auto"
@@ -98,7 +100,7 @@ def run(options: Command) -> None:
         plan = find_plan(options, model)
         if isinstance(plan, str):
             write_error(f"deadlines choose no depth and steps: {plan}")
-        decoder = load_decoder(options.decoder, model)
+        decoder = load_decoder(options.decoder, model, options.any_decoder)
         service = Service(model, limits, name=options.model, decoder=decoder, plan=plan)
         service.warm_up()
         url = url_of(listener)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import show_seconds
+from odelt_fast.config import are_numbers, describe_classes
 from odelt_fast.evaluation.charts import explored
 from odelt_fast.files import one_line
 from odelt_fast.sampling.pictures import image_grid
@@ -217,6 +218,9 @@ class Page:
                 f"Labels: one or more of 0 to {config.num_classes - 1}, repeated in turn;"
                 f" {config.num_classes} is the null label."
             )
+            names = self.studio.model.trained_on.class_names
+            if names and not are_numbers(names):
+                lines.append(f"Or by name: {_markdown(describe_classes(names))}.")
         lines.append("Times are of the whole batch, on this machine, without a decoder.")
         return " ".join(lines)
 
@@ -237,7 +241,9 @@ class Page:
                 yield self.grid_html(cells), self.plot_html(setting)
 
     def _check(self, values: tuple[Any, ...]) -> Setting:
-        return check_setting(self.studio.config, self.studio.num_images, Dials(*values))
+        studio = self.studio
+        trained_on = studio.model.trained_on
+        return check_setting(studio.config, studio.num_images, Dials(*values), trained_on)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -309,6 +315,11 @@ class Page:
         figure.savefig(data, format="png", dpi=160)
         image = _image(data, "latency of the settings drawn so far", "plot")
         return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
+
+
+def _markdown(text: str) -> str:
+    """Text of strangers in Markdown: as it is, no link, picture or HTML."""
+    return "".join(f"&#{ord(c)};" if c in r"\`*_{}[]()<>#+-.!|~&:/$" else c for c in text)
 
 
 def _picture(drawing: Drawing, words: str, widest: int | None = None) -> str:

@@ -10,8 +10,9 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import DiTConfig, TrainedOn
 from odelt_fast.operation import Operation, effective_guidance
+from odelt_fast.sampling.labels import labels_from_text
 
 STEPS = tuple(2**k for k in range(8))
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -64,8 +65,13 @@ def offered(
     return Operation(depth=depth, solver=solver, guidance_scale=guidance, **limits)  # type: ignore[arg-type]
 
 
-def check_setting(config: DiTConfig, num_images: int, dials: Dials) -> Setting:
-    """The setting that the dials mean.
+def check_setting(
+    config: DiTConfig,
+    num_images: int,
+    dials: Dials,
+    trained_on: TrainedOn = TrainedOn(),  # noqa: B008 (frozen)
+) -> Setting:
+    """The setting that the dials mean, for a model that was trained on that.
 
     Raises:
         ValueError: names the first value that is not allowed.
@@ -90,7 +96,8 @@ def check_setting(config: DiTConfig, num_images: int, dials: Dials) -> Setting:
         raise _wrong("seed", f"a whole number from 0 to {LARGEST_SEED}", dials.seed)
     guidance = None if config.num_classes == 1 else effective_guidance(scale)
     operation = offered(int(depth), STEPS[int(power)], dials.solver, tolerance, guidance)
-    return Setting(operation, int(seed), _labels(dials.labels, config.num_classes, num_images))
+    labels = _labels(dials.labels, trained_on, config.num_classes, num_images)
+    return Setting(operation, int(seed), labels)
 
 
 def _wrong(name: str, allowed: str, value: Any) -> ValueError:
@@ -109,19 +116,17 @@ def _number(value: Any) -> float:
     return value if abs(value) < 2**63 else math.nan
 
 
-def _labels(text: Any, classes: int, num_images: int) -> tuple[int, ...]:
-    """Labels from words of digits, separated by blanks or commas."""
-    if text is None or text == "":
+def _labels(text: Any, trained_on: TrainedOn, classes: int, num_images: int) -> tuple[int, ...]:
+    """Labels from numbers and names, separated by blanks or commas."""
+    if text is None or (isinstance(text, str) and not text.strip()):
         return ()
     if not isinstance(text, str) or len(text) > LONGEST_TEXT:
-        raise _wrong("labels", f"at most {LONGEST_TEXT} characters of whole numbers", text)
-    words = text.replace(",", " ").split()
-    for word in words:
-        if not (word.isascii() and word.isdigit()) or len(word) > 9 or int(word) > classes:
-            raise ValueError(
-                f"label {_shown(word)} is not allowed: labels go from 0 to {classes - 1}, {classes}"
-                " is the null label"
-            )
-    if len(words) > num_images:
-        raise ValueError(f"{len(words)} labels for {num_images} images: give at most one for each")
-    return tuple(map(int, words))
+        raise _wrong("labels", f"at most {LONGEST_TEXT} characters of numbers and names", text)
+    try:
+        labels = labels_from_text(trained_on, [text], classes)
+    except ValueError:
+        # Numbers and names without commas between them.
+        labels = labels_from_text(trained_on, text.replace(",", " ").split(), classes)
+    if len(labels) > num_images:
+        raise ValueError(f"{len(labels)} labels for {num_images} images: give at most one for each")
+    return tuple(labels)

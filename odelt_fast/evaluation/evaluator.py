@@ -64,9 +64,10 @@ class Evaluator:
         self.processes = Processes.of_this_run(device)
         self.device, self.dtype, self.show = self.processes.device, dtype or torch.float32, show
         shallow = min(settings.depths, default=None)
-        self.settings, self.config = settings, load_model(settings.model, depth=shallow).config
+        model = load_model(settings.model, depth=shallow)
+        self.settings, self.config = settings, model.config
         self.cells = plan_cells(settings, self.config)
-        self.inputs = Inputs.of(settings, self.config, self.device)
+        self.inputs = Inputs.of(settings, self.config, self.device, model.trained_on)
         self.network = self.inputs.real.network
         self.folder = Folder(Path(out), self.processes, settings.batch_size)
         self.folder.bind(self.inputs.bound(self.dtype))

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from odelt_fast.config import DiTConfig
+from odelt_fast.config import DiTConfig, TrainedOn, are_numbers, plain
+from odelt_fast.images import ImageSource
+from odelt_fast.sampling.labels import labels_of_classes
 from odelt_fast.sampling.noise import drawn_labels, stack_noise
 
 from .machine import model_hash
@@ -20,7 +22,7 @@ from .settings import Evaluation
 # What may differ between the runs that fill one folder.
 _EXTENDABLE = (
     *("depths", "depth_schedules", "steps", "solvers", "tolerances", "seeds", "first_seed"),
-    *("inception_weights", "trust_features"),
+    *("inception_weights", "trust_features", "any_decoder"),
 )
 
 
@@ -29,7 +31,8 @@ class Inputs:
     """What an evaluation by `settings` reads (`of`).
 
     config: of the model, whose files have the hash model_sha256. decoder: latents -> images (None:
-    the model makes images).
+    the model makes images). data_labels: of the real images, as the model counts its classes, if
+    they are to be drawn. remark: a line for the user.
     """
 
     settings: Evaluation
@@ -38,27 +41,36 @@ class Inputs:
     model_sha256: str
     decoder: Callable[[Tensor], Tensor] | None
     real: Real
+    data_labels: np.ndarray | None = None
+    remark: str | None = None
 
     @classmethod
-    def of(cls, settings: Evaluation, config: DiTConfig, device: torch.device) -> Inputs:
-        """Opens everything that the model with this configuration is compared by, on `device`.
+    def of(
+        cls,
+        settings: Evaluation,
+        config: DiTConfig,
+        device: torch.device,
+        trained_on: TrainedOn = TrainedOn(),  # noqa: B008 (frozen)
+    ) -> Inputs:
+        """Opens everything that the model with this configuration, trained on that, is compared by,
+        on `device`.
 
         Raises:
             ValueError: for data, statistics or networks that do not fit, and for too few images.
         """
         decoder = _decoder(settings, config, device)
+        if decoder is not None:
+            decoder.check_latents(trained_on.latents)
         channels, side = config.channels, config.image_size
         if decoder is not None:  # asked with one latent of zeros
             images = decoder(torch.zeros(1, channels, side, side, device=device))
             channels, side = images.shape[1], images.shape[-1]
         real = Real.of(settings, channels, side, settings.num_images, device)
-        classes = real.source.num_classes if real.source and settings.labels == "data" else 0
-        if classes > config.num_classes > 1:
-            raise ValueError(
-                f"--labels data: {settings.data} has {classes} classes, the model"
-                f" {config.num_classes}"
-            )
-        return cls(settings, device, config, model_hash(settings.model), decoder, real)
+        labels = remark = None
+        if real.source is not None:
+            labels, remark = _labels(settings, config, trained_on, real.source)
+        sha256 = model_hash(settings.model)
+        return cls(settings, device, config, sha256, decoder, real, labels, remark)
 
     def bound(self, dtype: torch.dtype) -> dict[str, Any]:
         """What ties a folder to this evaluation: all that its cells have in common."""
@@ -78,8 +90,8 @@ class Inputs:
             return drawn_labels(seed, images, classes)
         if self.settings.labels == "balanced":
             return indices % classes
-        assert self.real.source is not None
-        return self.real.source.labels[indices % len(self.real.source)]
+        assert self.data_labels is not None
+        return self.data_labels[indices % len(self.data_labels)]
 
     def noise(self, seed: int, images: range) -> Tensor:
         """Noise (n, C, H, W) float32 of the images with these indices."""
@@ -87,11 +99,40 @@ class Inputs:
         return stack_noise(seed, images, (self.config.channels, side, side))
 
 
+def _labels(
+    settings: Evaluation, config: DiTConfig, trained_on: TrainedOn, source: ImageSource
+) -> tuple[np.ndarray | None, str | None]:
+    """Labels (N,) of the images if they are to be drawn, and what is to be said of their classes.
+
+    ValueError for classes that the model does not have; images without any may be compared with.
+    """
+    names, classes = source.class_names, config.num_classes
+    drawn, several = settings.labels != "data", len(names) > 1
+    if classes == 1 or (drawn and not (several and trained_on.class_names)):
+        return source.labels, None
+    if are_numbers(trained_on.class_names) and drawn:
+        return source.labels, None
+    if not several and not trained_on.find(names[0]):
+        raise ValueError(f"--labels data: {settings.data} is one folder of images, without labels")
+    try:
+        labels = np.array(labels_of_classes(trained_on, names, classes), np.int64)
+    except ValueError as error:
+        raise ValueError(f"{settings.data} has other classes than the model: {error}") from None
+    if drawn and len(names) < classes:
+        return None, (
+            f"{settings.data} has {len(names)} of the model's {classes} classes, and --labels"
+            f" {settings.labels} draws them all: --labels data draws those of the data"
+        )
+    moved = [(name, label) for i, (name, label) in enumerate(zip(names, labels)) if i != label]
+    told = ", ".join(f"{plain(name)} is {label}" for name, label in moved[:10])
+    return labels[source.labels], f"classes by name: {told}" if moved else None
+
+
 def _decoder(settings: Evaluation, config: DiTConfig, device: torch.device) -> Any:
     if settings.decoder is not None:
         from odelt_fast.sampling.decoder import load_decoder
 
-        return load_decoder(settings.decoder, device)
+        return load_decoder(settings.decoder, device, any_latents=settings.any_decoder)
     if config.channels not in (1, 3):
         raise ValueError(
             f"the model makes latents of {config.channels} channels: give --decoder, such as"

@@ -79,6 +79,8 @@ class Evaluation:
     TensorFlow 1 does."""
     decoder: str | None = None
     """For models of latents: autoencoder, a folder or Hub id (stabilityai/sd-vae-ft-mse)."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
     backend: str = "auto"
     """Of the sampler: auto, eager, compile, fused."""
     allow_few_samples: bool = False
@@ -113,6 +115,8 @@ class Evaluation:
             raise ValueError("kid and precision_recall need real images: --data")
         if self.data is None and (self.image_column or self.label_column):
             raise ValueError("--image-column and --label-column are columns of --data: give it")
+        if self.any_decoder and self.decoder is None:
+            raise ValueError("--any-decoder is of --decoder, which is not given")
         if self.data is None and self.labels == "data":
             raise ValueError("--labels data needs --data")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from odelt_fast.checks import whole
+from odelt_fast.config import Latents
 from odelt_fast.files import locked, one_line
 
 from .latents import SCALE
@@ -31,7 +32,6 @@ def encode_images(
     *,
     batch_size: int = 32,
     encoder_name: str = "",
-    scale: float = SCALE,
     shard_length: int = 2048,
     progress: bool = True,
 ) -> Path:
@@ -44,7 +44,8 @@ def encode_images(
         encoder: images (B, C, H, W) float32 in [-1, 1], on the CPU -> mean and standard deviation
             (B, c, s, s) of the posterior.
         folder: where the shards are written.
-        encoder_name, scale: kept in the manifest; other ones do not continue a folder.
+        encoder_name: of an encoder without the attribute `latents`. Both are kept in the manifest;
+            another encoder does not continue a folder.
 
     Returns:
         The folder.
@@ -60,7 +61,6 @@ def encode_images(
     # One image tells the shape, before the folder is touched.
     _, _, channels, size, _ = _encode(source.read_many([0])[0], encoder, copies=1).shape[1:]
     facts = {
-        "encoder": encoder_name,
         "image_size": source.image_size,
         "count": count,
         "labels_sha256": hashlib.sha256(source.labels.tobytes()).hexdigest(),
@@ -75,7 +75,7 @@ def encode_images(
                 size,
                 source.class_names,
                 copies=copies,
-                scale=scale,
+                latents=getattr(encoder, "latents", Latents(SCALE, encoder=encoder_name)),
                 shard_length=shard_length,
                 facts=facts,
             )
@@ -122,18 +122,18 @@ def _encode(images: np.ndarray, encoder: Encoder, copies: int) -> np.ndarray:
 class VaeEncoder:
     """The encoder of a diffusers AutoencoderKL.
 
-    Images (B, 3, H, W) in [-1, 1] -> mean, standard deviation (B, c, H/8, W/8) float32.
+    Images (B, 3, H, W) in [-1, 1] -> mean, standard deviation (B, c, H/8, W/8) float32. `latents`
+    says what becomes of them.
     """
 
-    def __init__(self, vae: Any, name: str) -> None:
-        self.vae, self.name = vae, name
-        self.scale = float(vae.config.scaling_factor)
+    def __init__(self, vae: Any, latents: Latents) -> None:
+        self.vae, self.latents = vae, latents
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[1] != 3:
             raise ValueError(
-                f"the VAE {self.name} encodes 3 channels, the images have {images.shape[1]}: open"
-                " them with 3 channels"
+                f"the VAE {self.latents.encoder} encodes 3 channels, the images have"
+                f" {images.shape[1]}: open them with 3 channels"
             )
         posterior = self.vae.encode(images.to(self.vae.device, self.vae.dtype)).latent_dist
         return posterior.mean.float(), posterior.std.float()
@@ -150,25 +150,41 @@ def vae_encoder(
         dtype: None: float32.
 
     Returns:
-        An encoder; its `scale` is the scale of its latents.
+        An encoder.
 
     Raises:
         ValueError: in one line, where diffusers is missing or cannot load it.
     """
     try:
         import diffusers
+        import torch
     except ImportError:
         raise ValueError(
             "encoding with a VAE needs diffusers: pip install odelt-fast[diffusers]"
         ) from None
     try:
         autoencoder: Any = diffusers.AutoencoderKL
-        vae = autoencoder.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True)
+        vae = autoencoder.from_pretrained(str(name), use_safetensors=True)
+        latents = latents_of(vae, str(name))
     except Exception as error:  # its errors come from many packages
         raise ValueError(f"the VAE {str(name)!r} cannot be loaded: {one_line(error)}") from None
-    if getattr(vae.config, "shift_factor", None):
-        raise ValueError(
-            f"the VAE {str(name)!r} shifts its latents (shift_factor), which is not supported"
-        )
     vae.decoder = None
-    return VaeEncoder(vae.eval().requires_grad_(False).to(device), str(name))
+    vae = vae.eval().requires_grad_(False).to(device, dtype or torch.float32)
+    return VaeEncoder(vae, latents)
+
+
+def latents_of(vae: Any, name: str) -> Latents:
+    """What the latents of a diffusers AutoencoderKL are, by its configuration and weights.
+
+    The hash is over the encoder's weights rounded to float16: the decoders of a family differ
+    (those of Stable Diffusion's VAE), and copies in half precision are the same encoder.
+    """
+    import torch
+
+    config, digest = vae.config, hashlib.sha256()
+    for module in filter(None, (vae.encoder, getattr(vae, "quant_conv", None))):
+        for key, tensor in sorted(module.state_dict().items()):
+            half = tensor.detach().to("cpu", torch.float16).contiguous()
+            digest.update(f"{key}{tuple(half.shape)}".encode() + half.numpy().tobytes())
+    scale, shift = float(config.scaling_factor), float(getattr(config, "shift_factor", 0) or 0)
+    return Latents(scale, shift, name, digest.hexdigest())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from odelt_fast.config import Latents
 from odelt_fast.files import one_line
 
 from .latents import SCALE, LatentSource, Moments
@@ -27,7 +28,8 @@ class FileLatents(LatentSource):
 
     Args:
         paths, labels: of the samples, below `folder`.
-        posterior: the files hold mean and std (2C, S, S); else scaled latents ((1,) C, S, S).
+        posterior: the files hold mean and std (2C, S, S); else scaled latents ((1,) C, S, S). Both
+            are of a Stable Diffusion VAE.
         left_out: what is no sample, by kind.
     """
 
@@ -73,7 +75,8 @@ class FileLatents(LatentSource):
             raise ValueError(
                 f"{folder / paths[good[0]]} has the shape {first}; {wanted}, is needed"
             )
-        self.name, self.folder, self.scale = str(folder), folder, SCALE if posterior else 1.0
+        self.name, self.folder, self.latents = str(folder), folder, Latents(SCALE)
+        self.scaled = not posterior
         self.channels, self.image_size = (depth // 2 if posterior else depth), sides[0]
         every = np.array(labels, np.int64)
         check_labels(every, None, lambda row: paths[row])

@@ -6,6 +6,8 @@ from abc import abstractmethod
 
 import numpy as np
 
+from odelt_fast.config import Latents
+
 from .sources import (
     Batch,
     Flips,
@@ -21,12 +23,13 @@ Moments = tuple[np.ndarray, np.ndarray | None]
 
 
 class LatentSource(ImageSource):
-    """Latents (C, S, S) by index: scale * (mean + std * noise).
+    """Latents (C, S, S) by index: scale * (mean + std * noise - shift), by `latents`.
 
-    Without noise, or where a layout has no std: scale * mean.
+    Without noise, or where a layout has no std: scale * (mean - shift).
     """
 
-    scale: float
+    latents: Latents
+    scaled = False  # whether `moments` are scaled and shifted already
 
     @abstractmethod
     def moments(self, index: int, flip: bool) -> Moments:
@@ -58,5 +61,8 @@ class LatentSource(ImageSource):
             if std is not None and noise is not None:
                 mean = mean + std * noise[row].standard_normal(mean.shape, np.float32)
             latents[row], labels[row] = mean, self.labels[used]
-        latents *= np.float32(self.scale)
+        if not self.scaled:
+            if self.latents.shift:
+                latents -= np.float32(self.latents.shift)
+            latents *= np.float32(self.latents.scale)
         return latents, labels

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from odelt_fast.checks import number, shown, whole
+from odelt_fast.config import Latents
 from odelt_fast.files import PARTIAL, one_line, read_object, write_atomically
 
 from .latents import SCALE, LatentSource, Moments
@@ -37,7 +38,7 @@ class Manifest:
     channels: int
     size: int
     copies: int
-    scale: float
+    latents: Latents
     class_names: tuple[str, ...]
     lengths: tuple[int, ...]
 
@@ -51,6 +52,14 @@ class Manifest:
             raise ValueError("class_names must be a list of at least one name")
         if not isinstance(shards, list) or not shards:
             raise ValueError("shards must be a list of at least one shard")
+        facts = values.get("facts")
+        encoder = facts.get("encoder", "") if isinstance(facts, dict) else ""
+        latents = Latents(
+            number("scale", values.get("scale"), 1e-30, 1e6),
+            number("shift", values.get("shift", 0.0), -1e6, 1e6),
+            encoder if isinstance(encoder, str) else "",
+            values.get("encoder_sha256", ""),
+        )
         lengths = []
         for i, shard in enumerate(shards):
             name = _file("moments", i)
@@ -61,7 +70,7 @@ class Manifest:
             whole("channels", values.get("channels"), 1, 4096),
             whole("size", values.get("size"), 1, 4096),
             whole("copies", values.get("copies"), 1, 2),
-            number("scale", values.get("scale"), 1e-30, 1e6),
+            latents,
             tuple(names),
             tuple(lengths),
         )
@@ -98,7 +107,7 @@ class ShardedLatents(LatentSource):
         self.name, self.folder, self.manifest = str(folder), folder, manifest
         self.channels, self.image_size = manifest.channels, manifest.size
         self.class_names, self.flippable = manifest.class_names, manifest.copies == 2
-        self.scale = manifest.scale
+        self.latents = manifest.latents
         self._starts = np.concatenate([[0], np.cumsum(manifest.lengths)])
         _ = self._shards  # a damaged file is found out now
         self.labels = np.concatenate(self._mapped("labels", np.int64))
@@ -141,6 +150,7 @@ class LatentWriter:
     Args:
         folder: new, or of a run with the same settings, which is continued.
         copies: 2 with the mirrored images, else 1.
+        latents: what becomes of the moments when they are read, and what made them.
         facts: what else must be equal for a run to continue (the encoder, the labels), kept in the
             manifest.
 
@@ -157,7 +167,7 @@ class LatentWriter:
         class_names: Sequence[str],
         *,
         copies: int = 2,
-        scale: float = SCALE,
+        latents: Latents = Latents(SCALE),  # noqa: B008 (frozen)
         shard_length: int = 2048,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
@@ -165,8 +175,10 @@ class LatentWriter:
         self.shard_length = whole("shard_length", shard_length)
         self._shape = (copies, 2, channels, size, size)
         settings = {"format": _FORMAT, "version": 1, "channels": channels, "size": size}
-        settings |= {"copies": copies, "scale": scale, "class_names": list(class_names)}
-        settings |= {"shard_length": shard_length, "facts": dict(facts or {})}
+        settings |= {"copies": copies, "scale": latents.scale, "shift": latents.shift}
+        settings |= {"encoder_sha256": latents.encoder_sha256, "class_names": list(class_names)}
+        facts = {"encoder": latents.encoder} | dict(facts or {})
+        settings |= {"shard_length": shard_length, "facts": facts}
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._lengths: list[int] = []
@@ -181,7 +193,9 @@ class LatentWriter:
             self._write(SETTINGS_NAME, self._settings)
 
     def _continue(self, started: Path) -> None:
-        before = _read(started, dict)
+        # Folders of earlier versions know neither.
+        before = {name: self._settings[name] for name in ("shift", "encoder_sha256")}
+        before |= _read(started, dict)
         for name, value in self._settings.items():
             if before.get(name) != value:
                 there, here = (one_line(json.dumps(v)) for v in (before.get(name), value))

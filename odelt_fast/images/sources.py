@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from odelt_fast.config import Latents
+
 from .listing import listed
 from .pixels import decode_failure
 
@@ -36,6 +38,7 @@ class ImageSource(ABC):
         skipped: names of images that were left out as unreadable.
         remark: what brings the images to the size and channels that were asked for, if they had
             others.
+        latents: what the numbers are, if they are no pixels.
     """
 
     name: str
@@ -46,6 +49,7 @@ class ImageSource(ABC):
     flippable: bool = True
     skipped: Sequence[str] = ()
     remark: str | None = None
+    latents: Latents | None = None
 
     @property
     def num_classes(self) -> int:

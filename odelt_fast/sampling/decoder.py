@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checks import whole
+from odelt_fast.config import Latents
 from odelt_fast.files import one_line
+from odelt_fast.images.encode import latents_of
 
 
 class Decoder:
@@ -28,13 +30,23 @@ class Decoder:
         autoencoder: an AutoencoderKL or AutoencoderTiny; runs in its own dtype, on its own device.
             float16 overflows in some of them; bfloat16 does not.
         batch_size: latents decoded at a time, halved for good when memory runs out.
+        latents: what it decodes; None: of an AutoencoderKL what it says itself, of an
+            AutoencoderTiny unknown.
+        any_latents: decode those of a model that was trained on others, too.
 
     Raises:
-        ValueError: for latents of another shape and for an autoencoder whose configuration does not
-            say what is needed.
+        ValueError: for latents of another shape, for an autoencoder whose configuration does not
+            say what is needed, and for images that are not finite.
     """
 
-    def __init__(self, autoencoder: Any, name: str = "", batch_size: int = 8) -> None:
+    def __init__(
+        self,
+        autoencoder: Any,
+        name: str = "",
+        batch_size: int = 8,
+        latents: Latents | None = None,
+        any_latents: bool = False,
+    ) -> None:
         self.batch_size = whole("batch_size", batch_size)
         config = dict(getattr(autoencoder, "config", None) or {})
         widths = config.get("decoder_block_out_channels") or config.get("block_out_channels")
@@ -55,10 +67,43 @@ class Decoder:
             raise ValueError(
                 f"the decoder {self.name} has scaling_factor {self.scale}, which must be above 0"
             )
+        self.any_latents = any_latents
+        # An AutoencoderTiny imitates: its encoder is another, its scale 1, for the same latents.
+        tells = latents is None and not any_latents and "decoder_block_out_channels" not in config
+        if tells and getattr(autoencoder, "encoder", None) is not None:
+            latents = latents_of(autoencoder, self.name)
+        self.latents = latents
 
-    @torch.no_grad()
+    def check_latents(self, trained: Latents | None) -> None:
+        """ValueError unless it decodes the latents that a model was trained on, as far as both are
+        known."""
+        if self.any_latents or trained is None or self.latents is None:
+            return
+        if not trained.fits(self.latents):
+            raise ValueError(
+                f"the decoder is for latents of {self.latents}, the model was trained on those of"
+                f" {trained}: take that one, or decode all the same with --any-decoder (in Python"
+                " any_latents=True)"
+            )
+
     def __call__(self, latents: Tensor) -> Tensor:
         """Decodes on the autoencoder's device; the result stays there."""
+        return self.checked(self.decode(latents))
+
+    def checked(self, images: Tensor) -> Tensor:
+        """The images; ValueError if they are not finite."""
+        if not torch.isfinite(images).all():
+            dtype = str(self.autoencoder.dtype).removeprefix("torch.")
+            half = dtype == "float16"
+            advice = ": it overflows there, load it in bfloat16 or float32" if half else ""
+            raise ValueError(
+                f"the autoencoder {self.name} made values that are not finite in {dtype}{advice}"
+            )
+        return images
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """What a call does, without waiting for the device to see whether it is finite."""
         if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
             wanted = f"(B, {self.latent_channels}, h, w)"
             raise ValueError(
@@ -102,7 +147,7 @@ class Overlapped:
 
     def __call__(self, latents: Tensor) -> Tensor:
         if self._stream is None:
-            self._images.append(self.decoder(latents))
+            self._images.append(self.decoder.decode(latents))
             return latents
         # A copy of its own: whoever made the latents may write the next batch into the same memory
         # before these have been read.
@@ -110,12 +155,16 @@ class Overlapped:
         self._stream.wait_stream(torch.cuda.current_stream(own.device))
         with torch.cuda.stream(self._stream):
             own.record_stream(self._stream)
-            self._images.append(self.decoder(own))
+            self._images.append(self.decoder.decode(own))
         return latents
+
+    def check_latents(self, trained: Latents | None) -> None:
+        """As its decoder's."""
+        self.decoder.check_latents(trained)
 
     def images(self) -> Tensor:
         """Images (N, 3, H, W) float32, ready on the current stream. ValueError if nothing was
-        decoded."""
+        decoded, or if they are not finite."""
         if not self._images:
             raise ValueError("there are no latents to decode")
         if self._stream is not None:
@@ -123,7 +172,7 @@ class Overlapped:
             current.wait_stream(self._stream)
             for images in self._images:
                 images.record_stream(current)
-        return torch.cat(self._images)
+        return self.decoder.checked(torch.cat(self._images))
 
 
 def load_decoder(
@@ -131,13 +180,16 @@ def load_decoder(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     batch_size: int = 8,
+    *,
+    any_latents: bool = False,
 ) -> Decoder:
     """The decoder of an AutoencoderKL or AutoencoderTiny, from a folder or a Hub id; of a pipeline,
     its `vae` is taken. safetensors only.
 
     "stabilityai/sd-vae-ft-mse" is the one that DiT's latents are made for, "madebyollin/taesd" its
-    small imitation, for previews. dtype None: float32. Raises ValueError, in one line, where
-    diffusers is missing or cannot load it.
+    small imitation, for previews. dtype None: float32. any_latents: also for models that were
+    trained on the latents of another. Raises ValueError, in one line, where diffusers is missing or
+    cannot load it.
     """
     try:
         import diffusers
@@ -153,9 +205,10 @@ def load_decoder(
             raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
         local = {"use_safetensors": True, "local_files_only": True}
         autoencoder = getattr(diffusers, kind).from_pretrained(folder, **local)
+        latents = None if kind == "AutoencoderTiny" else latents_of(autoencoder, str(name_or_path))
         autoencoder.encoder = autoencoder.quant_conv = None
         autoencoder = autoencoder.eval().requires_grad_(False).to(device, dtype or torch.float32)
-        return Decoder(autoencoder, str(name_or_path), batch_size)
+        return Decoder(autoencoder, str(name_or_path), batch_size, latents, any_latents)
     except Exception as error:  # its errors come from many packages
         raise ValueError(
             f"the decoder {str(name_or_path)!r} cannot be loaded: {one_line(error)}"

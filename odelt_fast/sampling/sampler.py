@@ -28,6 +28,7 @@ from odelt_fast.model import DiT
 from odelt_fast.operation import DepthSchedule, Operation
 
 from .batches import Batches, evaluating
+from .decoder import Decoder, Overlapped
 from .host import Host
 from .noise import check_labels, drawn_labels, stack_noise
 
@@ -63,7 +64,8 @@ class Sampler:
             on a GPU warns once with the reason; a backend that was asked for by name raises
             ValueError. `explain()` says what really runs.
         batch_size: images at a time (None: by the number of tokens); it changes no picture.
-        decoder: a callable from latents (B, C, H, W) float32 to images, applied to every batch.
+        decoder: a callable from latents (B, C, H, W) float32 to images, applied to every batch. A
+            `Decoder` must be that of the latents that the model was trained on.
         attention: of the fused backend, "auto" or one of `engine.operators.ATTENTIONS` by name.
         precision: of the fused backend. None is the model's dtype; "fp8" runs most matrix products
             in float8, with an error of at most 4e-2 of one evaluation.
@@ -116,6 +118,8 @@ class Sampler:
             raise ValueError(
                 f"decoder must be a callable from latents to images, not {type(decoder).__name__}"
             )
+        if isinstance(decoder, Decoder | Overlapped):
+            decoder.check_latents(model.trained_on.latents)
         self.model, self.decoder, self.operation = model, decoder, operation.for_model(model)
         self.backend = one_of("backend", backend, BACKENDS)
         self.batch_size = None if batch_size is None else whole("batch_size", batch_size)

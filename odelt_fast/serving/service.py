@@ -27,6 +27,7 @@ from odelt_fast import __version__
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation, effective_guidance
 from odelt_fast.sampling.decoder import Decoder
+from odelt_fast.sampling.labels import label_from_text
 from odelt_fast.sampling.noise import check_labels, drawn_labels, stack_noise
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
@@ -81,8 +82,11 @@ class GenerateRequest(BaseModel):
     num_images: Annotated[int, Field(ge=1)] | None = Field(
         None, description="1, or as many as there are labels"
     )
-    labels: int | list[int] | None = Field(
-        None, description="one label for all images or one each; null: drawn from the seed"
+    labels: int | str | list[int | str] | None = Field(
+        None,
+        description=(
+            "one label for all images or one each, by number or name; null: drawn from the seed"
+        ),
     )
     seed: Seed | None = Field(
         None,
@@ -202,7 +206,7 @@ class Service:
             raise ValueError(f"num_images must be from 1 to {limits.max_images}, not {count}")
         classes = self.model.config.num_classes
         try:
-            chosen = check_labels(labels, count, classes)
+            chosen = check_labels(self._numbers(labels), count, classes)
         except OverflowError:
             raise ValueError(f"labels must be whole numbers from 0 to {classes}") from None
         seed = secrets.randbits(64) if wanted.seed is None else int(wanted.seed)
@@ -213,6 +217,13 @@ class Service:
         key = self._key(wanted, count, deadline - now)
         encode = functools.partial(self.encode, form=form)
         return Job(key, seed, count, chosen, deadline, client, future, encode), form
+
+    def _numbers(self, labels: int | str | list[int | str] | None) -> int | list[int] | None:
+        """Labels with numbers for names."""
+        known, classes = self.model.trained_on, self.model.config.num_classes
+        if isinstance(labels, list):
+            return [x if isinstance(x, int) else label_from_text(known, x, classes) for x in labels]
+        return label_from_text(known, labels, classes) if isinstance(labels, str) else labels
 
     def _format(self, wanted: str | None, count: int) -> str:
         allowed = [name for name in self.formats if name != "png" or count == 1]
@@ -302,7 +313,11 @@ class Service:
             "image": [self.channels, *(side * factor for side in self.shape[1:])],
             "depths": [depth for depth in config.depths if depth <= self.model.max_depth],
             "solvers": ["euler"] if config.sampling == "consistency" else solvers,
-            "labels": {"classes": config.num_classes, "null": config.num_classes},
+            "labels": {
+                "classes": config.num_classes,
+                "null": config.num_classes,
+                "names": list(self.model.trained_on.class_names),
+            },
             "formats": self.formats,
             "device": str(self.model.device),
             "dtype": str(self.model.dtype).removeprefix("torch."),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from odelt_fast.config import NUM_STEP_INDICES
+from odelt_fast.config import NUM_STEP_INDICES, TrainedOn
 from odelt_fast.files import flush, one_line, read_object
 from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
 from odelt_fast.model import DiT
@@ -83,7 +83,7 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
                 "steps": config.denoise_timesteps,
                 "guidance_scale": config.guidance_scale,
                 "seed": config.seed,
-            }
+            } | teacher.trained_on.to_dict()
             (partial / MANIFEST).write_text(json.dumps(manifest))
             flush(partial / MANIFEST)
             flush(partial)
@@ -140,6 +140,7 @@ class PairSource(ImageSource):
         try:
             manifest = read_object(folder / MANIFEST, 1 << 20)
             shape, num_classes = tuple(manifest["shape"]), int(manifest["num_classes"])
+            teacher = TrainedOn.taken_from(manifest, num_classes)
             shapes = [(int(manifest["count"]), *shape[:axes]) for _, axes in _ARRAYS.values()]
             arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS]
         except FileNotFoundError as error:
@@ -157,7 +158,8 @@ class PairSource(ImageSource):
         if not len(labels) or self.labels.min() < 0 or self.labels.max() > num_classes:
             raise ValueError(f"{folder} holds no readable pairs: labels must be 0..{num_classes}")
         self.channels, self.image_size = shape[:2]
-        self.class_names = tuple(map(str, range(num_classes)))
+        self.class_names = teacher.class_names or tuple(map(str, range(num_classes)))
+        self.latents = teacher.latents
 
     def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
         rows = np.asarray(indices)

@@ -101,11 +101,35 @@ def load_start(config: TrainConfig, model: DiT) -> tuple[DiT | None, str | None]
     if config.init_from is None:
         return None, None
     source = load_model(config.init_from)
+    conflict = source.trained_on.conflict(model.trained_on)
     if config.objective in DISTILLATIONS:
         check_teacher(source, config)
+        if conflict:
+            raise ValueError(f"the teacher was trained on {conflict}: distil it on its own data")
+    table = model.label_embed.weight.detach().clone()
     remark = start_from(model, source)
+    if conflict:
+        found = f"init_from was trained on {conflict}{_rows_by_name(model, source, table)}"
+        remark = found if remark is None else f"{remark}; {found}"
     teaches = config.objective in ("progressive", "consistency-distillation")
     return source.requires_grad_(False) if teaches else None, remark
+
+
+@torch.no_grad()
+def _rows_by_name(model: DiT, source: DiT, table: torch.Tensor) -> str:
+    """Gives the classes of a model their rows in the label table of `source`, by name, and those
+    that it does not have their rows in `table`; what was done, in words."""
+    ours, theirs = model.trained_on.class_names, source.trained_on.class_names
+    if ours == theirs or len(ours) != len(theirs):
+        return ""
+    rows = [source.trained_on.find(name) for name in ours]
+    for label, row in enumerate(rows):
+        known = len(row) == 1
+        model.label_embed.weight[label] = (
+            source.label_embed.weight[row[0]] if known else table[label]
+        )
+    new = sum(len(row) != 1 for row in rows)
+    return f": labels are taken by name, {new} of them anew"
 
 
 def open_pairs(config: TrainConfig, state: AcceleratorState) -> PairSource:
