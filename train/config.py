@@ -73,12 +73,13 @@ class TrainConfig:
     """Dropout probability of the network while it trains; None: that of --model.dropout."""
     data: str = "digits"
     """Images or latents: digits (scikit-learn's 1797 8x8 images), a folder of class folders,
-    Parquet files, the id of a Hugging Face data set, or a folder of latents (odelt-fast encode
-    makes one)."""
+    Parquet files, WebDataset shards (.tar, by URL too), the id of a Hugging Face data set, or a
+    folder of latents (odelt-fast encode makes one)."""
     image_column: str | None = None
     """Column of images where --data is a table; None: looked for by type and name."""
     label_column: str | None = None
-    """Column of labels, as --image-column: fine_label or coarse_label of CIFAR-100."""
+    """Column of labels, as --image-column (fine_label or coarse_label of CIFAR-100), or a key of
+    shards' JSON; an empty name: one class."""
     random_flip: bool = True
     """Mirror half of the images left to right, where the source allows it."""
     output_dir: Path = Path("runs/digits")

@@ -22,6 +22,10 @@ from .pixels import Opened, image_endings
 from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from .sources import ImageSource
 from .tables import SAVED_MARKS, Choice, open_dataset
+from .webdataset import is_url, open_shards
+
+_FILES = {".parquet": "parquet", ".npz": "arrays", ".tar": "shards"}
+_TABLES = ("dataset", "parquet", "shards")
 
 
 def open_source(
@@ -42,6 +46,8 @@ def open_source(
               of train/ and test/ with class folders, or of images (one class)
             - a Parquet file, or a folder of them, with columns of images and labels as Hugging
               Face `datasets` writes them
+            - WebDataset shards: a .tar file, a folder of them, or their names or URLs (of any file
+              system of fsspec) with braces, shard-{000..011}.tar
             - the id of a data set on the Hugging Face Hub (user/name, user/name:config), or a
               folder made by its `save_to_disk`
             - a .npz file with images as arr_0 (`ArrayImages`)
@@ -51,7 +57,8 @@ def open_source(
             centred square is taken. Latents are never changed.
         channels: 1 (grey) or 3; None: 1 if every image is grey.
         split: which part, where the data have parts.
-        image_column, label_column: of a table; None: looked for by type and by name.
+        image_column, label_column: of a table, or ending and key of JSON in shards; None: looked
+            for by type and by name. An empty label_column: one class.
 
     Returns:
         The source. Images that cannot be decoded are left out (`skipped`).
@@ -64,12 +71,13 @@ def open_source(
         whole("image_size", image_size, 1, 4096)
     if channels is not None:
         whole("channels", channels)
-    name, path = str(data), Path(data).expanduser()
+    name, path = _as_written(data), Path(data).expanduser()
     try:
         kind = "digits" if name == "digits" else _kind(path, name)
-        if (image_column or label_column) and kind not in ("dataset", "parquet"):
+        if (image_column or label_column) and kind not in _TABLES:
             raise ValueError(
                 f"{name} is no table: --image-column and --label-column choose columns of tables"
+                " and parts of shards"
             )
         if kind in ("digits", "latents", "arrays") and split != "train":
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
@@ -92,10 +100,19 @@ def open_source(
         raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
 
 
+def _as_written(data: str | Path) -> str:
+    """As the user wrote it: a path has lost a slash of a URL."""
+    if isinstance(data, str):
+        return data
+    return re.sub(r"(\w{2,}):/(?!/)", r"\1://", str(data)).replace("file://", "file:///")
+
+
 def is_latents(data: str | Path) -> bool:
     """Whether data are latents, and no images; ValueError for what is no data."""
     try:
-        return str(data) != "digits" and _kind(Path(data).expanduser(), str(data)) == "latents"
+        return (
+            str(data) != "digits" and _kind(Path(data).expanduser(), _as_written(data)) == "latents"
+        )
     except OSError:  # `open_source` tells it
         return False
 
@@ -105,6 +122,8 @@ def _open_store(data: str, path: Path, kind: str, split: str, choice: Choice) ->
         return open_dataset(str(path) if path.exists() else data, split, choice)
     if kind == "parquet":
         return open_parquet(path, split, choice)
+    if kind == "shards":
+        return open_shards(data if is_url(data) else str(path), split, choice)
     return open_folder(path, split)
 
 
@@ -143,14 +162,18 @@ def _kind(path: Path, data: str) -> str:
     data: as the user wrote it (./a/b is never an id).
     """
     if path.is_file():
-        kind = {".parquet": "parquet", ".npz": "arrays"}.get(path.suffix.lower())
+        kind = _FILES.get(path.suffix.lower())
         if kind is None:
             raise ValueError(
-                f"{path} is a file of no known kind: give a .parquet or .npz file, or a folder"
+                f"{path} is a file of no known kind: give a .parquet, .tar or .npz file or a folder"
             )
         return kind
+    if re.search(r"\.tar($|[?#])", data) and (is_url(data) or "{" in data):
+        return "shards"
+    if is_url(data):
+        raise ValueError(f"{data} is a URL of no known kind: give those of .tar files")
     if not path.is_dir() or not data:
-        files = {".parquet", ".npy", ".npz", ".json", *image_endings()}
+        files = {*_FILES, ".npy", ".json", *image_endings()}
         is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)
         if is_id and path.suffix not in files:
             return "dataset"
@@ -169,5 +192,7 @@ def _kind(path: Path, data: str) -> str:
         return "dataset"
     if "dataset.json" in names and files_below(path, "", is_repa, Counter()):
         return "latents"
-    tables = any(any(path.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
-    return "parquet" if tables else "folder"
+    for ending, kind in ((".parquet", "parquet"), (".tar", "shards")):
+        if any(any(path.glob(pattern)) for pattern in (f"*{ending}", f"*/*{ending}")):
+            return kind
+    return "folder"

@@ -38,6 +38,10 @@ _REMEMBERED_FROM = 2000  # images: below, a check takes a second or two and is n
 _CHECK_VERSION = 2
 
 
+class Unreachable(ValueError):
+    """The place where images lie cannot be reached: no image is to blame."""
+
+
 class Store(Protocol):
     """Where encoded images lie.
 
@@ -308,6 +312,8 @@ def _check_all(store: Store, one_size: bool) -> Check:
 def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
     try:
         return inspect_image(store.encoded(row))
+    except Unreachable:
+        raise
     except Exception as error:
         return decode_failure(error)
 

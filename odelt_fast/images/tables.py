@@ -28,7 +28,8 @@ _MAX_CLASSES = 10_000_000
 
 @dataclass(frozen=True)
 class Choice:
-    """The columns of images and of labels that the user names; None: they are looked for."""
+    """The columns of images and of labels that the user names; None: they are looked for. An empty
+    name of labels: there are none, all images are one class."""
 
     image: str | None = None
     label: str | None = None
@@ -74,18 +75,20 @@ def find_columns(schema: Any, where: str, choice: Choice = NO_CHOICE) -> Columns
             )
         return found
 
-    def missing(what: str, usual: Sequence[str]) -> ValueError:
+    def missing(what: str, usual: Sequence[str], or_none: str = "") -> ValueError:
         return ValueError(
             f"{where} has the columns {present}; none of them can be the {what}s by its name"
-            f" ({', '.join(usual)}): choose one with --{what}-column"
+            f" ({', '.join(usual)}): choose one with --{what}-column{or_none}"
         )
 
     image = choose("image", choice.image, "Image", IMAGE_COLUMNS)
-    label = choose("label", choice.label, "ClassLabel", LABEL_COLUMNS)
+    label = choice.label or None
+    if choice.label != "":
+        label = choose("label", choice.label, "ClassLabel", LABEL_COLUMNS)
     if image is None:
         raise missing("image", IMAGE_COLUMNS)
-    if label is None and len(schema.names) > 1:
-        raise missing("label", LABEL_COLUMNS)
+    if label is None and len(schema.names) > 1 and choice.label != "":
+        raise missing("label", LABEL_COLUMNS, ", or none ('')")
     names = features.get(label or "", {}).get("names")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = None
