@@ -4,12 +4,16 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tyro
 
 from odelt_fast import cli
+from odelt_fast.checkpoints.folder import save_model
+from odelt_fast.config import PRESETS
+from odelt_fast.model import DiT
 from odelt_fast.train.main import parse as parse_training
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +90,24 @@ def _check(command: str) -> None:
         _check_module(words[at + 1], words[at + 2 :])
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the pages' converted model, narrower than it is there."""
+    folder = tmp_path_factory.mktemp("models")
+    config = replace(PRESETS["DiT-XL/2"], hidden_size=16, num_heads=2, length_conditioned=False)
+    save_model(DiT(config), folder / "sit-xl")
+    return folder
+
+
 @pytest.mark.parametrize(("page", "command"), sorted(set(_commands())))
 def test_a_documented_command_parses(
-    page: str, command: str, capsys: pytest.CaptureFixture[str]
+    page: str,
+    command: str,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(models)
     try:
         _check(command)
     except SystemExit as stop:  # of --help too, with 0

@@ -15,6 +15,7 @@ import tyro
 from odelt_fast.checks import number, whole
 from odelt_fast.config import PRESETS, DiTConfig
 
+from .dial import DialOptions
 from .mean_velocity import MEAN_VELOCITY, MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
 
 ObjectiveName = Literal[
@@ -61,7 +62,7 @@ RecipeName = Literal[
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DialOptions):
     """Options of a training run (Algorithm 1 and Table 7 of the paper). A combination that cannot
     work raises ValueError."""
 
@@ -119,11 +120,6 @@ class TrainConfig:
     over its D numbers; 0: every row alike, 1: as MeanFlow."""
     loss_weight_eps: float = 0.01
     """Added to the squared error there."""
-    teacher_depth: Literal["full", "student"] = "full"
-    """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's
-    l of each row (Algorithm 1)."""
-    init_from: str | None = None
-    """Model to start from and to distil: a folder, a bundled name or a Hub id."""
     pairs: Path | None = None
     """Folder of noise and data pairs of objective reflow; made first by the model of --init-from if
     it is not there."""
@@ -265,6 +261,7 @@ class TrainConfig:
                 "denoise_timesteps must be a power of 2 from 2 to 128, not"
                 f" {self.denoise_timesteps}"
             )
+        object.__setattr__(self, "model", self.with_dial(self.model))
         self._check_objective()
         self._check_rows()
 
@@ -328,6 +325,7 @@ class TrainConfig:
                 "objective reflow needs --pairs FOLDER, where pairs are, or are made by the model"
                 " of --init-from"
             )
+        self.check_teacher(name, model.length_conditioned)
         if scale is None:
             return
         number("guidance_scale", scale, 0)

@@ -12,20 +12,27 @@ from odelt_fast.checks import unknown_option
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import plain_warnings
 from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.dial import shaped_as
 from odelt_fast.train.recipes import RECIPES
 
 
 def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
-    """Options over the recipe that `--recipe` names. A value of the wrong type ends the process
+    """Options over the recipe that `--recipe` names, and over the shapes of the model that
+    `--init-from` names. A value of the wrong type ends the process
     with one message on stderr and exit code 2; an unknown option or an impossible combination
     raises ValueError."""
-    recipe = "digits"
+    named = {"--recipe": "digits", "--init-from": ""}
+    given = set()
     for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name == "--recipe":
-            recipe = value or (arguments[i + 1] if i + 1 < len(arguments) else "")
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        given.add(name)
+        if name in named:
+            named[name] = value if equals else "".join(arguments[i + 1 : i + 2])
     # An unknown name is refused below, with the allowed ones.
-    default = RECIPES.get(recipe, RECIPES["digits"])
+    default = RECIPES.get(named["--recipe"], RECIPES["digits"])
+    if named["--init-from"] not in ("", "None") and not given & {"-h", "--help"}:
+        default = started_from(default, named["--init-from"], given)
     config, unknown = tyro.cli(
         TrainConfig,
         args=list(arguments),
@@ -39,6 +46,21 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         options += [f"model.{field.name}" for field in dataclasses.fields(DiTConfig)]
         raise unknown_option(prog or "train", unknown[0], options)
     return config
+
+
+def started_from(config: TrainConfig, init_from: str, given: set[str]) -> TrainConfig:
+    """The options with the shapes of the model that `init_from` names.
+
+    Args:
+        given: names of the options that will replace its.
+
+    Raises:
+        ValueError: no such model, or lengths that do not go with it.
+    """
+    from odelt_fast.checkpoints.folder import read_config
+
+    model, wiring = shaped_as(read_config(init_from), config.model, given)
+    return dataclasses.replace(config, model=model, init_from=init_from, wiring=wiring)
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -78,7 +78,7 @@ RECIPES: dict[str, TrainConfig] = {
         train_batch_size=128,
     ),
     # The table starts both from the shortcut-models checkpoint: convert it and name it with
-    # --init-from.
+    # --init-from and --model.inner-step unit, which changes no weights.
     "imagenet256-b": _recipe(_TABLE_7, "imagenet256-b", PRESETS["DiT-B/2"], **_IMAGENET),
     "imagenet256-xl": _recipe(_TABLE_7, "imagenet256-xl", PRESETS["DiT-XL/2"], **_IMAGENET),
 }

@@ -15,6 +15,7 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint  # once, before the forks
@@ -22,6 +23,8 @@ import torch.distributed.fsdp
 import torch.distributed.tensor
 from safetensors.torch import load_file
 
+from odelt_fast.checkpoints.folder import save_model
+from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.recipes import RECIPES
 from tests.stress.kill_training import MODEL, Witness, equal, start, wait
@@ -86,6 +89,22 @@ def run(
     return [sum(ranks) / ROWS for ranks in per_rank], averages
 
 
+def fine_tuning(folder: Path) -> dict[str, Any]:
+    """Options that give a flow of one length, made in `folder`, lengths and step sizes."""
+    changes = {"dropout": 0.0, "length_conditioned": False, "step_conditioned": False}
+    torch.manual_seed(0)
+    model = DiT(replace(MODEL, sampling="flow", **changes))
+    torch.nn.init.normal_(model.final_layer.out.weight, std=0.1)
+    start = str(save_model(model, folder / "start"))
+    return {
+        "objective": "shortcut",
+        "init_from": start,
+        "depths": MODEL.depths,
+        "wiring": "residual",
+        "length_teacher": "init",
+    }
+
+
 def compare(objective: str, steps: int, folder: Path) -> None:
     # No dropout: its masks belong to a process's batch, not to rows. Independent depths need not
     # have the same maximum in both processes.
@@ -98,7 +117,11 @@ def compare(objective: str, steps: int, folder: Path) -> None:
         log_with=(),
     )
     sampling = "stratified" if objective == "shortcut" else "independent"
-    config = replace(config, objective=objective, depth_sampling=sampling, ema_widths=(WIDTH,))
+    config = replace(config, depth_sampling=sampling, ema_widths=(WIDTH,))
+    if objective == "dial":
+        config = replace(config, **fine_tuning(folder))
+    else:
+        config = replace(config, objective=objective)
     (first, (expected, theirs)), *others = ((kind, run(config, kind, folder)) for kind in KINDS)
     for kind, (values, ours) in others:
         worst = max(abs(a - b) / b for a, b in zip(values, expected))
@@ -122,8 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     # live-reflow evaluates the network that is being trained outside of the loss, which sharding
-    # must allow
-    parser.add_argument("--objectives", nargs="+", default=["shortcut", "live-reflow"])
+    # must allow; dial: a flow of one length gets lengths, taught by itself
+    parser.add_argument("--objectives", nargs="+", default=["shortcut", "live-reflow", "dial"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     for objective in options.objectives:

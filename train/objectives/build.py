@@ -25,8 +25,11 @@ def build_objective(config: TrainConfig) -> Objective:
     if config.model.num_classes == 1:
         objective = WithoutLabels(objective, null_label=1)
     if config.model.length_conditioned:
-        rows = config.row_sizes()["length"]
-        objective = LengthConsistency(objective, config.model.depths, rows, config.teacher_depth)
+        sizes, frozen = config.row_sizes(), config.length_teacher == "init"
+        rows = sizes["length"] + frozen * sizes["flow"]
+        objective = LengthConsistency(
+            objective, config.model.depths, rows, config.teacher_depth, frozen
+        )
     return objective
 
 

@@ -1,11 +1,13 @@
 """Length consistency: rows learn the EMA network's velocity at another number of blocks (equation 8
-of the paper)."""
+of the paper), or that of the frozen network that the run started from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
+
+from odelt_fast.config import NUM_STEP_INDICES
 
 from .targets import Networks, Objective, StepBatch, Targets
 
@@ -19,12 +21,16 @@ class LengthConsistency:
     target replaces the wrapped objective's, at the same x_t, t, step index and label. teacher_depth
     "student": teachers of the wrapped objective run at the row's l (Algorithm 1), instead of at
     full depth ("full").
+
+    frozen: the last `rows` rows, which are flow rows, learn what the frozen teacher gives at its
+    full depth and, where it knows step sizes, at the finest: the velocity itself.
     """
 
     objective: Objective
     depths: tuple[int, ...]
     rows: int
     teacher_depth: str = "full"
+    frozen: bool = False
 
     @torch.no_grad()
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
@@ -33,9 +39,15 @@ class LengthConsistency:
         targets = self.objective(student, batch)
         velocity = targets.velocity
         if self.rows:
-            inputs = (targets.x_t, targets.t, targets.log2_steps, targets.y)
-            other = self._drawn_depths(batch, "teacher_depth", first)
-            taught = networks.target(*(values[first:] for values in inputs), depth=other)
+            x_t, t, index, y = (
+                values[first:] for values in (targets.x_t, targets.t, targets.log2_steps, targets.y)
+            )
+            if self.frozen:
+                assert networks.teacher is not None
+                taught = networks.teacher(x_t, t, torch.full_like(index, NUM_STEP_INDICES - 1), y)
+            else:
+                other = self._drawn_depths(batch, "teacher_depth", first)
+                taught = networks.target(x_t, t, index, y, depth=other)
             velocity = torch.cat([velocity[:first], taught.to(velocity.dtype)])
         return replace(targets, depth=depth, velocity=velocity)
 
