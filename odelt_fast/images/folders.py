@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .listing import entries_of, files_below, listed
+from .listing import entries_of, files_below, listed, split_named
 from .pixels import Opened, is_image_file
 from .tables import natural_order
 
@@ -91,8 +91,15 @@ def _of_split(
         raise ValueError(
             f"{folder} has images outside its class folders, such as {loose[0]}: move them into one"
         )
-    validation = ("val", "valid", "validation")
-    if not names or not {name.lower() for name in names} <= {"train", "test", *validation}:
+    splits = {name: split_named(name) for name in names}
+    named = [name for name, found in splits.items() if found]
+    if "train" in splits.values() and 1 < len(named) < len(names):
+        other = next(name for name in names if name not in named)
+        raise ValueError(
+            f"{folder} has folders of splits ({', '.join(named)}) and others, such as {other}: give"
+            " the folder of one split, or move the others away"
+        )
+    if not names or len(named) < len(names):
         if split != "train":
             raise ValueError(
                 f"{folder} has no sub-folder for the split {split!r}: it is all of the split"
@@ -100,10 +107,10 @@ def _of_split(
             )
         left_out += beside
         return folder, names, loose
-    wanted = validation if split in validation else (split,)
-    for name in names:
-        if name.lower() in wanted:
-            return _of_split(folder / name, "train", left_out)
+    chosen = [name for name in names if splits[name] == (split_named(split) or split)]
+    if len(chosen) == 1:
+        return _of_split(folder / chosen[0], "train", left_out)
     raise ValueError(
-        f"{folder} has no sub-folder for the split {split!r}; it has {', '.join(names)}"
+        f"{folder} has {'several sub-folders' if chosen else 'no sub-folder'} for the split"
+        f" {split!r}; it has {', '.join(names)}"
     )

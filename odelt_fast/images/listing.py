@@ -49,6 +49,12 @@ def files_below(folder: Path, place: str, wanted: Wanted, left_out: Counter[str]
     return sorted(found)
 
 
+def split_named(name: str) -> str | None:
+    """The split that a folder is called by, and nothing else; None if none."""
+    known = (split for split, words in _SPLITS.items() if name.lower() in words.split("|"))
+    return next(known, None)
+
+
 def split_of(path: str) -> str | None:
     """The split that a file's path names, as `datasets` understands it; None if none.
 

@@ -168,7 +168,7 @@ def _kind(path: Path, data: str) -> str:
                 f"{path} is a file of no known kind: give a .parquet, .tar or .npz file or a folder"
             )
         return kind
-    if re.search(r"\.tar($|[?#])", data) and (is_url(data) or "{" in data):
+    if re.search(r"\.tar($|[?#])", data) and (is_url(data) or re.search(r"[{*]", data)):
         return "shards"
     if is_url(data):
         raise ValueError(f"{data} is a URL of no known kind: give those of .tar files")

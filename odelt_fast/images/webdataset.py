@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import itertools
 import json
@@ -53,7 +54,7 @@ def is_url(data: str) -> bool:
 
 
 def expand(data: str) -> list[str]:
-    """The names that braces stand for: shard-{000..011}.tar, {a,b}.tar."""
+    """The names that braces and asterisks stand for: shard-{000..011}.tar, {a,b}.tar, *.tar."""
     parts: list[list[str]] = []
     for part in re.split(r"(\{\d{1,18}\.\.\d{1,18}\}|\{[^{},]*(?:,[^{},]*)+\})", data):
         if not part.startswith("{"):
@@ -69,7 +70,21 @@ def expand(data: str) -> list[str]:
     ]
     if not names or len(names) == _MOST_SHARDS:
         raise ValueError(f"{data} names {'too many' if names else 'no'} shards")
-    return names
+    return [
+        name for pattern in names for name in (_found(pattern) if "*" in pattern else [pattern])
+    ]
+
+
+def _found(pattern: str) -> list[str]:
+    """Names of the files that match, sorted; ValueError if there are none."""
+    if is_url(pattern):
+        system, path = _system(pattern)
+        found = [system.unstrip_protocol(name) for name in system.glob(path)]
+    else:
+        found = glob.glob(pattern)
+    if not found:
+        raise ValueError(f"no file matches {pattern}")
+    return sorted(found)
 
 
 def open_shards(data: str, split: str, choice: Choice = NO_CHOICE) -> Opened:

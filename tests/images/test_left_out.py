@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from odelt_fast import cli
 from odelt_fast.images import open_source, pixels
 from tests.images.test_images import as_pixels, encode, picture
 from tests.images.test_latents import fast_dit, repa
@@ -131,6 +132,29 @@ def test_images_beside_the_folders_of_splits_are_no_secret(tmp_path):
         open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize("names", [("Training", "Dev"), ("train", "validation", "Testing")])
+def test_folders_of_splits_are_no_classes_whatever_they_are_called(tmp_path, names, silent):
+    for name in names:
+        (tmp_path / name / "a").mkdir(parents=True)
+        picture(1).save(tmp_path / name / "a" / "0.png")
+    for split in ("train", "validation"):
+        source = open_source(str(tmp_path), split=split)
+        assert (len(source), source.class_names) == (1, ("a",))
+
+
+def test_folders_of_splits_beside_others_are_told_and_not_taken_for_classes(tmp_path):
+    for name in ("train/a", "val/a", "extra/a"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(1).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match=r"splits \(train, val\) and others, such as extra"):
+        open_source(str(tmp_path))
+    (tmp_path / "extra").rename(tmp_path / "training")
+    with pytest.raises(
+        ValueError, match=r"several sub-folders for the split 'train'; it has train"
+    ):
+        open_source(str(tmp_path))
+
+
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
     for place in ("store/sub", "data/a/deep", "data/b"):
         (tmp_path / place).mkdir(parents=True)
@@ -177,6 +201,24 @@ def test_one_process_of_several_says_it(tmp_path, monkeypatch, silent):
     mixed_folder(tmp_path)
     monkeypatch.setenv("RANK", "1")
     assert len(open_source(str(tmp_path))) == 3
+
+
+@pytest.mark.parametrize("command", ["train", "stats", "evaluate", "encode"])
+def test_every_command_says_it_once(tmp_path, command, monkeypatch):
+    mixed_folder(tmp_path / "data")
+    shape = ("hidden-size=16", "num-heads=2", "channels=1", "num-classes=2")
+    small = ["--allow-few-samples", "--quiet", "--features", "digits"]
+    options = {
+        "train": ["--steps=1", "--output-dir=run", *(f"--model.{value}" for value in shape)],
+        "stats": ["--out=s.npz", "--image-size=8", *small],
+        "evaluate": ["--num-images=4", "--seeds=1", "--steps=1", "--depths=4", "--out=e", *small],
+        "encode": ["--out=latents", "--vae=./nowhere"],
+    }
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="1 of 4 images left out: a/bad.gif") as caught:
+        code = cli.main([command, "--data", "data", *options[command]])
+    assert code == (2 if command == "encode" else 0)  # there is no such autoencoder
+    assert sum("left out" in str(warning.message) for warning in caught) == 1
 
 
 def test_commands_say_it_in_one_line(tmp_path):

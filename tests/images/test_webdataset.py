@@ -63,7 +63,9 @@ def same(source, order=range(6), labels=(0, 1, 2, 0, 1, 2)) -> None:
     assert found.tolist() == np.array(labels)[shuffled].tolist()
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "braces", "list", "url", "memory", "cached"])
+@pytest.mark.parametrize(
+    "kind", ["file", "folder", "braces", "list", "glob", "url", "memory", "urls", "cached"]
+)
 def test_shards_are_read_at_any_place_wherever_they_lie(tmp_path, kind):
     for i in range(2):
         content = written(tmp_path / "data" / f"part-00{i}.tar", samples(range(3 * i, 3 * i + 3)))
@@ -74,6 +76,8 @@ def test_shards_are_read_at_any_place_wherever_they_lie(tmp_path, kind):
         "folder": f"{tmp_path}/data",
         "braces": f"{tmp_path}/data/part-{{000..001}}.tar",
         "list": f"{tmp_path}/data/{{part-000,part-001}}.tar",
+        "glob": f"{tmp_path}/data/*.tar",
+        "urls": f"memory://{tmp_path.name}/*.tar",
         "url": f"file://{tmp_path}/data/part-{{000..001}}.tar",
         "memory": f"memory://{tmp_path.name}/{{0..1}}.tar",
         "cached": f"simplecache::file://{tmp_path}/data/part-{{000..001}}.tar",
@@ -255,6 +259,8 @@ def test_formats_of_tar_with_long_names_are_read(tmp_path):
         ("{base}/missing.tar", "does not exist"),
         ("{base}/part-{{0..3}}.tar", r"shard .*part-0.tar cannot be read: .*No such file"),
         ("memory://nowhere/x.tar", "shard memory://nowhere/x.tar cannot be read"),
+        ("{base}/*.tar", r"no file matches .*\*.tar"),
+        ("memory://nowhere/*.tar", r"no file matches memory://nowhere/\*.tar"),
         ("nonsense://host/x.tar", "cannot be read: .*nonsense"),
         ("https://host/x.png", "is a URL of no known kind: give those of .tar files"),
         ("{base}/{{0..99999999999}}.tar", "too many shards"),
