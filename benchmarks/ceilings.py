@@ -83,7 +83,7 @@ def measure_ceilings(device: torch.device, seconds: float = 1.0) -> dict[str, fl
 
 def token_count(config: DiTConfig) -> int:
     """Tokens of an image."""
-    return (config.image_size // config.patch_size) ** 2
+    return math.prod(config.grid)
 
 
 def evaluation_flops(config: DiTConfig, depth: int, batch: int) -> float:
@@ -109,7 +109,7 @@ def evaluation_bytes(config: DiTConfig, depth: int, batch: int, dtype: torch.dty
     """
     size, live = config.hidden_size, config.live_blocks(depth)
     weights = live * size * (4 * size + 2 * config.mlp_size)
-    return float(weights * dtype.itemsize + 2 * 4 * batch * config.channels * config.image_size**2)
+    return float(weights * dtype.itemsize + 2 * 4 * batch * math.prod(config.image_shape))
 
 
 def floor_seconds(

@@ -102,9 +102,9 @@ def cases(config: DiTConfig, batch: int, dtype: torch.dtype, cuda: bool) -> Iter
     cuda: with Triton's forms, and what PyTorch has for CUDA alone.
     """
     size, heads, patch = config.hidden_size, config.num_heads, config.patch_size
-    tokens = (config.image_size // patch) ** 2
+    tokens = math.prod(config.grid)
     rows, element = batch * tokens, torch.finfo(dtype).bits // 8
-    state_shape = (batch, config.channels, config.image_size, config.image_size)
+    state_shape = (batch, *config.image_shape)
     # Bytes of (B, N, D), and of the float32 state.
     passed, state = float(rows * size * element), 4.0 * math.prod(state_shape)
     pixels = patch**2 * config.channels

@@ -108,7 +108,7 @@ class Workload:
     def inputs(self, device: torch.device) -> Inputs:
         """Noise (B, C, H, W) float32 and labels (B,), different as far as there are classes."""
         config, generator = self.config, torch.Generator().manual_seed(1)
-        shape = (self.batch, config.channels, config.image_size, config.image_size)
+        shape = (self.batch, *config.image_shape)
         noise = torch.randn(shape, generator=generator).to(device)
         return {"noise": noise, "labels": np.arange(self.batch) % config.num_classes}
 

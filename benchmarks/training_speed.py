@@ -97,9 +97,9 @@ def make_trainer(
     latents = folder / "latents"
     if not latents.exists():
         names = [str(label) for label in range(model.num_classes)]
-        writer = LatentWriter(latents, model.channels, model.image_size, names)
+        writer = LatentWriter(latents, *model.image_shape[:2], names)
         rng = np.random.default_rng(0)
-        shape = (256, 2, 2, model.channels, model.image_size, model.image_size)
+        shape = (256, 2, 2, *model.image_shape)
         moments = rng.standard_normal(shape, dtype=np.float32)
         writer.append(moments, rng.integers(model.num_classes, size=256))
         writer.finish()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+Size = int | tuple[int, int]  # of images: the side of squares, or height and width
 SECONDS = {"us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 BYTES = {
     "B": 1,
@@ -40,6 +41,28 @@ def whole(name: str, value: Any, least: int = 1, most: int | None = None) -> int
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}, not {shown(value)}")
     return number
+
+
+def check_size(name: str, value: Any, most: int) -> Size:
+    """`value` as the size of images, if it is one: a side, or height and width (a list, too), from
+    1 to most. Equal ones become a side; else ValueError."""
+    if not isinstance(value, (tuple, list)):
+        return whole(name, value, 1, most)
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a side, or height and width, not {shown(value)}")
+    height, width = (whole(f"each of {name}", side, 1, most) for side in value)
+    return height if height == width else (height, width)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def show_size(size: Size) -> str:
+    """As Pillow and viewers have it: width x height."""
+    height, width = sides(size)
+    return f"{width}x{height}"
 
 
 def device_of(name: str) -> torch.device:

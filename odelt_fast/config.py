@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from odelt_fast.checks import number, one_of, shown, whole
+from odelt_fast.checks import Size, check_size, number, one_of, shown, sides, whole
 
 INNER_STEPS = ("unit", "inverse_depth", "residual")
 LAYER_NORM_EPS = 1e-6
@@ -49,8 +49,9 @@ class DiTConfig:
     `sampling` records how the training objective wants the model to be sampled (SAMPLING_KINDS).
     """
 
-    image_size: int = 32
-    """Side, in pixels or latent values, of what the network sees (latents of 256 pixels: 32)."""
+    image_size: Size = 32
+    """Side, in pixels or latent values, of what the network sees (latents of 256 pixels: 32); two
+    numbers: height and width."""
     channels: int = 4
     """Channels of what the network sees: 1 grey, 3 colour, 4 latents."""
     patch_size: int = 2
@@ -109,10 +110,10 @@ class DiTConfig:
             object.__setattr__(self, "guided_channels", channels)
         one_of("inner_step", self.inner_step, INNER_STEPS)
         one_of("sampling", self.sampling, SAMPLING_KINDS)
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+        size = check_size("image_size", self.image_size, _LIMITS["image_size"])
+        object.__setattr__(self, "image_size", size)
+        if any(side % self.patch_size for side in sides(size)):
+            raise ValueError(f"image_size {size} is not a multiple of patch_size {self.patch_size}")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}"
@@ -146,7 +147,13 @@ class DiTConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of what the network sees."""
-        return self.channels, self.image_size, self.image_size
+        return self.channels, *sides(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = sides(self.image_size)
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def mlp_size(self) -> int:

@@ -136,8 +136,7 @@ class DiT(nn.Module):
             self.length_embed = nn.Embedding(config.depth + 1, size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
-        grid = config.image_size // config.patch_size
-        self.register_buffer("positions", position_table(grid, grid, size), persistent=False)
+        self.register_buffer("positions", position_table(*config.grid, size), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -372,7 +371,7 @@ class DiT(nn.Module):
             )
         tokens = self.patch_embed(x.to(self.dtype)).flatten(2).transpose(1, 2)
         positions = self.positions
-        if (height, width) != (config.image_size, config.image_size):
+        if (height, width) != config.image_shape[1:]:
             table = position_table(height // patch, width // patch, config.hidden_size)
             positions = table.to(x.device)
         return (tokens + positions).to(self.dtype)

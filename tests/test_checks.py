@@ -1,10 +1,18 @@
-"""Times and amounts of memory as people write them."""
+"""Sizes of images; times and amounts of memory as people write them."""
 
 from __future__ import annotations
 
 import pytest
 
-from odelt_fast.checks import parse_memory, parse_seconds, show_memory, show_seconds
+from odelt_fast.checks import (
+    check_size,
+    parse_memory,
+    parse_seconds,
+    show_memory,
+    show_seconds,
+    show_size,
+    sides,
+)
 
 
 @pytest.mark.parametrize(
@@ -72,3 +80,12 @@ def test_quantities_are_shown_with_the_unit_that_suits() -> None:
         "2.5 GB",
         "unknown",
     ]
+
+
+def test_sizes_are_sides_or_heights_and_widths() -> None:
+    assert [check_size("size", value, 64) for value in (8, [8, 12], (8, 8))] == [8, (8, 12), 8]
+    assert (sides(8), sides((8, 12))) == ((8, 8), (8, 12))
+    assert (show_size(8), show_size((8, 12))) == ("8x8", "12x8")
+    for value in (0, 65, (8, 65), (8,), (8, 8, 8), (8, "12"), "8", True, (True, 8), None):
+        with pytest.raises(ValueError, match="size must be"):
+            check_size("size", value, 64)

@@ -145,7 +145,7 @@ def _sampling_timer(study: Study, name: str, settings: Record, row: Record) -> T
         if all(cell.record()[name] == row[name] for name in names)
     )
     sampler, config, batch = cell.sampler(model, evaluation), model.config, evaluation.batch_size
-    noise = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
+    noise = torch.randn(batch, *config.image_shape, device=device)
     labels = np.arange(batch) % config.num_classes
     return host_timer(lambda: sampler(noise=noise, labels=labels, seed=0), device)
 

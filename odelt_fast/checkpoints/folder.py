@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -175,9 +176,8 @@ def load_model(
     headers = {path: read_header(path) for path in shards}
     config, trained_on = _folder_config(folder, {digest for _, digest in headers.values()})
     config.check_depth(depth)
-    grid = config.image_size // config.patch_size
     allowed = _TABLE_FLOOR + 4 * sum(path.stat().st_size for path in shards)
-    if grid * grid * config.hidden_size * 4 > allowed:
+    if math.prod(config.grid) * config.hidden_size * 4 > allowed:
         raise CheckpointError(
             f"{one_line(repr(str(folder)))}: image_size {config.image_size} is out of all"
             " proportion to the weights"

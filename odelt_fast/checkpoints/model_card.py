@@ -53,7 +53,7 @@ def model_card(
     if datasets:
         header["datasets"] = list(datasets)
     yaml = "\n".join(f"{name}: {json.dumps(value)}" for name, value in header.items())
-    inputs = f"{config.channels}x{config.image_size}x{config.image_size}"
+    inputs = "x".join(map(str, config.image_shape))
     kind = (
         f"{config.depth} blocks of width {config.hidden_size}, patches of {config.patch_size},"
         f" inputs of {inputs}"

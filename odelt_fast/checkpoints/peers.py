@@ -286,8 +286,7 @@ def _check_positions(tensors: Tensors, config: DiTConfig) -> None:
     if "pos_embed" not in tensors:
         return
     own, table = tensors["pos_embed"]
-    grid = config.image_size // config.patch_size
-    ours = position_table(grid, grid, config.hidden_size).numpy()
+    ours = position_table(*config.grid, config.hidden_size).numpy()
     rounding = 1e-4 if table.dtype.itemsize >= 4 else 1e-3
     if not np.abs(table[0].astype(np.float64) - ours).max() <= max(
         rounding, 4e-3 * _is_bf16(table)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odelt_fast.checks import show_size
 from odelt_fast.images import open_source
 from odelt_fast.images.pixels import decode_failure, decode_image, inspect_image
 from odelt_fast.sampling.flow_map import interpolate, invert, trajectory
@@ -83,19 +84,19 @@ def _known(options: Command, sampler: Sampler) -> tuple[Tensor, Tensor]:
             f"--init-image: the model makes latents of {config.channels} channels, and there is no"
             " encoder here that makes them of an image: sampling.inpaint takes latents"
         )
-    parts, side = [], config.image_size
+    parts, size = [], show_size(config.image_size)
     for name, channels in (("init_image", config.channels), ("mask", 1)):
         path = getattr(options, name)
         option = f"--{name.replace('_', '-')} {path}"
         try:
             width, height, _ = inspect_image(str(path))
-            pixels = decode_image(str(path), None, channels)
+            pixels = decode_image(str(path), config.image_size, channels)
         except Exception as error:  # Pillow's readers raise most kinds
             raise ValueError(f"{option} cannot be read: {decode_failure(error)}") from None
-        if (width, height) != (side, side):
+        if f"{width}x{height}" != size:
             raise ValueError(
-                f"{option} has {width}x{height} pixels, the model makes {side}x{side}: bring it to"
-                " that size"
+                f"{option} has {width}x{height} pixels, the model makes {size}: bring it to that"
+                " size"
             )
         parts.append(torch.tensor(pixels))
     try:
@@ -128,7 +129,7 @@ def data_images(
     else:
         source = open_source(data, **columns)
     if source.channels != channels or source.image_size != size:
-        has, wants = (f"{s.channels}x{s.image_size}x{s.image_size}" for s in (source, config))
+        has, wants = ("x".join(map(str, s.image_shape)) for s in (source, config))
         raise ValueError(f"{data} has {has} numbers an image, the model wants {wants}")
     trained_on = sampler.model.trained_on
     there, known = source.latents, trained_on.latents

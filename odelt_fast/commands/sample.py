@@ -50,9 +50,9 @@ def run(options: Command) -> None:
     decoder = load_decoder(options.decoder, model, options.any_decoder)
     sampler = Sampler.of(model, operation, batch_size=options.batch_size, decoder=decoder)
     config = model.config
-    channels, side = config.channels, config.image_size
+    channels, *size = config.image_shape
     if decoder:
-        channels, side = decoder.channels, side * decoder.factor
+        channels, size = decoder.channels, [side * decoder.factor for side in size]
     chosen_labels = labels_of(options.labels, model)
     if len(chosen_labels) > options.num_images:
         raise ValueError(
@@ -64,7 +64,7 @@ def run(options: Command) -> None:
     labels = np.resize(chosen_labels, options.num_images) if chosen_labels else None
     planned = plan(options, sampler, labels)
     if picture is not None:
-        blank = np.broadcast_to(np.uint8(0), (planned.tiles, side, side, channels))
+        blank = np.broadcast_to(np.uint8(0), (planned.tiles, *size, channels))
         try_out("--out", picture, image_grid(blank, planned.columns))
     hidden = True if options.quiet or options.json else None  # None: shown on a terminal only
     steps = None if operation.adaptive else planned.steps

@@ -254,7 +254,7 @@ class CpuNetwork:
         # What is made in inference mode cannot be written outside it.
         with torch.inference_mode(False):
             table = self.model.positions
-            if grid != (config.image_size // patch,) * 2:
+            if grid != config.grid:
                 table = position_table(*grid, size)
             positions = table.to(dtype)[None]
             work = Workspace(

@@ -12,6 +12,7 @@ many steps at once (trajectory.py).
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ class Engine:
         with torch.inference_mode(False), torch.no_grad():
             quantize = None if precision is None else self.ops.quantize_rows
             self.weights = PreparedWeights(model, quantize)
-            self._positions = {(model.config.image_size, model.config.image_size): model.positions}
+            self._positions = {model.config.image_shape[1:]: model.positions}
         self._workspaces: dict[int, Tensor] = {}
         self.attention = self._check_attention(attention)
 
@@ -112,7 +113,7 @@ class Engine:
     def _check_attention(self, name: str) -> str:
         if name != "auto" and self.kind == "kernels":
             reason = attention_unavailable(name, self.device, self.dtype, self.head_dim)
-            tokens = (self.config.image_size // self.config.patch_size) ** 2
+            tokens = math.prod(self.config.grid)
             reason = reason or self._try_attention(name, tokens)
             if reason:
                 raise ValueError(f"attention {name!r} cannot run here: {reason}")

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from odelt_fast.checkpoints.errors import check_finite, refusals
+from odelt_fast.checks import Size, check_size, show_size
 from odelt_fast.files import one_line
 
 from .small_features import SmallNetwork, is_small, read_configuration, weights_of
@@ -65,7 +66,7 @@ class FeatureNetwork:
         """What results say of it."""
         return {"name": self.name, "dimensions": self.dimensions, "sha256": self.fingerprint}
 
-    def check_images(self, channels: int, image_size: int) -> None:
+    def check_images(self, channels: int, image_size: Size) -> None:
         """ValueError unless it can take such images."""
         if channels not in (1, 3) or (channels == 3 and self.channels == 1):
             raise ValueError(
@@ -75,7 +76,7 @@ class FeatureNetwork:
         if self.image_size not in (None, image_size):
             raise ValueError(
                 f"{self.name} takes images of {self.image_size}x{self.image_size}, not"
-                f" {image_size}x{image_size}"
+                f" {show_size(image_size)}"
             )
 
     @torch.inference_mode()
@@ -85,7 +86,7 @@ class FeatureNetwork:
         Raises:
             ValueError: for images of other sizes.
         """
-        self.check_images(images.shape[1], images.shape[-1])
+        self.check_images(images.shape[1], check_size("image_size", images.shape[2:], 2**16))
         if self.channels == 3 and images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         images, resized = images.float(), self.image_size is None
@@ -168,7 +169,7 @@ def load_features(
     return _torchscript(path, device)
 
 
-def bundled_for(channels: int, image_size: int) -> str | None:
+def bundled_for(channels: int, image_size: Size) -> str | None:
     """The bundled network that takes such images, if there is one."""
     for name in BUNDLED:
         if _bundled_path(name).is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from odelt_fast.checks import check_size
 from odelt_fast.config import DiTConfig, TrainedOn, are_numbers, plain
 from odelt_fast.images import ImageSource
 from odelt_fast.sampling.labels import labels_of_classes
@@ -59,13 +60,13 @@ class Inputs:
             ValueError: for data, statistics or networks that do not fit, and for too few images.
         """
         decoder = _decoder(settings, config, device)
+        shape: Sequence[int] = config.image_shape
         if decoder is not None:
             decoder.check_latents(trained_on.latents)
-        channels, side = config.channels, config.image_size
-        if decoder is not None:  # asked with one latent of zeros
-            images = decoder(torch.zeros(1, channels, side, side, device=device))
-            channels, side = images.shape[1], images.shape[-1]
-        real = Real.of(settings, channels, side, settings.num_images, device)
+            # asked with one latent of zeros
+            shape = decoder(torch.zeros(1, *shape, device=device)).shape[1:]
+        size = check_size("image_size", shape[1:], 2**16)
+        real = Real.of(settings, shape[0], size, settings.num_images, device)
         labels = remark = None
         if real.source is not None:
             labels, remark = _labels(settings, config, trained_on, real.source)
@@ -95,8 +96,7 @@ class Inputs:
 
     def noise(self, seed: int, images: range) -> Tensor:
         """Noise (n, C, H, W) float32 of the images with these indices."""
-        side = self.config.image_size
-        return stack_noise(seed, images, (self.config.channels, side, side))
+        return stack_noise(seed, images, self.config.image_shape)
 
 
 def _labels(

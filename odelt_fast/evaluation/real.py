@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from odelt_fast.checks import Size
 from odelt_fast.images import ImageSource, open_source
 
 from .comparison import (
@@ -40,20 +41,20 @@ class Real:
 
     @classmethod
     def of(
-        cls, settings: Evaluation, channels: int, side: int, count: int, device: torch.device
+        cls, settings: Evaluation, channels: int, size: Size, count: int, device: torch.device
     ) -> Real:
-        """Opens it for `count` generated images of `channels` channels and `side` pixels a side.
+        """Opens it for `count` generated images of `channels` channels and this size.
 
         Raises:
             ValueError: for data, statistics or networks that do not fit, and for too few images.
         """
-        network = _network(settings, channels, side, device)
-        network.check_images(channels, side)
+        network = _network(settings, channels, size, device)
+        network.check_images(channels, size)
         source = statistics = None
         if settings.data is not None:
             source = open_source(
                 settings.data,
-                image_size=side,
+                image_size=size,
                 channels=channels,
                 split=settings.split,
                 image_column=settings.image_column,
@@ -104,7 +105,7 @@ class Real:
 
 
 def _network(
-    settings: Evaluation, channels: int, image_size: int, device: torch.device
+    settings: Evaluation, channels: int, image_size: Size, device: torch.device
 ) -> FeatureNetwork:
     name, weights = settings.features, settings.inception_weights
     if name == "auto":

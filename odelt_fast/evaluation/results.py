@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from odelt_fast.checks import show_size
 from odelt_fast.files import one_line
 
 FORMAT = 1
@@ -135,9 +136,9 @@ def number(spread: Mapping[str, Any]) -> str:
 
 def _existing(results: Mapping[str, Any]) -> str:
     settings, samples = results["settings"], results["samples"]
-    side, device = samples["image_size"], results["environment"]["device"]
+    size, device = show_size(samples["image_size"]), results["environment"]["device"]
     left_out = f", {samples['left_out']} left out" if samples["left_out"] else ""
-    lines = [f"{settings['num_images']} images of {side}x{side} pixels{left_out}, {_by(results)}"]
+    lines = [f"{settings['num_images']} images of {size} pixels{left_out}, {_by(results)}"]
     lines += [f"Features computed on {device}.", *_remarks(results)]
     metrics = results["metrics"]
     values = [number({"mean": value, "std": None}) for value in metrics.values()]

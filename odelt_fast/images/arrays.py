@@ -14,16 +14,18 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
+from odelt_fast.checks import Size, check_size, show_size
 from odelt_fast.files import one_line
 
-from .pixels import resize_square
+from .pixels import cropped
 from .sources import Batch, Flips, ImageSource, Indices, Noises, check_indices, fitting, flip_rows
 
 _MOST_CLASSES = 10_000_000
+_MOST_PIXELS = 2**16  # of a side
 
 
 class ArrayImages(ImageSource):
-    """arr_0 (N, H, H, C) uint8 with C 1 or 3, and, where it is there, arr_1 (N,) of labels.
+    """arr_0 (N, H, W, C) uint8 with C 1 or 3, and, where it is there, arr_1 (N,) of labels.
 
     arr_0 is mapped, not held in memory; one that is compressed is unpacked to a temporary file
     first. Both are read through once, so that damage is found.
@@ -35,19 +37,18 @@ class ArrayImages(ImageSource):
         ValueError: in one line, for anything else and for damaged files.
     """
 
-    def __init__(self, path: Path, image_size: int | None, channels: int | None) -> None:
+    def __init__(self, path: Path, image_size: Size | None, channels: int | None) -> None:
         try:
             with ZipFile(path) as archive:
                 self._images = _mapped(path, archive, "arr_0")
                 named = "arr_1.npy" in archive.namelist()
                 labels = np.array(_mapped(path, archive, "arr_1")) if named else None
             shape, dtype = self._images.shape, self._images.dtype
-            if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+            if dtype != np.uint8 or len(shape) != 4 or not shape[0] or shape[3] not in (1, 3):
                 raise ValueError(
                     f"arr_0 must be (N, H, W, C) uint8 of 1 or 3 channels, not {shape} {dtype}"
                 )
-            if shape[1] != shape[2] or not self._images.size:
-                raise ValueError(f"arr_0 must hold square images, not {shape}")
+            own = check_size("the sides of arr_0", shape[1:3], _MOST_PIXELS)
             self.labels, self.class_names = _classes(labels, shape[0])
         # zipfile and numpy raise all of these for files of anybody's making
         except (
@@ -63,13 +64,13 @@ class ArrayImages(ImageSource):
                 f"{path} holds no images that can be read: {one_line(error, 200)}"
             ) from None
         self.name = str(path)
-        self.image_size, self.channels = side, depth = image_size or shape[1], channels or shape[3]
-        self.remark = fitting(self.name, f"{shape[1]}x{shape[2]}", side, depth, shape[3] == 1)
+        self.image_size, self.channels = size, depth = image_size or own, channels or shape[3]
+        self.remark = fitting(self.name, show_size(own), size, depth, shape[3] == 1)
 
     def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
         indices = check_indices(indices, len(self))
         pixels = self._images[indices]
-        if pixels.shape[1:] != (self.image_size, self.image_size, self.channels):
+        if pixels.shape[1:] != (*self.image_shape[1:], self.channels):
             pixels = np.stack([self._brought(image) for image in pixels])
         images = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32)
         images /= 127.5
@@ -77,13 +78,13 @@ class ArrayImages(ImageSource):
         return flip_rows(images, flips), self.labels[indices]
 
     def _brought(self, image: np.ndarray) -> np.ndarray:
-        """(H, H, C) uint8 to the size and the channels that are wanted."""
+        """(H, W, C) uint8 to the size and the channels that are wanted."""
         from PIL import Image
 
         picture = Image.fromarray(image if image.shape[2] == 3 else image[:, :, 0])
         picture = picture.convert("L" if self.channels == 1 else "RGB")
-        side = self.image_size
-        return np.asarray(resize_square(picture, side)).reshape(side, side, self.channels)
+        brought = np.asarray(cropped(picture, self.image_size))
+        return brought.reshape(*self.image_shape[1:], self.channels)
 
 
 def _classes(labels: np.ndarray | None, count: int) -> tuple[np.ndarray, tuple[str, ...]]:

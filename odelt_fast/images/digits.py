@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .pixels import resize_square
+from odelt_fast.checks import Size
+
+from .pixels import cropped
 from .sources import (
     Batch,
     Flips,
@@ -27,7 +29,7 @@ class DigitsSource(ImageSource):
     name, flippable = "digits", False
     class_names = tuple("0123456789")
 
-    def __init__(self, image_size: int = 8, channels: int = 1) -> None:
+    def __init__(self, image_size: Size = 8, channels: int = 1) -> None:
         try:
             from sklearn.datasets import load_digits
         except ImportError:
@@ -43,7 +45,7 @@ class DigitsSource(ImageSource):
             from PIL import Image
 
             images = np.stack(
-                [np.asarray(resize_square(Image.fromarray(image), image_size)) for image in images]
+                [np.asarray(cropped(Image.fromarray(image), image_size)) for image in images]
             ).clip(-1, 1)
         self._images = np.repeat(images[:, None], channels, axis=1)
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from odelt_fast.checks import Size
+
 from .pixels import Store, check_images, decode_image, num_threads
 from .sources import (
     Batch,
@@ -41,7 +43,7 @@ class EncodedImages(ImageSource):
         store: Store,
         labels: np.ndarray,
         class_names: Sequence[str],
-        image_size: int | None,
+        image_size: Size | None,
         channels: int | None,
     ) -> None:
         check = check_images(store, one_size=image_size is None)
@@ -99,7 +101,7 @@ class EncodedImages(ImageSource):
         def decode(index: int) -> np.ndarray:
             encoded = self._store.encoded(int(self._rows[index]))
             pixels = decode_image(encoded, self._resize, self.channels)
-            if pixels.shape[1:] != (self.image_size, self.image_size):
+            if pixels.shape[1:] != self.image_shape[1:]:
                 raise ValueError("its size has changed")
             return pixels
 

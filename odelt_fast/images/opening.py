@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from odelt_fast.checks import whole
+from odelt_fast.checks import Size, check_size, whole
 from odelt_fast.files import one_line
 
 from .arrays import ArrayImages
@@ -31,7 +31,7 @@ _TABLES = ("dataset", "parquet", "shards")
 def open_source(
     data: str | Path,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     channels: int | None = None,
     split: str = "train",
     image_column: str | None = None,
@@ -53,8 +53,9 @@ def open_source(
             - a .npz file with images as arr_0 (`ArrayImages`)
             - a folder of latents: written by `odelt-fast encode`, by fast-DiT (*_features,
               *_labels), or for REPA (img-mean-std-*.npy)
-        image_size: images become the centred square, resized to it; None: all have one size, whose
-            centred square is taken. Latents are never changed.
+        image_size: a side, or height and width: images become their largest centred part of that
+            shape, resized to it; None: all have one size, whose centred square is taken. Latents
+            are never changed.
         channels: 1 (grey) or 3; None: 1 if every image is grey.
         split: which part, where the data have parts.
         image_column, label_column: of a table, or ending and key of JSON in shards; None: looked
@@ -68,7 +69,7 @@ def open_source(
             kinds, wrong labels, mixed sizes.
     """
     if image_size is not None:
-        whole("image_size", image_size, 1, 4096)
+        image_size = check_size("image_size", image_size, 4096)
     if channels is not None:
         whole("channels", channels)
     name, path = _as_written(data), Path(data).expanduser()
@@ -127,7 +128,7 @@ def _open_store(data: str, path: Path, kind: str, split: str, choice: Choice) ->
     return open_folder(path, split)
 
 
-def _open_latents(folder: Path, image_size: int | None, channels: int | None) -> LatentSource:
+def _open_latents(folder: Path, image_size: Size | None, channels: int | None) -> LatentSource:
     source = _latents_of(folder)
     for name, wanted in (("image_size", image_size), ("channels", channels)):
         if wanted is not None and wanted != getattr(source, name):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from odelt_fast.checks import Size, sides
 from odelt_fast.files import cache_folder, locked, one_line, read_bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -111,8 +112,8 @@ def is_image_file(path: str) -> bool:
         return False
 
 
-def decode_image(encoded: bytes | str, image_size: int | None, channels: int) -> np.ndarray:
-    """The centred square of an encoded image.
+def decode_image(encoded: bytes | str, image_size: Size | None, channels: int) -> np.ndarray:
+    """The centred part of an encoded image that has the shape of image_size.
 
     The EXIF orientation is applied; transparent parts are laid over white; 16 bits keep their upper
     8; of an animation or several pages, the first. Any exception means that the image cannot be
@@ -120,35 +121,38 @@ def decode_image(encoded: bytes | str, image_size: int | None, channels: int) ->
 
     Args:
         encoded: bytes, or a path.
-        image_size: S, to which it is resized (None: as it is).
+        image_size: to which it is resized (None: the centred square, as it is).
 
     Returns:
-        (channels, S, S) uint8.
+        (channels, H, W) uint8.
     """
     with _open_image(_without_texts(encoded)) as image:
         image.load()  # some readers turn it then
         orientation = _orientation(image)
         pixels = _convert(image, "L" if channels == 1 else "RGB")
-    square = np.asarray(resize_square(_turn(pixels, orientation), image_size))
-    return square[None] if channels == 1 else np.ascontiguousarray(square.transpose(2, 0, 1))
+    part = np.asarray(cropped(_turn(pixels, orientation), image_size))
+    return part[None] if channels == 1 else np.ascontiguousarray(part.transpose(2, 0, 1))
 
 
-def resize_square(image: Image, image_size: int | None) -> Image:
-    """The centred square of an image at image_size x image_size.
+def cropped(image: Image, image_size: Size | None) -> Image:
+    """The largest centred part of an image with the shape of image_size, at that size; None: the
+    centred square, as large as it is.
 
     Box-halved while twice too large, then bicubic (as ADM does).
     """
     from PIL.Image import Resampling
 
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    if image.width != image.height:
-        image = image.crop((left, top, left + side, top + side))
-    if image_size is None or image_size == side:
+    height, width = sides(image_size or min(image.size))
+    share = min(image.width / width, image.height / height)
+    part = min(image.width, round(width * share)), min(image.height, round(height * share))
+    left, top = (image.width - part[0]) // 2, (image.height - part[1]) // 2
+    if image.size != part:
+        image = image.crop((left, top, left + part[0], top + part[1]))
+    if image.size == (width, height):
         return image
-    while image.width >= 2 * image_size:
-        image = image.resize((image.width // 2, image.width // 2), Resampling.BOX)
-    return image.resize((image_size, image_size), Resampling.BICUBIC)
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    return image.resize((width, height), Resampling.BICUBIC)
 
 
 def _without_texts(encoded: bytes | str) -> bytes | str:

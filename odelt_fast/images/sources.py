@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from odelt_fast.checks import Size, show_size, sides
 from odelt_fast.config import Latents
 
 from .listing import listed
@@ -31,7 +32,7 @@ class ImageSource(ABC):
 
     Attributes:
         name: for messages.
-        channels, image_size: C, and the side of the square.
+        channels, image_size: C, and the side of squares, or height and width.
         class_names: `num_classes` strings.
         labels: (N,) int64.
         flippable: whether a mirrored image is still an image of its class.
@@ -43,7 +44,7 @@ class ImageSource(ABC):
 
     name: str
     channels: int
-    image_size: int
+    image_size: Size
     class_names: tuple[str, ...]
     labels: np.ndarray
     flippable: bool = True
@@ -58,7 +59,7 @@ class ImageSource(ABC):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image."""
-        return self.channels, self.image_size, self.image_size
+        return self.channels, *sides(self.image_size)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,12 +136,13 @@ def warn_left_out(kind: str, reasons: Mapping[str, str], count: int, beside: Cou
         warnings.warn("; ".join(parts), stacklevel=3)
 
 
-def fitting(name: str, sizes: str, side: int, channels: int, grey: bool) -> str | None:
+def fitting(name: str, sizes: str, size: Size, channels: int, grey: bool) -> str | None:
     """The remark of a source whose images are of `sizes` (8x8, or several), all of them `grey` or
     not."""
     made = []
-    if sizes != f"{side}x{side}":
-        made.append(f"of {sizes}, brought to {side}x{side} (the centred square, resized)")
+    if sizes != show_size(size):
+        part = "square" if isinstance(size, int) else "part of that shape"
+        made.append(f"of {sizes}, brought to {show_size(size)} (the centred {part}, resized)")
     if grey != (channels == 1):
         made.append("grey, repeated in 3 channels" if grey else "made grey")
     return f"the images of {name} are {'; '.join(made)}" if made else None

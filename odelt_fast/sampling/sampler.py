@@ -285,9 +285,8 @@ class Sampler:
         fits = noise.dim() == 4 and noise.shape[1] == config.channels and noise.numel() > 0
         if not fits or noise.shape[2] % patch or noise.shape[3] % patch:
             raise ValueError(
-                f"noise must have shape (N, {config.channels}, {config.image_size},"
-                f" {config.image_size}), or other multiples of {patch} as sides, not"
-                f" {tuple(noise.shape)}"
+                f"noise must have shape (N, {', '.join(map(str, config.image_shape))}), or other"
+                f" multiples of {patch} as sides, not {tuple(noise.shape)}"
             )
         if num_images is not None and num_images != len(noise):
             raise ValueError(

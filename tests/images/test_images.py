@@ -244,6 +244,31 @@ def test_resizing_keeps_a_plain_colour_and_averages_when_halving():
     np.testing.assert_array_equal(plain.reshape(3, -1), np.repeat([[10], [200], [30]], 64, axis=1))
 
 
+@pytest.mark.parametrize(
+    ("own", "wanted", "part"),  # width x height; height, width; the part that is kept
+    [
+        ((40, 20), (10, 20), (0, 0, 40, 20)),  # of the shape as it is
+        ((40, 30), (10, 20), (0, 5, 40, 25)),  # too high
+        ((50, 20), (10, 20), (5, 0, 45, 20)),  # too wide
+        ((25, 17), (8, 12), (0, 0, 25, 17)),  # by less than a pixel
+        ((20, 40), (6, 4), (0, 5, 20, 35)),
+        ((10, 10), (20, 30), (0, 1, 10, 8)),  # enlarged
+        ((50, 37), 8, (6, 0, 43, 37)),  # the square
+        ((50, 37), (8, 8), (6, 0, 43, 37)),
+    ],
+)
+def test_the_largest_centred_part_of_the_shape_is_kept(own, wanted, part):
+    image = picture(1, own)
+    height, width = (wanted, wanted) if isinstance(wanted, int) else wanted
+    expected = image.crop(part)
+    while expected.width >= 2 * width and expected.height >= 2 * height:
+        halves = expected.width // 2, expected.height // 2
+        expected = expected.resize(halves, Image.Resampling.BOX)
+    expected = expected.resize((width, height), Image.Resampling.BICUBIC)
+    found = pixels.decode_image(encode(image), wanted, 3)
+    np.testing.assert_array_equal(found, np.asarray(expected).transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     from PIL import ImageOps
@@ -253,7 +278,7 @@ def test_exif_orientation_is_applied(orientation):
     content = encode(picture(2, (12, 6)), "PNG", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     assert pixels.inspect_image(content)[:2] == upright.size
-    expected = np.asarray(pixels.resize_square(upright, 6)).transpose(2, 0, 1)
+    expected = np.asarray(pixels.cropped(upright, 6)).transpose(2, 0, 1)
     np.testing.assert_array_equal(pixels.decode_image(content, 6, 3), expected)
 
 

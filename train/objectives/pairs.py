@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from odelt_fast.checks import check_size
 from odelt_fast.config import NUM_STEP_INDICES, TrainedOn
 from odelt_fast.files import flush, one_line, read_object
 from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
@@ -157,7 +158,7 @@ class PairSource(ImageSource):
         self.labels = np.array(labels, np.int64)
         if not len(labels) or self.labels.min() < 0 or self.labels.max() > num_classes:
             raise ValueError(f"{folder} holds no readable pairs: labels must be 0..{num_classes}")
-        self.channels, self.image_size = shape[:2]
+        self.channels, self.image_size = shape[0], check_size("sides", shape[1:], 4096)
         self.class_names = teacher.class_names or tuple(map(str, range(num_classes)))
         self.latents = teacher.latents
 

@@ -25,9 +25,11 @@ def check_same(what: str, has: Any, wanted: DiTConfig, *names: str) -> None:
     for name in names:
         if getattr(has, name) != getattr(wanted, name):
             option = "mlp_ratio" if name == "mlp_size" else name
+            value = getattr(has, option)
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
             raise ValueError(
                 f"{what} {name} {getattr(has, name)}, this run's model {getattr(wanted, name)}: set"
-                f" --model.{option.replace('_', '-')} {getattr(has, option)}"
+                f" --model.{option.replace('_', '-')} {value}"
             )
 
 
