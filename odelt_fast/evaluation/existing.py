@@ -24,8 +24,8 @@ from .settings import COMPARING, Evaluation
 
 # The settings that have an effect on them.
 APPLYING = (
-    *("data", "split", "stats", "metrics", "features", "inception_weights", "trust_features"),
-    *("protocol", "batch_size", "allow_few_samples"),
+    *("data", "split", "image_column", "label_column", "stats", "metrics", "features"),
+    *("inception_weights", "trust_features", "protocol", "batch_size", "allow_few_samples"),
 )
 
 
