@@ -193,6 +193,8 @@ class TrainConfig(DialOptions):
     """Steps between two logged losses; other steps never wait for the device."""
     sampling_steps: int = 0
     """Steps between two sample grids in the tracker (0: none)."""
+    overwrite_output_dir: bool = False
+    """Delete the checkpoints of a run before that the output folder holds."""
     checkpointing_steps: int = 1000
     """Optimizer steps between two checkpoints."""
     checkpoints_total_limit: int | None = 2

@@ -3,7 +3,6 @@ can be chosen afterwards."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -93,12 +92,10 @@ class PowerAverages:
                 )
             scatter(load_file(file), average)
 
-    def forget_snapshots(self, run: Path, step: int) -> None:
-        """Deletes the snapshots after `step`: of a run that starts there again, they are no
-        part."""
-        for folder in (run / SNAPSHOTS).glob("*/step-*"):
-            if int(folder.name.removeprefix("step-")) > step:
-                shutil.rmtree(folder)
+    def snapshots_after(self, run: Path, step: int) -> list[Path]:
+        """Those of a branch that the run leaves, of every width."""
+        folders = (run / SNAPSHOTS).glob("*/step-*")
+        return [path for path in folders if int(path.name.removeprefix("step-")) > step]
 
     def write_snapshots(self, run: Path, step: int, updates: int, main: bool) -> None:
         """Adds a snapshot of each width, a model folder, for `post_hoc`. Every process must call

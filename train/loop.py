@@ -15,13 +15,20 @@ from torch import Tensor
 
 from odelt_fast.checkpoints.folder import read_trained_on, save_model
 from odelt_fast.config import TrainedOn, describe_classes
+from odelt_fast.files import one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 
 from .checkpoints import (
     STATE_NAME,
+    check_run,
     checkpoints,
+    is_damage,
+    make_room,
+    read_state,
     recover,
+    set_aside,
+    state_of,
     step_of,
     unfinished,
     written_whole,
@@ -277,29 +284,77 @@ class Trainer:
             self.accelerator.wait_for_everyone()
             if ema is not None:
                 save_model(ema, partial / "ema", metadata=self.metadata())
-                skipped = int(self.skipped_steps)
-                state = {"finished_steps": self.finished_steps, "skipped_steps": skipped}
+                state = state_of(
+                    partial,
+                    sizes=True,
+                    finished_steps=self.finished_steps,
+                    skipped_steps=int(self.skipped_steps),
+                    objective=config.objective,
+                )
                 (partial / STATE_NAME).write_text(json.dumps(state))
         self.accelerator.wait_for_everyone()
         return folder
 
     def resume(self, name: str) -> bool:
-        """Continues from a checkpoint-N folder, or from the newest one for `latest`; False when
-        `latest` finds none."""
-        if name == "latest":
+        """Continues from a checkpoint-N folder, or from the newest whole one for `latest`; False
+        when `latest` finds none. Later checkpoints of the run are set aside.
+
+        Raises:
+            ValueError: it is no checkpoint, damaged, of another network or objective, or of another
+                run than the one in the output folder.
+        """
+        latest, output_dir = name == "latest", self.config.output_dir
+        if latest:
             if self.accelerator.is_main_process:
-                recover(self.config.output_dir)
+                recover(output_dir)
             self.accelerator.wait_for_everyone()
-            kept = checkpoints(self.config.output_dir)
-            if not kept:
-                return False
-            folder = kept[-1]
+            folders = checkpoints(output_dir)[::-1]
         else:
-            folder = Path(name)
-            if not (folder / STATE_NAME).is_file():
+            folders = [Path(name)]
+            if not (folders[0] / STATE_NAME).is_file():
                 raise ValueError(
-                    f"{folder} is not a checkpoint folder: give one named checkpoint-N, or latest"
+                    f"{name} is not a checkpoint folder: give one named checkpoint-N, or latest"
                 )
+            if folders[0].resolve().parent != output_dir.resolve():
+                self.make_room()
+        for folder in folders:
+            try:
+                state = read_state(folder)
+                check_run(folder, state, self.model.config, self.config.objective)
+                self._load(folder, state)
+                break
+            except Exception as error:
+                damaged = is_damage(error)
+                if not damaged:
+                    raise
+                said = f"{folder} is damaged ({one_line(error)})"
+                if not latest:
+                    raise ValueError(f"{said}: give another, or latest") from error
+                self.accelerator.print(f"{said}: left out")
+        else:
+            if folders:
+                raise ValueError(f"every checkpoint in {output_dir} is damaged")
+            return False
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            later = self.power.snapshots_after(output_dir, self.finished_steps)
+            aside = set_aside(output_dir, self.finished_steps, later)
+            if aside:
+                self.accelerator.print(
+                    f"back at step {self.finished_steps}: what the run had after it is in {aside}"
+                )
+        return True
+
+    def make_room(self) -> None:
+        """For a run that does not go on with the one in its folder; ValueError if there is one and
+        it is not to be overwritten."""
+        folder = self.config.output_dir
+        snapshots = self.power.snapshots_after(folder, -1)
+        make_room(folder, self.config.overwrite_output_dir, snapshots)
+        if not self.config.overwrite_output_dir:
+            set_aside(folder, 0, snapshots)  # of a run without a checkpoint
+
+    def _load(self, folder: Path, state: dict[str, Any]) -> None:
         before = read_trained_on(folder / "ema")
         if conflict := before.conflict(self.model.trained_on):
             raise ValueError(
@@ -315,10 +370,8 @@ class Trainer:
         scatter(load_file(folder / "ema" / "model.safetensors"), self.ema_weights)
         refresh(self.ema)
         self.power.load(folder)
-        state = json.loads((folder / STATE_NAME).read_text())
         self.finished_steps = int(state["finished_steps"])
         self.skipped_steps.fill_(int(state.get("skipped_steps", 0)))
-        return True
 
     def metadata(self) -> dict[str, str]:
         return {

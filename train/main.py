@@ -15,6 +15,8 @@ from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.dial import shaped_as
 from odelt_fast.train.recipes import RECIPES
 
+STOPPED = 75  # exit code: a temporary failure, of sysexits.h; the same command with latest goes on
+
 
 def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
     """Options over the recipe that `--recipe` names, and over the shapes of the model that
@@ -64,18 +66,21 @@ def started_from(config: TrainConfig, init_from: str, given: set[str]) -> TrainC
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Trains; returns the exit code: 0, or 2 after a mistake in the options or the data, which is
-    printed in one line."""
+    """Trains; returns the exit code: 0; 2 after a mistake in the options or the data, which is
+    printed in one line; STOPPED where a signal ended the run after a checkpoint."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
-        from odelt_fast.train.run import train
+        from odelt_fast.train.run import RunStopped, train
 
-        with plain_warnings():
-            folder = train(config)
+        try:
+            with plain_warnings():
+                train(config)
+        except RunStopped as stopped:
+            print(f"{stopped}; go on with --resume-from-checkpoint latest", file=sys.stderr)
+            return STOPPED
     except ValueError as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    print(f"EMA weights of {config.steps} steps in {folder}")
     return 0
 
 

@@ -3,13 +3,16 @@ model that it leaves."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.model import DiT
@@ -17,23 +20,93 @@ from odelt_fast.model import DiT
 from .config import TrainConfig
 from .hub import find_repository, upload
 from .loop import Trainer
+from .run_lock import held
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
+_AGREE_EVERY = 10  # steps between which several processes tell each other of a signal
+
+
+class RunStopped(Exception):
+    """A signal ended a run early, after a checkpoint; the message says where to go on."""
 
 
 def train(config: TrainConfig) -> Path:
     """Runs `config` to its last step; returns the folder with config.json and model.safetensors of
-    the EMA weights."""
+    the EMA weights.
+
+    Raises:
+        ValueError: a mistake in the options, the data or the folder, which another run may have.
+        RunStopped: SIGTERM or SIGUSR1 came: the step was finished and a checkpoint saved.
+    """
+    trainer = Trainer(config)
+    with contextlib.ExitStack() as stack:
+        came = stack.enter_context(_stop_asked())
+        _by_main(trainer, lambda: _hold(trainer, stack))
+        return _train(trainer, came)
+
+
+def _by_main(trainer: Trainer, action: Callable[[], object]) -> None:
+    """Has the main process do it; its ValueError is every process's."""
+    from accelerate.utils import broadcast_object_list
+
+    said: list[str | None] = [None]
+    if trainer.accelerator.is_main_process:
+        try:
+            action()
+        except ValueError as error:
+            said = [str(error)]
+    broadcast_object_list(said)
+    if said[0] is not None:
+        raise ValueError(said[0])
+
+
+def _hold(trainer: Trainer, stack: contextlib.ExitStack) -> None:
+    """Takes the output folder, which a new run must not find in use."""
+    left = stack.enter_context(held(trainer.config.output_dir))
+    if left:
+        trainer.accelerator.print(left)
+    if not trainer.config.resume_from_checkpoint:
+        trainer.make_room()
+
+
+@contextlib.contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """Gives the list of the signals that came, empty until then."""
+    came: list[int] = []
+    before = {}
+    with contextlib.suppress(ValueError):  # signals are the main thread's
+        for each in _SIGNALS:
+            before[each] = signal.signal(each, lambda number, frame: came.append(number))
+    try:
+        yield came
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _stops(trainer: Trainer, came: Sequence[int]) -> bool:
+    """Whether all processes stop after this step, because a signal came to one."""
+    accelerator = trainer.accelerator
+    if accelerator.num_processes == 1:
+        return bool(came)
+    if trainer.finished_steps % _AGREE_EVERY:
+        return False
+    flag = torch.tensor(float(bool(came)), device=accelerator.device)
+    return bool(accelerator.reduce(flag) > 0)
+
+
+def _train(trainer: Trainer, came: Sequence[int]) -> Path:
     from tqdm import tqdm
 
-    trainer = Trainer(config)
-    accelerator = trainer.accelerator
+    config, accelerator = trainer.config, trainer.accelerator
     main = accelerator.is_main_process
     repository = find_repository(config) if config.push_to_hub and main else None
     if config.resume_from_checkpoint and not trainer.resume(config.resume_from_checkpoint):
         accelerator.print(f"no checkpoint in {config.output_dir}: starting from step 0")
-    if main:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        if config.ema_widths:
-            trainer.power.forget_snapshots(config.output_dir, trainer.finished_steps)
+    if trainer.finished_steps > config.steps:
+        accelerator.print(
+            f"the run has {trainer.finished_steps} steps already, more than --steps {config.steps}"
+        )
     accelerator.init_trackers("odelt-fast", config=_flat(config))
     kinds = [kind for kind, size in config.row_sizes().items() for _ in range(size)]
     bar = tqdm(
@@ -59,13 +132,19 @@ def train(config: TrainConfig) -> Path:
         if config.ema_widths and (last or done % config.ema_snapshot_steps == 0):
             updates = done - int(trainer.skipped_steps)
             trainer.power.write_snapshots(config.output_dir, done, updates, main)
-        if last or done % config.checkpointing_steps == 0:
-            trainer.save()
+        stopped = not last and _stops(trainer, came)
+        if last or stopped or done % config.checkpointing_steps == 0:
+            folder = trainer.save()
+        if stopped:
+            bar.close()
+            accelerator.end_training()
+            raise RunStopped(f"stopped by a signal after step {done}: {folder}")
     bar.close()
     ema = trainer.ema_model()
     if ema is not None:
         save_model(ema, config.output_dir, metadata=trainer.metadata())
     accelerator.end_training()
+    accelerator.print(f"EMA weights of {trainer.finished_steps} steps in {config.output_dir}")
     if repository is not None:
         upload(config.output_dir, repository)
     return config.output_dir

@@ -2,18 +2,23 @@
 tests.stress.kill_training --kills 300 --seed 0 [--processes 2]`.
 
 A run of 200 steps saves every 7 steps, is killed with SIGKILL at random moments, saves included,
-and resumed until it is finished; then the next run starts, until there were `kills` kills. After
-every kill the newest checkpoint must load and be at least as new as the last one whose save
-returned. A finished run must equal the uninterrupted one bitwise: weights, EMA, optimizer, and the
-loss of every step.
+and resumed until it is finished; then the next run starts, until there were `kills` kills. Among
+the moments: SIGTERM, after which the run must end by itself with a checkpoint of its last step; a
+second run in the same folder, which must be refused; and a resume from an older checkpoint, whose
+later ones must be set aside. After every kill the newest checkpoint must load and be at least as
+new as the last one whose save returned. A finished run must equal the uninterrupted one bitwise:
+weights, EMA, optimizer, and the loss of every step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,7 +34,7 @@ from odelt_fast.train.checkpoints import checkpoints
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.recipes import RECIPES
-from odelt_fast.train.run import train
+from odelt_fast.train.run import RunStopped, train
 from tests.helpers import forked
 from tests.helpers.forked import wait
 from tests.helpers.training import SMALL
@@ -109,7 +114,8 @@ def start(
         witness.watch()
         if sharded:
             shard()
-        work(config)
+        with contextlib.suppress(RunStopped):
+            work(config)
 
     return forked.start(watched, processes, witness.log)
 
@@ -140,6 +146,44 @@ def assert_same_run(run: Path, whole: Path) -> None:
         for folder in (run, whole)
     ]
     assert equal(*optimizers), "the optimizer differs from the uninterrupted run's"
+
+
+def refused(config: TrainConfig) -> None:
+    """Work of a second run in the folder of one that goes on."""
+    said = ""
+    try:
+        train(config)
+    except ValueError as error:
+        said = str(error)
+    assert "is in use by a run" in said, f"a second run had the folder: {said!r}"
+
+
+def second_run(config: TrainConfig, witness: Witness, first: list[int], until: float) -> bool:
+    """Starts another run in the folder of `first`, once that holds it; whether it was refused."""
+    if not holds(config.output_dir, first[0], until + 60):
+        return False
+    other = start(config, Witness(witness.log.parent / "other"), 1, work=refused)
+    return wait(other, time.monotonic() + 120, witness.log.parent / "other" / "log")
+
+
+def holds(run: Path, process: int, until: float) -> bool:
+    """Whether the process holds the folder before the time `until`: from then on signals end it in
+    good order."""
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if json.loads((run / ".run.lock").read_text())["pid"] == process:
+                return True
+        time.sleep(0.01)
+    return False
+
+
+def terminate(run: Path, children: list[int], until: float) -> None:
+    """Sends SIGTERM to all of them at the time `until`, or when they have begun."""
+    holds(run, children[0], until + 60)
+    time.sleep(max(0.0, until - time.monotonic()))
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGTERM)
 
 
 def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, int]:
@@ -173,12 +217,25 @@ def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, in
     duration, expected = time.monotonic() - begin, witness.all_losses()
     assert len(expected) == STEPS * processes
     counts = {"kills": 0, "finished runs": 0, "kills in a save": 0, "started from scratch": 0}
-    run = folder / "run"
+    counts |= {"ended by SIGTERM": 0, "second runs refused": 0, "rollbacks": 0}
+    run, name = folder / "run", "latest"
     while counts["kills"] < kills or counts["finished runs"] == 0:
-        config, witness = replace(base, output_dir=run), Witness(folder / "witness")
-        children = start(config, witness, processes)
-        patience = chance.uniform(0, 0.5 * duration) if counts["kills"] < kills else 600
-        finished = wait(children, time.monotonic() + patience, witness.log)
+        config = replace(base, output_dir=run, resume_from_checkpoint=name)
+        witness, name = Witness(folder / "witness"), "latest"
+        children, lasts = start(config, witness, processes), counts["kills"] < kills
+        until = time.monotonic() + (chance.uniform(0, 0.5 * duration) if lasts else 600)
+        moment = chance.random() if lasts else 1.0
+        if moment < 0.15:
+            terminate(run, children, until)
+            until += 120
+        elif moment < 0.3:
+            counts["second runs refused"] += second_run(config, witness, children, until)
+        finished = wait(children, until, witness.log)
+        if finished and not (run / "model.safetensors").exists():
+            kept = checkpoints(run) if run.exists() else []
+            assert not witness.all_losses() or kept, "SIGTERM left no checkpoint"
+            counts["ended by SIGTERM"] += 1
+            continue
         if not finished:
             counts["kills"] += 1
             counts["kills in a save"] += any(run.glob("checkpoint-*.*"))
@@ -196,6 +253,11 @@ def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, in
                 load_model(kept[-1] / "ema")
                 load_file(kept[-1] / "model.safetensors")
                 torch.load(kept[-1] / "optimizer.bin", weights_only=True)
+            if len(kept) > 1 and chance.random() < 0.15:
+                name = str(kept[-2])
+                with witness.saves.open("a") as file:
+                    print(kept[-2].name.removeprefix("checkpoint-"), file=file)
+                counts["rollbacks"] += 1
             continue
         counts["finished runs"] += 1
         assert witness.all_losses() == expected, "a loss differs from the uninterrupted run's"

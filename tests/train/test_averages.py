@@ -172,7 +172,7 @@ def test_average_that_cannot_be_made_is_refused(
 def test_snapshots_of_an_abandoned_run_do_not_mix_with_those_of_the_next(tmp_path: Path) -> None:
     config = small(tmp_path / "run", ema_widths=(0.05, 0.1), steps=6)
     train(replace(config, seed=1))
-    train(replace(config, steps=3))
+    train(replace(config, steps=3, overwrite_output_dir=True))
     assert {snapshot.step for snapshot in find_snapshots(tmp_path / "run")} == {3}
     train(replace(config, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3")))
     assert {snapshot.step for snapshot in find_snapshots(tmp_path / "run")} == {3, 6}
