@@ -75,6 +75,24 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
+def dtype_of(value: Any) -> torch.dtype:
+    """A floating-point torch.dtype, or one by name: "float16", "torch.float16", "fp16", "half".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    import torch
+
+    short = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"}
+    name = str(value).removeprefix("torch.")
+    name = short.get(name, name) if isinstance(value, str | torch.dtype) else ""
+    if name not in ("float16", "bfloat16", "float32", "float64"):
+        given = value if isinstance(value, torch.dtype) else shown(value)
+        raise ValueError(f"dtype {given} cannot be used: use float16, bfloat16, float32 or float64")
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def check_seed(value: Any, name: str = "seed") -> int:
     """`value` as an int, if it is a seed: a whole number in [0, 2^64); else ValueError."""
     try:

@@ -22,7 +22,7 @@ import tyro
 
 from odelt_fast import __version__
 from odelt_fast.checks import unknown_option
-from odelt_fast.files import one_line, plain_warnings
+from odelt_fast.files import one_line, plain_warnings, print_anything
 
 COMMANDS = (
     "sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train",
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if os.environ.get("NO_COLOR"):
         os.environ["TERM"] = "dumb"  # what tyro asks before it colours; it knows no NO_COLOR
+    print_anything()
     try:
         try:
             with plain_warnings():

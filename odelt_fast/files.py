@@ -7,8 +7,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -44,6 +45,43 @@ def plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = usual
+
+
+def problem_of(path: Path, error: object) -> str:
+    """Why a file could not be read, in one line: that it is another file where its first bytes say
+    so (a Git LFS pointer, a web page, nothing at all), else the error."""
+    start, size = b"", -1
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                start = file.read(256)
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file: fetch it with git lfs pull"
+    head = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:9].lower()
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page in place of the file: the download was refused, download it again"
+    said = one_line(error)
+    if size == 0:
+        return f"{said}{': ' * bool(said)}an empty file, a download or copy has failed"
+    return said
+
+
+def problem_in(paths: Iterable[Path], error: object) -> str:
+    """Why files could not be read, as `problem_of`; which, if one of them is another file."""
+    for path in paths:
+        problem = problem_of(path, "")
+        if problem:
+            return f"{path.name} is {problem}"
+    return one_line(error)
+
+
+def print_anything() -> None:
+    """Standard output and error write what their encoding lacks as escapes: after hours of work, a
+    file name must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # somebody's own stream
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def cache_folder() -> Path:

@@ -191,7 +191,7 @@ class DiT(nn.Module):
         pretrained_model_name_or_path: str | Path,
         *,
         map_location: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         depth: int | None = None,
         **download: Any,
     ) -> DiT:
@@ -225,25 +225,21 @@ class DiT(nn.Module):
         returns the commit's URL if it was pushed.
 
         model_card_kwargs: arguments of `model_card` (measured quality, licence, ...), and picture:
-        the file of a picture (PNG) to show. repo_id: where push_to_hub=True pushes it; by default
-        the folder's name. Errors: those of `save_model`; ValueError for a `config` other than the
-        model's.
+        the file of a PNG picture. repo_id: where push_to_hub=True pushes it, by default the name of
+        the folder. Errors: of `save_model`; ValueError for another config or an unknown option.
         """
         if config is not None and config != self.config:
             raise ValueError("config must be the model's own: the weights belong to it")
         repo = repo_id or Path(save_directory).name
-        _checkpoints("hub").save_with_card(self, save_directory, repo, model_card_kwargs)
+        unused = () if push_to_hub else tuple(push_to_hub_kwargs)
+        _checkpoints("hub").save_with_card(self, save_directory, repo, model_card_kwargs, unused)
         if not push_to_hub:
             return None
         return self.push_to_hub(repo, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes to the Hub and returns the commit's URL; makes the
-        repository if there is none.
-
-        options: commit_message, private, token, branch, create_pr, allow_patterns, ignore_patterns,
-        delete_patterns, model_card_kwargs.
-        """
+        """Uploads what `save_pretrained` writes to the Hub, to a new repository if there is none;
+        returns the commit's URL. options: those of PyTorchModelHubMixin.push_to_hub."""
         return _checkpoints("hub").push(self, repo_id, **options)
 
     @property

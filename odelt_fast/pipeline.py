@@ -4,20 +4,24 @@ own DiTPipeline."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.folder import load_model, save_model
-from odelt_fast.checks import one_of
+from odelt_fast.checkpoints.folder import load_model, save_model, stored_dtype
+from odelt_fast.checkpoints.lookup import DOWNLOAD_OPTIONS
+from odelt_fast.checks import dtype_of, one_of, whole
 from odelt_fast.config import DiTConfig, Latents
 from odelt_fast.images.encode import latents_of
 from odelt_fast.model import DiT
 from odelt_fast.sampling.decoder import Decoder, Overlapped
-from odelt_fast.sampling.pictures import to_uint8
+from odelt_fast.sampling.labels import whole_labels
+from odelt_fast.sampling.noise import stack_noise
+from odelt_fast.sampling.pictures import in_form
 from odelt_fast.sampling.sampler import Sampler
 
 try:
@@ -43,6 +47,27 @@ CARRIED_CODE = {
     "pipeline.py": "OdeltPipeline",
     "transformer/odelt_fast.pipeline.py": "OdeltTransformer",
 }
+# Arguments of other pipelines' calls, and what takes their place here.
+_ON_THE_WAY = "the steps run as one: odelt_fast.trajectory gives the states on the way"
+_ELSEWHERE = {
+    "callback": _ON_THE_WAY,
+    "callback_steps": _ON_THE_WAY,
+    "callback_on_step_end": _ON_THE_WAY,
+    "callback_on_step_end_tensor_inputs": _ON_THE_WAY,
+    "num_images_per_prompt": "repeat the class in class_labels, once for each image",
+    "prompt": "give class_labels; get_label_ids has those of names",
+    "negative_prompt": "the null label takes its place: guidance_scale",
+    "timesteps": "time_grid ('uniform', 'shift:3.0') says where the steps lie",
+    "sigmas": "time_grid ('uniform', 'shift:3.0') says where the steps lie",
+    "scheduler": "solver takes its place",
+    "eta": "no step draws noise: leave it out",
+    "steps": "it is called num_inference_steps",
+    "decoder": "it is the pipeline's vae",
+}
+_SAMPLER = (
+    *("solver", "rtol", "atol", "max_steps", "error_norm", "time_grid", "depth_schedule"),
+    *("backend", "batch_size", "attention", "precision"),
+)
 _CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, \
 custom_pipeline=here, trust_remote_code=True)."""
 
@@ -75,16 +100,21 @@ class OdeltTransformer(ModelMixin):
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         **options: Any,
     ) -> OdeltTransformer:
         """Loads a model as `load_model` does. device_map: a device, or {"": device}. torch_dtype is
-        what diffusers calls dtype; its other options have no meaning here."""
+        what diffusers calls dtype. options: how a Hub id is downloaded; diffusers' others have no
+        meaning here."""
+        if options.get("quantization_config") is not None:
+            raise ValueError("quantization_config is not supported: precision='fp8' of a call is")
         device = device_map.get("", "cpu") if isinstance(device_map, dict) else device_map
         place = "cpu" if device is None else device
-        return cls(load_model(pretrained_model_name_or_path, place, dtype or torch_dtype))
+        download = {name: options[name] for name in DOWNLOAD_OPTIONS if name in options}
+        name = pretrained_model_name_or_path
+        return cls(load_model(name, place, dtype or torch_dtype, download=download))
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # type: ignore[override]
         """Saves the model as `save_model` does."""
@@ -172,12 +202,15 @@ class OdeltPipeline(DiffusionPipeline):
         `Sampler` and of `odelt-fast sample`, where image i depends on (seed, i) alone.
         num_inference_steps: time steps T. depth: active blocks l; None: all. output_type: "pil";
         "np" (N, H, W, C) or "pt" (N, C, H, W) in [0, 1]; "latent": what the solver leaves,
-        undecoded. options: those of Sampler (solver, rtol, atol, batch_size, backend, ...).
+        undecoded. options: those of Sampler (solver, rtol, atol, batch_size, backend, ...); also
+        latents (N, C, h, w), the noise itself, or height and width of the images.
 
         Returns ImagePipelineOutput, or the tuple (images,) if not return_dict. Raises ValueError
         for what cannot be used.
         """
         one_of("output_type", output_type, OUTPUT_TYPES)
+        latents, *size = (options.pop(name, None) for name in ("latents", "height", "width"))
+        _check_options(options)
         if seed is not None and generator is not None:
             raise ValueError("generator and seed are both given: leave one out")
         compiled = hasattr(self.transformer, "_orig_mod")  # torch.compile was put around it
@@ -188,14 +221,25 @@ class OdeltPipeline(DiffusionPipeline):
                 f"{config.channels} channels are latents: give the pipeline a vae, or ask for"
                 " output_type='latent'"
             )
-        labels = _class_labels(class_labels, generator)
+        labels = whole_labels(class_labels)
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(
+                f"{len(generator)} generators for {len(labels)} images: give one, or all"
+            )
         self._onload(self.transformer)
-        noise = None
+        decoder = None if self.vae is None or output_type == "latent" else self._decoder(model)
+        factor = 1 if self.vae is None else Decoder(self.vae, any_latents=True).factor
+        shape = _shape_of(model, size, factor)
+        if latents is not None and size != [None, None]:
+            raise ValueError("latents have a height and width of their own: leave these out")
+        noise = latents
+        if latents is None and seed is None:
+            drawn = (len(labels), *shape)
+            noise = randn_tensor(drawn, generator, model.device, torch.float32)
+        elif latents is None and seed is not None and shape != config.image_shape:
+            noise = stack_noise(seed, range(len(labels)), shape)
         if seed is None:
-            shape = (len(labels), *config.image_shape)
-            noise = randn_tensor(shape, generator, model.device, torch.float32)
             seed = _seed_of(generator) if config.sampling == "consistency" else 0
-        decoder = None if output_type == "latent" or self.vae is None else self._decoder(model)
         # An offloaded autoencoder sends the transformer away when it starts: then all is sampled
         # first.
         overlapped = Overlapped(decoder) if decoder and not hasattr(self.vae, "_hf_hook") else None
@@ -211,7 +255,7 @@ class OdeltPipeline(DiffusionPipeline):
             self._onload(self.vae)
             images = decoder(images)
         self.maybe_free_model_hooks()
-        finished: Any = images if output_type == "latent" else _finished(images, output_type)
+        finished: Any = images if output_type == "latent" else in_form(images, output_type)
         return ImagePipelineOutput(images=finished) if return_dict else (finished,)
 
     @classmethod
@@ -222,6 +266,9 @@ class OdeltPipeline(DiffusionPipeline):
         if not folder.is_dir():
             download = {name: options[name] for name in _DOWNLOAD if name in options}
             folder = Path(cls.download(str(pretrained_model_name_or_path), **download))
+        for name in ("dtype", "torch_dtype"):
+            if options.get(name) is not None:
+                options[name] = _dtypes(options[name], folder)
         if options.get("transformer") is None:
             dtype, place = (
                 options.get("dtype") or options.get("torch_dtype"),
@@ -237,12 +284,67 @@ class OdeltPipeline(DiffusionPipeline):
         return super().from_pretrained(folder, **options)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **options: Any) -> None:  # type: ignore[override]
-        """Saves as every pipeline does, and the code that `custom_pipeline` wants."""
+        """Saves as every pipeline does, and the code that `custom_pipeline` wants. A variant is in
+        the name of the vae's file; the transformer's is model.safetensors whatever the variant, and
+        one file."""
+        if not (args[0] if args else options.get("safe_serialization", True)):
+            raise ValueError("weights are always safetensors: leave safe_serialization out")
         for file, name in CARRIED_CODE.items():
             path = Path(save_directory) / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_CODE.format(name=name))
         super().save_pretrained(str(save_directory), *args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "scheduler":
+            raise AttributeError("there is no scheduler: solver, of a call, takes its place")
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "scheduler":
+            raise ValueError("there is no scheduler to set: solver, of a call, takes its place")
+        super().__setattr__(name, value)
+
+    def enable_vae_slicing(self) -> None:
+        """The vae decodes one image at a time."""
+        self._vae_can("slicing").enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """The vae decodes several images at a time again."""
+        self._vae_can("slicing").disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """The vae decodes large images in tiles."""
+        self._vae_can("tiling").enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """The vae decodes whole images again."""
+        self._vae_can("tiling").disable_tiling()
+
+    def _vae_can(self, what: str) -> Any:
+        if self.vae is None:
+            raise ValueError(f"this pipeline has no vae, whose {what} could be switched")
+        return self.vae
+
+    def set_attention_slice(self, slice_size: Any) -> None:
+        """For the vae, where it can; the transformer's attention never holds a matrix to slice."""
+        if slice_size is not None:
+            warnings.warn("attention slicing has no effect on the transformer", stacklevel=3)
+        super().set_attention_slice(slice_size)
+
+    def set_use_memory_efficient_attention_xformers(
+        self, valid: bool, attention_op: Any = None
+    ) -> None:
+        """For the vae."""
+        if valid:
+            warnings.warn("attention= of a call chooses the transformer's attention", stacklevel=3)
+        super().set_use_memory_efficient_attention_xformers(valid, attention_op)
+
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """ValueError: weights that come and go block by block are not supported."""
+        raise ValueError(
+            "enable_sequential_cpu_offload is not supported: use enable_model_cpu_offload"
+        )
 
     def _decoder(self, model: DiT) -> Decoder:
         """The decoder of the vae; ValueError if it is for other latents than the model's."""
@@ -261,29 +363,34 @@ class OdeltPipeline(DiffusionPipeline):
         hook = getattr(module, "_hf_hook", None)
         if hook is not None:
             hook.pre_forward(module)
-        if module.device.type == "meta":
-            raise ValueError(
-                "enable_sequential_cpu_offload is not supported: use enable_model_cpu_offload"
-            )
 
 
-def _class_labels(class_labels: Any, generator: Any) -> Tensor:
-    """Labels (N,) as whole numbers; the Sampler says which are allowed."""
-    try:
-        labels = torch.as_tensor(class_labels).reshape(-1)
-    except (TypeError, ValueError, RuntimeError):
-        labels = torch.empty(0)
-    kind = labels.dtype
-    if not len(labels) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
-        raise ValueError(
-            "class_labels must be at least one whole number (get_label_ids gives those of names),"
-            f" not {class_labels!r}"
-        )
-    if isinstance(generator, list) and len(generator) != len(labels):
-        raise ValueError(
-            f"{len(generator)} generators for {len(labels)} images: give one, or one for each image"
-        )
-    return labels
+def _dtypes(dtype: Any, folder: Path) -> Any:
+    """dtype of `from_pretrained`, or a dict of them by part, as torch's; "auto" is that of the
+    transformer's files."""
+    if isinstance(dtype, dict):
+        return {part: _dtypes(value, folder) for part, value in dtype.items()}
+    return stored_dtype(folder / "transformer") if dtype == "auto" else dtype_of(dtype)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """ValueError for an argument of a call that has no meaning here, saying what has."""
+    for name in options:
+        if name not in _SAMPLER:
+            advice = f"allowed are latents, height, width, {', '.join(_SAMPLER)}"
+            raise ValueError(f"{name} is no argument here: {_ELSEWHERE.get(name, advice)}")
+
+
+def _shape_of(model: DiT, size: Sequence[int | None], factor: int) -> tuple[int, int, int]:
+    """(C, H, W) of the noise for images of height and width (None: the model's own)."""
+    config, unit = model.config, factor * model.config.patch_size
+    sides = []
+    for name, given, own in zip(("height", "width"), size, config.image_shape[1:], strict=True):
+        side = own * factor if given is None else whole(name, given)
+        if side % unit:
+            raise ValueError(f"{name} {side} is not a multiple of {unit}")
+        sides.append(side // factor)
+    return config.channels, sides[0], sides[1]
 
 
 def _seed_of(generator: torch.Generator | list[torch.Generator] | None) -> int:
@@ -291,14 +398,3 @@ def _seed_of(generator: torch.Generator | list[torch.Generator] | None) -> int:
     step."""
     first = generator[0] if isinstance(generator, list) else generator
     return int(torch.randint(2**62, (1,), generator=first, device=first.device if first else None))
-
-
-def _finished(images: Tensor, output_type: str) -> Any:
-    """Images (N, C, H, W), data in [-1, 1], in the form that the caller asked for."""
-    if output_type == "pil":
-        from PIL import Image
-
-        grey = images.shape[1] == 1
-        return [Image.fromarray(a[:, :, 0] if grey else a) for a in to_uint8(images)]
-    scaled = (images / 2 + 0.5).clamp(0, 1)
-    return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()

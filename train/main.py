@@ -10,7 +10,7 @@ import tyro
 
 from odelt_fast.checks import unknown_option
 from odelt_fast.config import DiTConfig
-from odelt_fast.files import plain_warnings
+from odelt_fast.files import plain_warnings, print_anything
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.dial import shaped_as
 from odelt_fast.train.recipes import RECIPES
@@ -68,6 +68,7 @@ def started_from(config: TrainConfig, init_from: str, given: set[str]) -> TrainC
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code: 0; 2 after a mistake in the options or the data, which is
     printed in one line; STOPPED where a signal ended the run after a checkpoint."""
+    print_anything()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
         from odelt_fast.train.run import RunStopped, train

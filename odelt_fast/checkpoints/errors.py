@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from odelt_fast.files import one_line
+from odelt_fast.files import one_line, problem_of
 
 
 class CheckpointError(ValueError):
@@ -41,4 +41,5 @@ def refusals(path: Path) -> Iterator[None]:
         RuntimeError,
         SafetensorError,
     ) as error:
-        raise CheckpointError(f"{one_line(repr(str(path)))}: {one_line(error)}") from None
+        name, problem = one_line(repr(str(path))), problem_of(path, error)
+        raise CheckpointError(f"{name}: {problem}") from None

@@ -9,6 +9,7 @@ allocated; the model is built without storage first.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from odelt_fast.checks import dtype_of
 from odelt_fast.config import DiTConfig, TrainedOn
 from odelt_fast.files import flush, locked, one_line, parse_object, read_bytes
 from odelt_fast.model import DiT
@@ -38,8 +40,12 @@ _JSON_LIMIT = 1 << 20  # bytes of config.json and of the shard index
 _HEADER_LIMIT = 16 << 20  # bytes; 1024 blocks need 2 MiB
 # Bytes of position table that any model may have; above it, 4 times the size of its weights.
 _TABLE_FLOOR = 16 << 20
-_STORED_DTYPES = ("F16", "BF16", "F32", "F64")
-_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STORED_DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 # Name -> (dtype, shape); the hash of the configuration, if recorded.
 Header = tuple[dict[str, tuple[str, tuple[int, ...]]], str | None]
 
@@ -48,7 +54,7 @@ def save_model(
     model: DiT,
     folder: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes config.json and model.safetensors into a folder.
@@ -72,10 +78,7 @@ def save_model(
         CheckpointError: weights that are not finite, files that cannot be written; the folder's
             model stays as it was.
     """
-    if dtype is not None and dtype not in _COMPUTE_DTYPES:
-        raise ValueError(
-            f"dtype {dtype} cannot store weights: use float16, bfloat16, float32 or float64"
-        )
+    stored = None if dtype is None else dtype_of(dtype)
     if model.max_depth < model.config.depth or len(model.blocks) < model.config.depth:
         raise ValueError(
             f"a truncated model cannot be saved: {len(model.blocks)} of its {model.config.depth}"
@@ -84,7 +87,7 @@ def save_model(
     if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
         raise ValueError(f"metadata must map strings to strings, not {one_line(metadata)}")
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous()
+        name: tensor.detach().to("cpu", stored).contiguous()
         for name, tensor in model.state_dict().items()
     }
     for name, tensor in tensors.items():
@@ -140,7 +143,7 @@ def _finish_interrupted_save(folder: Path) -> None:
 def load_model(
     name: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     depth: int | None = None,
     *,
     download: Mapping[str, Any] | None = None,
@@ -151,8 +154,8 @@ def load_model(
         name: a local folder, a bundled name, or a Hub id ("user/repo"); the first that fits. A
             folder holds config.json and either model.safetensors or, for shards,
             model.safetensors.index.json; of a saved pipeline, its subfolder `transformer` is taken.
-        dtype: of the weights, float32 if None whatever the file stores (what saves space on disk
-            is not what to compute in).
+        dtype: of the weights, or its name; float32 if None whatever the file stores (what saves
+            space on disk is not what to compute in); "auto": what the file stores.
         depth: run at most at this length: only the blocks that it uses are read from disk, longer
             lengths raise ValueError afterwards.
         download: how to get a Hub id: revision, token, cache_dir, force_download,
@@ -163,10 +166,7 @@ def load_model(
             damaged, hostile or not finite.
         ValueError: a depth, dtype or device that cannot be.
     """
-    if dtype is not None and dtype not in _COMPUTE_DTYPES:
-        raise ValueError(
-            f"dtype {dtype} cannot be computed in: use float16, bfloat16, float32 or float64"
-        )
+    wanted = None if dtype in (None, "auto") else dtype_of(dtype)
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -188,14 +188,16 @@ def load_model(
     _check_shapes(model, headers)
     if depth is not None:
         model.truncate(depth)
-    wanted = model.state_dict()
+    if dtype == "auto":
+        wanted = _widest(headers)
+    shapes = model.state_dict()
     state: dict[str, Tensor] = {}
     for path, (entries, _) in headers.items():
         with refusals(path), safe_open(path, "pt") as file:
-            for key in sorted(wanted.keys() & entries.keys()):
+            for key in sorted(shapes.keys() & entries.keys()):
                 # A copy: views of the mapped file would change, or crash, with the file.
-                tensor = file.get_tensor(key).to(dtype or torch.float32, copy=True)
-                if tensor.shape != wanted[key].shape:
+                tensor = file.get_tensor(key).to(wanted or torch.float32, copy=True)
+                if tensor.shape != shapes[key].shape:
                     raise ValueError(f"{key} changed while it was read")
                 check_finite(key, tensor)
                 state[key] = tensor
@@ -228,6 +230,17 @@ def read_config(name: str | Path) -> DiTConfig:
     return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})[0]
 
 
+def stored_dtype(name: str | Path) -> torch.dtype:
+    """What the files of a model store its weights in, at most; it raises as `load_model` does."""
+    return _widest({path: read_header(path) for path in _shards(find_folder(name))})
+
+
+def _widest(headers: Mapping[Path, Header]) -> torch.dtype:
+    kinds = {kind for entries, _ in headers.values() for kind, _ in entries.values()}
+    found = [_STORED_DTYPES[kind] for kind in kinds if kind in _STORED_DTYPES]
+    return functools.reduce(torch.promote_types, found) if found else torch.float32
+
+
 def read_trained_on(name: str | Path) -> TrainedOn:
     """What is known of the data of the model that `load_model` would load; it raises as that
     does."""
@@ -236,20 +249,28 @@ def read_trained_on(name: str | Path) -> TrainedOn:
 
 
 def _member(folder: Path, name: str) -> Path:
-    """The path of a regular file of the folder; links leave it only within the Hub's own cache."""
+    """The path of a regular file of the folder. Links leave it only within the Hub's own cache, and
+    for files of the same kind, by their ending."""
     path = folder / name
     if not os.path.isfile(path):
         problem = f"a model folder holds {CONFIG_NAME} and {WEIGHTS_NAME}"
+        others = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack")
+        found = sorted(file.name for ending in others for file in folder.glob(ending))
+        if found:
+            problem += (
+                f"; odelt-fast convert makes one of a checkpoint such as {one_line(found[0])}"
+            )
         if os.path.exists(path):
             problem = "it is not a regular file"
         raise CheckpointError(f"no {name!r} in {one_line(repr(str(folder)))}: {problem}")
     root, target = (Path(os.path.realpath(place)) for place in (folder, path))
     snapshot = root.parent if root.name == "transformer" else root
     cache = snapshot.parent.parent / "blobs" if snapshot.parent.name == "snapshots" else root
-    if not (target.is_relative_to(root) or target.is_relative_to(cache)):
+    same_kind = target.suffix == path.suffix
+    if not (same_kind or target.is_relative_to(root) or target.is_relative_to(cache)):
         raise CheckpointError(
-            f"{one_line(repr(str(path)))} is a link that leaves its folder: load the folder that it"
-            " points to"
+            f"{one_line(repr(str(path)))} is a link that leaves its folder, to a file whose name"
+            f" does not end in {path.suffix}: copy the file here, or give it that ending"
         )
     return path
 

@@ -9,7 +9,7 @@ model.safetensors and README.md, the model card.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,25 @@ if TYPE_CHECKING:
 
 
 def save_with_card(
-    model: DiT, folder: str | Path, repo_id: str, facts: Mapping[str, Any] | None = None
+    model: DiT,
+    folder: str | Path,
+    repo_id: str,
+    facts: Mapping[str, Any] | None = None,
+    unused: Sequence[str] = (),
 ) -> None:
     """Writes a model folder, and a model card into it unless it has one.
 
     Args:
         facts: arguments of `model_card`, and picture: the file of a PNG picture to show.
+        unused: options that were given and that saving does not have: the first is refused.
     """
+    for name in unused:
+        advice = "it goes with push_to_hub=True, if it is one of its options"
+        if name in ("variant", "dtype", "torch_dtype"):
+            advice = "save_model(model, folder, dtype='float16') stores weights in half precision"
+        elif name in ("max_shard_size", "safe_serialization"):
+            advice = "weights are one file, model.safetensors"
+        raise ValueError(f"save_pretrained has no {name}: {advice}")
     folder = save_model(model, folder)
     facts = dict(facts or {})
     picture = facts.pop("picture", None)

@@ -31,7 +31,8 @@ def bundled_models() -> tuple[str, ...]:
 
 
 def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> Path:
-    """The local folder of a model: one that exists, else a bundled one, else a download.
+    """The local folder of a model: one that exists (or that of its own files), else a bundled one,
+    else a download.
 
     Raises:
         CheckpointError: `name` is none of them.
@@ -44,13 +45,15 @@ def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> 
                 f" download, {', '.join(DOWNLOAD_OPTIONS)}"
             )
     if os.path.isdir(name):
-        return _transformer(Path(name))
+        return _model_in(Path(name))
+    if os.path.isfile(name):
+        return _folder_of(Path(name))
     if isinstance(name, str) and name in bundled_models():
         return Path(str(importlib.resources.files("odelt_fast"))) / "models" / name
     if isinstance(name, str) and re.fullmatch(
         r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII
     ):
-        return _transformer(_download(name, download or {}))
+        return _model_in(_download(name, download or {}))
     bundled = ", ".join(bundled_models()) or "none"
     raise CheckpointError(
         f"no model {one_line(repr(str(name)))}: give a folder that exists, a bundled name"
@@ -58,11 +61,36 @@ def find_folder(name: str | Path, download: Mapping[str, Any] | None = None) -> 
     )
 
 
-def _transformer(folder: Path) -> Path:
-    """The folder itself, or the model in it if it is that of a pipeline."""
-    inner = folder / "transformer"
-    pipeline = not (folder / CONFIG_NAME).exists() and (inner / CONFIG_NAME).is_file()
-    return inner if pipeline else folder
+def _model_in(folder: Path) -> Path:
+    """The folder itself, or the model in it: of a pipeline, or the EMA of a checkpoint of training.
+
+    CheckpointError for a run that has no finished model yet, naming its newest checkpoint.
+    """
+    if (folder / CONFIG_NAME).exists():
+        return folder
+    for inner in (folder / "transformer", folder / "ema"):
+        if (inner / CONFIG_NAME).is_file():
+            return inner
+    kept = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r".*-\d{1,15}", path.name)]
+    kept = [path for path in kept if (path / "ema" / CONFIG_NAME).is_file()]
+    if kept:
+        newest = max(kept, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        raise CheckpointError(
+            f"{one_line(repr(str(folder)))} is a run that has not left its model yet: give a"
+            f" checkpoint, such as {one_line(newest)}"
+        )
+    return folder
+
+
+def _folder_of(file: Path) -> Path:
+    """The model folder that a file is part of; CheckpointError for a file that is in none."""
+    parts = file.name in (CONFIG_NAME, INDEX_NAME) or file.suffix == ".safetensors"
+    if parts and (file.parent / CONFIG_NAME).is_file():
+        return file.parent
+    raise CheckpointError(
+        f"{one_line(repr(str(file)))} is a file: give the folder of a model, with {CONFIG_NAME} and"
+        f" {WEIGHTS_NAME}; odelt-fast convert makes one of a checkpoint"
+    )
 
 
 def _download(name: str, options: Mapping[str, Any]) -> Path:

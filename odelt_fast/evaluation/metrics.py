@@ -19,7 +19,7 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from odelt_fast.files import one_line
+from odelt_fast.files import one_line, problem_of
 
 OFFSET = 1e-6  # on the diagonal of both covariances, in the Frechet distance of the reference
 KEPT = 10_000
@@ -323,4 +323,5 @@ def read_statistics(path: str | Path) -> Statistics:
         RuntimeError,
         BadZipFile,
     ) as error:
-        raise ValueError(f"{path} is no statistics file: {one_line(error, 200)}") from None
+        problem = problem_of(Path(path), one_line(error, 200))
+        raise ValueError(f"{path} is no statistics file: {problem}") from None

@@ -12,7 +12,7 @@ import numpy as np
 
 from odelt_fast.checks import whole
 from odelt_fast.config import Latents
-from odelt_fast.files import locked, one_line
+from odelt_fast.files import locked, one_line, problem_in
 
 from .latents import SCALE
 from .shards import LatentWriter
@@ -167,7 +167,11 @@ def vae_encoder(
         vae = autoencoder.from_pretrained(str(name), use_safetensors=True)
         latents = latents_of(vae, str(name))
     except Exception as error:  # its errors come from many packages
-        raise ValueError(f"the VAE {str(name)!r} cannot be loaded: {one_line(error)}") from None
+        files = (
+            Path(name) / each for each in ("config.json", "diffusion_pytorch_model.safetensors")
+        )
+        problem = problem_in(files, error)
+        raise ValueError(f"the VAE {str(name)!r} cannot be loaded: {problem}") from None
     vae.decoder = None
     vae = vae.eval().requires_grad_(False).to(device, dtype or torch.float32)
     return VaeEncoder(vae, latents)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from odelt_fast.files import cache_folder, locked, one_line, write_atomically
+from odelt_fast.files import cache_folder, locked, one_line, problem_of, write_atomically
 
 from .listing import check_split, files_of_split
 from .pixels import Opened, image_endings
@@ -68,7 +68,9 @@ def open_parquet(place: Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
                 column = pq.ParquetFile(file).read(columns=[found.label])[found.label]
                 labels.append(label_values(column, found.class_names, file))
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file} cannot be read as Parquet: {one_line(error)}") from None
+            raise ValueError(
+                f"{file} cannot be read as Parquet: {problem_of(Path(file), error)}"
+            ) from None
         if labels[0].dtype != labels[-1].dtype:
             raise ValueError(f"{files[0]} and {file} differ in the types of their labels")
     assert columns is not None

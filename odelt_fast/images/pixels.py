@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from odelt_fast.checks import Size, sides
-from odelt_fast.files import cache_folder, locked, one_line, read_bytes, write_atomically
+from odelt_fast.files import (
+    cache_folder,
+    locked,
+    one_line,
+    problem_of,
+    read_bytes,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -314,12 +321,15 @@ def _check_all(store: Store, one_size: bool) -> Check:
 
 
 def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
+    encoded: bytes | str = b""
     try:
-        return inspect_image(store.encoded(row))
+        encoded = store.encoded(row)
+        return inspect_image(encoded)
     except Unreachable:
         raise
     except Exception as error:
-        return decode_failure(error)
+        failure = decode_failure(error)
+        return problem_of(Path(encoded), failure) if isinstance(encoded, str) else failure
 
 
 def decode_failure(error: Exception) -> str:

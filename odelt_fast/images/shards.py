@@ -20,7 +20,7 @@ import numpy as np
 
 from odelt_fast.checks import number, shown, whole
 from odelt_fast.config import Latents
-from odelt_fast.files import PARTIAL, one_line, read_object, write_atomically
+from odelt_fast.files import PARTIAL, one_line, problem_of, read_object, write_atomically
 
 from .latents import SCALE, LatentSource, Moments
 from .tables import check_labels
@@ -85,7 +85,7 @@ def _read(path: Path, make: Callable[[dict[str, Any]], T]) -> T:
     try:
         return make(read_object(path, _JSON_LIMIT))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read: {problem_of(path, error)}") from None
 
 
 def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -93,7 +93,7 @@ def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
     try:
         array = np.lib.format.open_memmap(path, mode="r")  # never unpickles
     except Exception as error:  # numpy's reader of headers raises most kinds
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+        raise ValueError(f"{path} cannot be read: {problem_of(path, error)}") from None
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(f"{path} holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
     return array

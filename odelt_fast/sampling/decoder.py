@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from odelt_fast.checks import whole
+from odelt_fast.checks import dtype_of, whole
 from odelt_fast.config import Latents
-from odelt_fast.files import one_line
+from odelt_fast.files import problem_in
 from odelt_fast.images.encode import latents_of
+
+_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
 class Decoder:
@@ -178,7 +180,7 @@ class Overlapped:
 def load_decoder(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     batch_size: int = 8,
     *,
     any_latents: bool = False,
@@ -198,33 +200,36 @@ def load_decoder(
             "decoding latents needs diffusers: pip install 'odelt-fast[diffusers]'"
         ) from None
     kinds = ("AutoencoderKL", "AutoencoderTiny")
+    computed = torch.float32 if dtype is None else dtype_of(dtype)
+    read: list[Path] = []
     try:
         folder = _find_folder(str(name_or_path))
-        kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+        read += [folder / name for name in _FILES]
+        kind = json.loads(read[0].read_text(encoding="utf-8")).get("_class_name")
         if kind not in kinds:
             raise ValueError(f"it is a {kind}, not one of {', '.join(kinds)}")
         local = {"use_safetensors": True, "local_files_only": True}
         autoencoder = getattr(diffusers, kind).from_pretrained(folder, **local)
         latents = None if kind == "AutoencoderTiny" else latents_of(autoencoder, str(name_or_path))
         autoencoder.encoder = autoencoder.quant_conv = None
-        autoencoder = autoencoder.eval().requires_grad_(False).to(device, dtype or torch.float32)
+        autoencoder = autoencoder.eval().requires_grad_(False).to(device, computed)
         return Decoder(autoencoder, str(name_or_path), batch_size, latents, any_latents)
     except Exception as error:  # its errors come from many packages
-        raise ValueError(
-            f"the decoder {str(name_or_path)!r} cannot be loaded: {one_line(error)}"
-        ) from None
+        found = problem_in(read, error)
+        raise ValueError(f"the decoder {str(name_or_path)!r} cannot be loaded: {found}") from None
 
 
 def _find_folder(name: str) -> Path:
-    """The local folder that holds an autoencoder: `name`, or its subfolder `vae`; downloaded if it
-    is a Hub id."""
+    """The local folder that holds an autoencoder: `name` (or that of its file), or its subfolder
+    `vae`; downloaded if it is a Hub id."""
+    if os.path.isfile(name) and os.path.basename(name) in _FILES:
+        name = os.path.dirname(name) or "."
     if os.path.isdir(name):
         folder = Path(name)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII):
         from huggingface_hub import snapshot_download
 
-        files = ("config.json", "diffusion_pytorch_model.safetensors")
-        wanted = [*files, *(f"vae/{file}" for file in files)]
+        wanted = [*_FILES, *(f"vae/{file}" for file in _FILES)]
         folder = Path(snapshot_download(name, allow_patterns=wanted))
     else:
         raise ValueError("it is no folder here and no Hub id (user/repo)")

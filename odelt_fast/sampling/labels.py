@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from odelt_fast.checks import shown
 from odelt_fast.config import TrainedOn, are_numbers, describe_classes, plain
@@ -79,3 +83,18 @@ def labels_of_classes(known: TrainedOn, class_names: Sequence[str], num_classes:
         f"{shown(unknown)} of its {describe_classes(class_names)} is no class of the model,"
         f" which has {describe_classes(known.class_names)}"
     )
+
+
+def whole_labels(class_labels: Any) -> Tensor:
+    """Labels (N,), one or several, as whole numbers; the Sampler says which are allowed."""
+    try:
+        labels = torch.as_tensor(class_labels).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    kind = labels.dtype
+    if not len(labels) or kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ValueError(
+            "class_labels must be at least one whole number (get_label_ids gives those of names),"
+            f" not {class_labels!r}"
+        )
+    return labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,18 @@ def to_uint8(images: Tensor | np.ndarray) -> np.ndarray:
         )
     levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def in_form(images: Tensor, output_type: str) -> Any:
+    """Images (N, C, H, W), data in [-1, 1], in a form of diffusers: "pil", or in [0, 1] "np"
+    (N, H, W, C) or "pt" (N, C, H, W)."""
+    if output_type == "pil":
+        from PIL import Image
+
+        grey = images.shape[1] == 1
+        return [Image.fromarray(a[:, :, 0] if grey else a) for a in to_uint8(images)]
+    scaled = (images / 2 + 0.5).clamp(0, 1)
+    return scaled if output_type == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> Image:

@@ -411,12 +411,18 @@ def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
         load_model(folder)
 
 
-def test_links_may_not_leave_the_folder(folder: Path, tmp_path: Path) -> None:
+def test_links_leave_the_folder_for_files_of_the_same_ending_only(
+    folder: Path, tmp_path: Path
+) -> None:
     os.rename(folder / "model.safetensors", tmp_path / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match="leaves its folder"):
+    assert torch.equal(velocity(load_model(folder)), velocity(make_model()))
+    os.rename(tmp_path / "elsewhere.safetensors", tmp_path / "shadow")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "shadow")
+    with pytest.raises(CheckpointError, match="leaves its folder, to a file whose name does not"):
         load_model(folder)
-    os.rename(tmp_path / "elsewhere.safetensors", folder / "inside.bin")
+    os.rename(tmp_path / "shadow", folder / "inside.bin")
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to("inside.bin")
     assert torch.equal(velocity(load_model(folder)), velocity(make_model()))
