@@ -110,7 +110,8 @@ def _open(path: Path, settings: Evaluation) -> ImageSource:
             f"{' and '.join(settings.metrics)} compare with no real images: leave --data and"
             " --stats out"
         )
-    source = open_source(path.absolute())
+    # Which column of a table has the labels is asked only where they are needed.
+    source = open_source(path.absolute(), label_column=None if "recognised" in metrics else "")
     if source.channels not in (1, 3):
         raise ValueError(
             f"--samples {path} are latents of {source.channels} channels: decode them first"

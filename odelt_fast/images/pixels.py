@@ -286,7 +286,8 @@ def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, ...]) ->
     first, second, width, height = other
     return (
         f"the images have different sizes: {store.name(first)} is {size[0]}x{size[1]},"
-        f" {store.name(second)} is {width}x{height}; give an image size to bring them to"
+        f" {store.name(second)} is {width}x{height}; give an image size to bring them to,"
+        " or images of one size"
     )
 
 

@@ -293,6 +293,13 @@ def test_a_png_with_megabytes_of_text_or_profile_is_good(name, tmp_path, silent)
     )
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "TIFF"])
+def test_other_formats_with_a_large_profile_are_good(kind):
+    content = encode(picture(1), kind, icc_profile=b"0" * 2_000_000)
+    assert pixels.inspect_image(content) == (8, 8, False)
+    assert pixels.decode_image(content, None, 3).shape == (3, 8, 8)
+
+
 def test_text_after_the_pixels_and_damaged_text_cost_no_image():
     info = PngImagePlugin.PngInfo()
     info.add_text("Comment", "x" * 2_000_000, zip=True)

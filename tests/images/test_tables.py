@@ -4,12 +4,15 @@ are which."""
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from odelt_fast.evaluation import existing
+from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.images import open_source
 from tests.images.test_images import as_pixels, encode, picture, rows, write_parquet
 
@@ -146,6 +149,15 @@ def test_of_several_columns_of_labels_one_is_to_be_named(tmp_path):
     with pytest.raises(ValueError, match=r"none of them can be the labels .* --label-column"):
         open_source(path)
     assert open_source(path, label_column="fine_label").labels.tolist() == [2, 0, 1]
+
+
+def test_labels_are_asked_for_where_they_are_needed(tmp_path):
+    """Images that exist are compared without labels: --label-column is of --data there."""
+    path = Path(cifar100(tmp_path))
+    assert len(existing._open(path, Evaluation(data="digits"))) == 3
+    with pytest.raises(ValueError, match="several columns of labels"):
+        existing._open(path, Evaluation(data="digits", metrics=("frechet", "recognised")))
+    assert open_source(path, label_column="").class_names == ("x",)
 
 
 def test_a_column_of_images_of_any_name_can_be_named(tmp_path):
