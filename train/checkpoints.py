@@ -107,6 +107,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         files = {str(path.relative_to(folder)): -1 for path in folder.rglob("*") if path.is_file()}
     for name, size in files.items():
         path = folder / name
+        if type(size) is not int or not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{STATE_NAME} has a size that cannot be")
         if not path.is_file():
             raise CheckpointError(f"{one_line(name)} is missing")
         has = path.stat().st_size
@@ -132,13 +134,17 @@ def check_run(folder: Path, state: dict[str, Any], config: DiTConfig, objective:
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether loading a checkpoint failed by the fault of its files."""
+    """Whether loading a checkpoint failed by the fault of its files: not for want of memory, of
+    permission or of the disk's service."""
     import pickle
     import zipfile
 
+    import torch
     from safetensors import SafetensorError
 
-    kinds = (OSError, RuntimeError, EOFError, LookupError, SafetensorError, CheckpointError)
+    if isinstance(error, (torch.OutOfMemoryError, OSError)):
+        return isinstance(error, FileNotFoundError)
+    kinds = (RuntimeError, EOFError, LookupError, SafetensorError, CheckpointError)
     return isinstance(error, (*kinds, pickle.UnpicklingError, zipfile.BadZipFile))
 
 

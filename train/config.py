@@ -315,6 +315,10 @@ class TrainConfig(DialOptions):
         if self.fast_ema_decay != 0.99 and self.target_network != "fast-ema":
             raise ValueError("fast_ema_decay goes with --target-network fast-ema")
         self.mean_velocity.check(name, self.compile)
+        if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
+            raise ValueError(
+                "overwrite_output_dir deletes what resume_from_checkpoint latest is to find"
+            )
         if name in ("consistency", "progressive") and self.steps < self.log2_steps:
             raise ValueError(
                 f"objective {name} has {self.log2_steps} stages: steps must be at least that, not"

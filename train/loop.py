@@ -318,19 +318,23 @@ class Trainer:
             if folders[0].resolve().parent != output_dir.resolve():
                 self.make_room()
         for folder in folders:
+            problem = ""
             try:
                 state = read_state(folder)
                 check_run(folder, state, self.model.config, self.config.objective)
                 self._load(folder, state)
-                break
             except Exception as error:
-                damaged = is_damage(error)
-                if not damaged:
+                if not is_damage(error):
                     raise
-                said = f"{folder} is damaged ({one_line(error)})"
-                if not latest:
-                    raise ValueError(f"{said}: give another, or latest") from error
-                self.accelerator.print(f"{said}: left out")
+                problem = one_line(error)
+            # What one process cannot read, none takes.
+            problem = next(filter(None, self._gathered(problem)), "")
+            if not problem:
+                break
+            said = f"{folder} is damaged ({problem})"
+            if not latest:
+                raise ValueError(f"{said}: give another, or latest")
+            self.accelerator.print(f"{said}: left out")
         else:
             if folders:
                 raise ValueError(f"every checkpoint in {output_dir} is damaged")
@@ -344,6 +348,13 @@ class Trainer:
                     f"back at step {self.finished_steps}: what the run had after it is in {aside}"
                 )
         return True
+
+    def _gathered(self, text: str) -> list[str]:
+        """That of every process."""
+        from accelerate.utils import gather_object
+
+        found: list[str] = gather_object([text])
+        return found
 
     def make_room(self) -> None:
         """For a run that does not go on with the one in its folder; ValueError if there is one and

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from odelt_fast.train.checkpoints import checkpoints, set_aside
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
-from odelt_fast.train.main import STOPPED, main
+from odelt_fast.train.main import STOPPED
 from odelt_fast.train.run import RunStopped, train
 from odelt_fast.train.run_lock import held
 from tests.helpers.training import SMALL, small_run
@@ -230,6 +230,33 @@ def test_latest_is_the_newest_whole_checkpoint(
     assert torch.equal(trainer.step(), whole.step())
 
 
+@pytest.mark.parametrize("size", ["7", None, 1.5, True, []])
+def test_a_hostile_state_is_damage(three: Path, tmp_path: Path, size: object) -> None:
+    run = copied(three, tmp_path)
+    state = run / "checkpoint-3" / "state.json"
+    values = json.loads(state.read_text())
+    for files in ({"model.safetensors": size}, {"../checkpoint-2/state.json": 1}):
+        state.write_text(json.dumps({**values, "files": files}))
+        with pytest.raises(ValueError, match="checkpoint-3 is damaged"):
+            Trainer(run_of(run, ema_widths=(0.1,))).resume(str(state.parent))
+
+
+def test_want_of_memory_is_no_damage(
+    three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied(three, tmp_path)
+    trainer = Trainer(run_of(run, ema_widths=(0.1,)))
+    for error in (torch.OutOfMemoryError("full"), PermissionError("no"), OSError(24, "files")):
+
+        def failing(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(trainer, "_load", failing)
+        with pytest.raises(type(error)):
+            trainer.resume("latest")
+    assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
 def test_when_every_checkpoint_is_damaged(three: Path, tmp_path: Path) -> None:
     run = copied(three, tmp_path)
     for folder in checkpoints(run):
@@ -293,15 +320,26 @@ def test_a_signal_ends_a_run_after_its_step(
     assert same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_the_command_says_where_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stopped(config: TrainConfig) -> Path:
-        raise RunStopped("stopped by a signal after step 3: run/checkpoint-3")
-
-    monkeypatch.setattr("odelt_fast.train.run.train", stopped)
-    assert main(["--output-dir", str(tmp_path)]) == STOPPED == 75
-    assert "--resume-from-checkpoint latest" in capsys.readouterr().err
+def test_the_command_ends_with_a_code_that_says_go_on(tmp_path: Path) -> None:
+    """A real process, and what schedulers do to it."""
+    program = (
+        "import os, signal, sys\nfrom odelt_fast.train.loop import Trainer\n"
+        "from odelt_fast.train.main import main\nstep = Trainer.step\n"
+        "def stepping(trainer):\n"
+        "    if trainer.finished_steps == 1: os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "    return step(trainer)\n"
+        "Trainer.step = stepping\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    run = tmp_path / "run"
+    options = ["--model.hidden-size=16", "--model.num-heads=2", "--model.depth=2"]
+    options += ["--model.depth-min=1", "--model.depth-group=1", "--train-batch-size=8"]
+    options += ["--steps=50", "--sampling-steps=0", f"--output-dir={run}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == STOPPED == 75, done.stderr
+    assert "go on with --resume-from-checkpoint latest" in done.stderr.splitlines()[-1]
+    assert names(run) == ["checkpoint-2"]
 
 
 def test_every_file_has_the_mode_of_the_users_mask(tmp_path: Path) -> None:
