@@ -104,7 +104,7 @@ class Summary:
         return f"{total} cases: {counts}, at most {self.peak >> 20} MiB more memory"
 
 
-def fuzz(cases: int, seed: int, start: int = 0) -> Summary:
+def fuzz(cases: int, seed: int, start: int = 0, archives: float = 0.3) -> Summary:
     """Runs the cases `start` to `start + cases` of a seed in child processes and gathers what
     happened."""
     total = Summary()
@@ -125,6 +125,8 @@ def fuzz(cases: int, seed: int, start: int = 0) -> Summary:
             str(first),
             "--seed",
             str(seed),
+            "--archives",
+            str(archives),
             "--child",
         ]
         try:
@@ -692,15 +694,17 @@ def hostile_archive(draw: random.Random, archive: bytes, snippets: list[bytes]) 
     return result.getvalue()
 
 
-def write_case(draw: random.Random, bases: Bases, folder: Path, canary: str) -> str:
+def write_case(
+    draw: random.Random, bases: Bases, folder: Path, canary: str, archives: float
+) -> str:
     """Writes one case and returns its file's name: a pickle, a file of torch.save, or the
     configuration of a model folder."""
     kind = draw.random()
-    if kind < 0.3:
+    if kind < archives:
         archive = hostile_archive(draw, draw.choice(bases.archives), attacks(canary))
         (folder / "checkpoint.pt").write_bytes(archive)
         return "checkpoint.pt"
-    kind = (kind - 0.3) / 0.7
+    kind = (kind - archives) / (1 - archives)
     if kind < 0.75:
         snippets = attacks(canary)
         data = (
@@ -724,7 +728,7 @@ class TooSlow(BaseException):
     """Not an Exception, so that nothing on the way can swallow it."""
 
 
-def run_cases(cases: int, seed: int, start: int) -> Summary:
+def run_cases(cases: int, seed: int, start: int, archives: float) -> Summary:
     """Runs cases in this process, which must be a child: it gets limits and a hook that never go
     away."""
     import resource
@@ -782,7 +786,7 @@ def run_cases(cases: int, seed: int, start: int) -> Summary:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
         for index in range(start, start + cases):
             draw = random.Random(f"{seed}:{index}")
-            case = write_case(draw, bases, folder, canary)
+            case = write_case(draw, bases, folder, canary, archives)
             problem, refused = "", False
             signal.alarm(SECONDS)
             watching = True
@@ -820,13 +824,18 @@ def main() -> int:
     )
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--archives", type=float, default=0.3, help="share of torch.save's files")
     parser.add_argument("--start", type=int, default=0, help="index of the first case")
     parser.add_argument("--child", action="store_true", help="run in this process and print JSON")
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(vars(run_cases(options.cases, options.seed, options.start))))
+        print(
+            json.dumps(
+                vars(run_cases(options.cases, options.seed, options.start, options.archives))
+            )
+        )
         return 0
-    summary = fuzz(options.cases, options.seed, options.start)
+    summary = fuzz(options.cases, options.seed, options.start, options.archives)
     for failure in summary.failures[:20]:
         print(failure)
     print(summary)
