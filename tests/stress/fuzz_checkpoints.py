@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import io
 import json
 import os
@@ -778,7 +779,10 @@ def run_cases(cases: int, seed: int, start: int, archives: float) -> Summary:
             readers["checkpoint.pt"]()
         readers["checkpoint.pkl"]()
         readers["config.json"]()
-        "".encode("cp437")  # of names in zip archives: loaded at its first use
+        # Loaded at their first use: the code of names in zip archives, flax's format.
+        "".encode("cp437")
+        with contextlib.suppress(ImportError):
+            import msgpack  # noqa: F401
         sys.addaudithook(hook)
         signal.signal(signal.SIGALRM, alarm)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
