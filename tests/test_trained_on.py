@@ -121,6 +121,15 @@ def test_a_run_from_a_model_of_other_classes_takes_labels_by_name(
     assert "the teacher was trained on 3 classes (0 a, 1 b, 2 c), not" in capfd.readouterr().err
 
 
+def test_pairs_have_the_classes_of_the_model_that_made_them(tmp_path: Path) -> None:
+    start, out = named_model(tmp_path / "start", ("a", "b", "c")), tmp_path / "run"
+    options = ["--objective", "reflow", "--pairs", str(tmp_path / "pairs"), "--init-from", start]
+    few = ["--num-pairs", "32", "--denoise-timesteps", "2", "--output-dir", str(out)]
+    shape = ["--model.image-size", "8", "--model.channels", "3", "--model.num-classes", "3"]
+    assert train(*shape, *options, *few) == 0
+    assert load_model(out).trained_on == TrainedOn(("a", "b", "c"))
+
+
 def test_configurations_without_names_load_and_damaged_names_are_refused(tmp_path: Path) -> None:
     folder = Path(named_model(tmp_path / "model"))
     before = load_file(folder / "model.safetensors")

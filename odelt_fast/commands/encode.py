@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from odelt_fast.checks import whole
+from odelt_fast.config import describe_classes
 
 from .options import Device, Dtype, Text, Whole, choose_dtype, device_of
 
@@ -61,6 +62,7 @@ def run(options: Command) -> None:
         image_column=options.image_column,
         label_column=options.label_column,
     )
+    print(f"{source.name}: {describe_classes(source.class_names)}")
     encoder = vae_encoder(options.vae, device, choose_dtype(options.dtype, device.type))
     encode_images(
         source,

@@ -60,7 +60,9 @@ def test_latents_are_the_posteriors_of_the_vae(
         "4",
     ]
     assert main([*command, "--device", "cpu"]) == 0
-    assert "6 images of 2 classes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"{images}: 2 classes (0 cat, 1 dog)\n")
+    assert "6 images of 2 classes" in said
     latents, source = open_source(out), open_source(images, image_size=32, channels=3)
     assert (len(latents), latents.channels, latents.image_size, latents.class_names) == (
         6,

@@ -139,7 +139,7 @@ class PairSource(ImageSource):
     def __init__(self, folder: Path) -> None:
         self.name = str(folder)
         try:
-            manifest = read_object(folder / MANIFEST, 1 << 20)
+            manifest = read_object(folder / MANIFEST, 8 << 20)
             shape, num_classes = tuple(manifest["shape"]), int(manifest["num_classes"])
             teacher = TrainedOn.taken_from(manifest, num_classes)
             shapes = [(int(manifest["count"]), *shape[:axes]) for _, axes in _ARRAYS.values()]
