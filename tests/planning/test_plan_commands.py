@@ -112,6 +112,7 @@ def test_an_impossible_budget_draws_nothing_and_names_the_nearest(
         ("sample --max-latency 1s --solver euler", "--solver is what a budget chooses"),
         ("sample --max-latency 1s --time-shift 2", "--time-shift has no measured cost or quality"),
         ("sample --max-latency 1s --trajectory 0 1", "--trajectory has no measured"),
+        ("sample --max-latency 1s --init-image a.png --mask b.png", "--init-image has no measured"),
         ("sample --metric kid", "--metric goes with a budget"),
         ("sample --max-latency 1s", "has no profile on"),
         ("plan", "has no profile on"),
