@@ -17,48 +17,7 @@ from odelt_fast.config import PRESETS, DiTConfig
 
 from .dial import DialOptions
 from .mean_velocity import MEAN_VELOCITY, MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
-
-ObjectiveName = Literal[
-    "shortcut",
-    "shortcut-models",
-    "flow",
-    "mean-flow",
-    "alpha-flow",
-    "live-reflow",
-    "reflow",
-    "consistency",
-    "consistency-distillation",
-    "progressive",
-    "diffusion",
-]
-PathName = Literal[
-    "rectified",
-    "flow-matching",
-    "independent",
-    "trigonometric",
-    "variance-preserving",
-    "variance-exploding",
-]
-# How a network that an objective trained is to be sampled (DiTConfig.sampling).
-SAMPLING = {
-    "shortcut": "shortcut",
-    "shortcut-models": "shortcut",
-    "flow": "flow",
-    "mean-flow": "mean_flow",
-    "alpha-flow": "mean_flow",
-    "live-reflow": "live_reflow",
-    "reflow": "flow",
-    "consistency": "consistency",
-    "consistency-distillation": "consistency",
-    "progressive": "flow",
-    "diffusion": "diffusion",
-}
-# Time-consistency or Reflow rows; their networks, and no others, are given the step size.
-WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow", *MEAN_VELOCITY)
-DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
-RecipeName = Literal[
-    "digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"
-]
+from .methods import DISTILLATIONS, SAMPLING, WITH_TIME_ROWS, ObjectiveName, PathName, RecipeName
 
 
 @dataclass(frozen=True)

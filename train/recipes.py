@@ -8,7 +8,8 @@ from typing import Any
 
 from odelt_fast.config import PRESETS, DiTConfig
 
-from .config import DEFAULT, RecipeName, TrainConfig
+from .config import DEFAULT, TrainConfig
+from .methods import RecipeName
 
 # What the small sets share: short runs at a high learning rate, whose teacher must start to move
 # early.

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.model import DiT
-from odelt_fast.train.config import SAMPLING, WITH_TIME_ROWS, TrainConfig
+from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws
 from odelt_fast.train.loop import Trainer
+from odelt_fast.train.methods import SAMPLING, WITH_TIME_ROWS
 from odelt_fast.train.objectives.build import build_objective
 from odelt_fast.train.objectives.flow_matching import Reflow
 from odelt_fast.train.objectives.pairs import PairSource, generate_pairs

@@ -11,8 +11,9 @@ from torch import Tensor
 from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.config import NUM_STEP_INDICES, DiTConfig
 from odelt_fast.model import DiT
-from odelt_fast.train.config import DISTILLATIONS, TrainConfig
+from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.dial import Wiring
+from odelt_fast.train.methods import DISTILLATIONS
 
 from .pairs import PairSource, generate_pairs
 
