@@ -19,7 +19,7 @@ from odelt_fast.config import DiTConfig, Latents
 from odelt_fast.images.encode import latents_of
 from odelt_fast.model import DiT
 from odelt_fast.sampling.decoder import Decoder, Overlapped
-from odelt_fast.sampling.labels import whole_labels
+from odelt_fast.sampling.labels import ids_of_names, whole_labels
 from odelt_fast.sampling.noise import stack_noise
 from odelt_fast.sampling.pictures import in_form
 from odelt_fast.sampling.sampler import Sampler
@@ -53,16 +53,12 @@ _ELSEWHERE = {
     "callback": _ON_THE_WAY,
     "callback_steps": _ON_THE_WAY,
     "callback_on_step_end": _ON_THE_WAY,
-    "callback_on_step_end_tensor_inputs": _ON_THE_WAY,
     "num_images_per_prompt": "repeat the class in class_labels, once for each image",
-    "prompt": "give class_labels; get_label_ids has those of names",
     "negative_prompt": "the null label takes its place: guidance_scale",
     "timesteps": "time_grid ('uniform', 'shift:3.0') says where the steps lie",
     "sigmas": "time_grid ('uniform', 'shift:3.0') says where the steps lie",
-    "scheduler": "solver takes its place",
     "eta": "no step draws noise: leave it out",
     "steps": "it is called num_inference_steps",
-    "decoder": "it is the pipeline's vae",
 }
 _SAMPLER = (
     *("solver", "rtol", "atol", "max_steps", "error_norm", "time_grid", "depth_schedule"),
@@ -159,12 +155,7 @@ class OdeltPipeline(DiffusionPipeline):
         self._known_vae: tuple[Any, Latents] | None = None
         if vae is not None:
             self._decoder(transformer.model)
-        names = (
-            (name.strip(), int(label))
-            for label, text in (id2label or {}).items()
-            for name in text.split(",")
-        )
-        self.labels = dict(sorted(names))
+        self.labels = ids_of_names(id2label or {}, transformer.model.config.num_classes)
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Classes of names, for `class_labels`. ValueError for a name that `labels` does not
@@ -222,6 +213,11 @@ class OdeltPipeline(DiffusionPipeline):
                 " output_type='latent'"
             )
         labels = whole_labels(class_labels)
+        drawing = generator if isinstance(generator, list) else [generator]
+        if not all(each is None or isinstance(each, torch.Generator) for each in drawing):
+            raise ValueError(
+                "generator must be a torch.Generator, or one for each image; or seed=3"
+            )
         if isinstance(generator, list) and len(generator) != len(labels):
             raise ValueError(
                 f"{len(generator)} generators for {len(labels)} images: give one, or all"
@@ -266,6 +262,10 @@ class OdeltPipeline(DiffusionPipeline):
         if not folder.is_dir():
             download = {name: options[name] for name in _DOWNLOAD if name in options}
             folder = Path(cls.download(str(pretrained_model_name_or_path), **download))
+        if folder.is_dir() and not (folder / "model_index.json").exists():
+            raise ValueError(
+                f"{folder} holds no pipeline: make one, OdeltPipeline(load_model(...))"
+            )
         for name in ("dtype", "torch_dtype"):
             if options.get(name) is not None:
                 options[name] = _dtypes(options[name], folder)

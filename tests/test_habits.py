@@ -241,6 +241,22 @@ def test_arguments_of_other_pipelines_are_answered(name: str, value: Any, says: 
     assert "\n" not in str(refused.value)
 
 
+def test_other_mistakes_of_a_pipeline_are_one_line(folder: Path) -> None:
+    from odelt_fast import OdeltPipeline
+
+    for names, says in (
+        ({"cat": 0}, "id2label must map classes to their names"),
+        (["cat", "dog"], "id2label must map classes to their names"),
+        ({10: "cat"}, "id2label has class 10: this model's are 0 to 9"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            pipeline(random_model(), id2label=names)
+    with pytest.raises(ValueError, match=r"generator must be a torch\.Generator"):
+        pipeline(random_model())([3], generator=3)
+    with pytest.raises(ValueError, match=r"holds no pipeline: make one, OdeltPipeline\(load_model"):
+        OdeltPipeline.from_pretrained(folder)
+
+
 def test_the_autoencoder_decodes_in_slices_and_tiles() -> None:
     pipe = pipeline(latent_model(), vae=small_vae())
     expected = pipe([0, 1], seed=1, output_type="pt").images

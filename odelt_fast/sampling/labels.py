@@ -85,6 +85,19 @@ def labels_of_classes(known: TrainedOn, class_names: Sequence[str], num_classes:
     )
 
 
+def ids_of_names(id2label: Any, num_classes: int) -> dict[str, int]:
+    """Name -> class of a pipeline's id2label, whose synonyms are separated by commas, sorted."""
+    try:
+        pairs = [(int(label), text.split(",")) for label, text in id2label.items()]
+    except (AttributeError, TypeError, ValueError):
+        given = f"such as {{0: 'cat', 1: 'dog'}}, not {shown(id2label)}"
+        raise ValueError(f"id2label must map classes to their names, {given}") from None
+    for label, _ in pairs:
+        if label not in range(num_classes):
+            raise ValueError(f"id2label has class {label}: this model's are 0 to {num_classes - 1}")
+    return dict(sorted((name.strip(), label) for label, names in pairs for name in names))
+
+
 def whole_labels(class_labels: Any) -> Tensor:
     """Labels (N,), one or several, as whole numbers; the Sampler says which are allowed."""
     try:
