@@ -32,7 +32,8 @@ class Operation(SolverOptions):
     (t, l) with t rising from 0, each holding until the next, or a function t -> l; an adaptive
     solver then needs error_norm "batch", since the images of a batch must agree on the time.
     guidance_scale w: None or 1 use the labels alone, 0 the null label alone, otherwise the velocity
-    is v_null + w (v_label - v_null). The rest: `SolverOptions`.
+    is v_null + w (v_label - v_null). guidance_interval (t_lo, t_hi): only at times from t_lo to
+    t_hi, and at others by the labels alone; None: at all times. The rest: `SolverOptions`.
 
     Raises:
         ValueError: for a value that cannot be used, alone or with the others. What a model cannot
@@ -42,6 +43,7 @@ class Operation(SolverOptions):
     depth: int | None = None
     guidance_scale: float | None = None
     depth_schedule: DepthSchedule | None = None
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +52,14 @@ class Operation(SolverOptions):
             if not is_finite(scale):
                 raise ValueError(f"guidance_scale must be a finite number or None, not {scale!r}")
             object.__setattr__(self, "guidance_scale", float(scale))
+        if self.guidance_interval is not None:
+            interval = check_interval(self.guidance_interval)
+            if self.mixing_scale is None:
+                raise ValueError(
+                    "guidance_interval needs guidance: set guidance_scale, to another value than 0"
+                    " and 1"
+                )
+            object.__setattr__(self, "guidance_interval", None if interval == (0, 1) else interval)
         if self.depth_schedule is None:
             return
         if not callable(self.depth_schedule):
@@ -119,7 +129,28 @@ class Operation(SolverOptions):
         if self.adaptive or self.torchdiffeq not in (None, "euler"):
             return None
         stages = 1 if self.torchdiffeq else self.tableau.stages - self.tableau.fsal
-        return (self.steps or 0) * stages * self.rows_per_image
+        rows = (self.steps or 0) * stages * self.rows_per_image
+        if self.guidance_interval is None or self.torchdiffeq:
+            return rows
+        asked = [
+            start if c == 0 else end if c == 1 else start + c * (end - start)
+            for start, end in itertools.pairwise(self.times)
+            for c in self.tableau.c[:stages]
+        ]
+        return rows - sum(not self.guides(t) for t in asked)
+
+    def network_evaluations(self, evaluations: int) -> int:
+        """Evaluations of the network in that many of the velocity."""
+        each = self.evaluations_per_image
+        if self.guidance_interval is None or each is None or self.torchdiffeq:
+            return evaluations * self.rows_per_image
+        stages = self.tableau.stages - self.tableau.fsal
+        return round(evaluations * each / ((self.steps or 1) * stages))
+
+    def guides(self, t: float) -> bool:
+        """Whether velocities of label and null label are mixed at time t."""
+        first, last = self.guidance_interval or (-math.inf, math.inf)
+        return self.mixing_scale is not None and first <= t <= last
 
     def step_index(self, sampling: str) -> float:
         """Step index that a network of `DiTConfig.sampling` is fed (`step_index`)."""
@@ -162,6 +193,19 @@ def step_index(sampling: str, steps: int | None, jumps: bool = True) -> float:
 def effective_guidance(scale: float | None) -> float | None:
     """The scale as measurements name it: None and 1 both use the labels alone."""
     return None if scale in (None, 1) else float(scale)
+
+
+def check_interval(value: Any) -> tuple[float, float]:
+    """(t_lo, t_hi) in [0, 1]; ValueError for anything else."""
+    pair = tuple(value) if isinstance(value, (list, tuple)) else ()
+    if len(pair) != 2 or not all(is_finite(time) for time in pair) or not (
+        0 <= pair[0] <= pair[1] <= 1
+    ):  # fmt: skip
+        raise ValueError(
+            "guidance_interval must be two times in [0, 1], the first not above the second, such as"
+            f" (0.3, 1), not {shown(value)}"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def check_schedule(pairs: Any) -> Schedule:

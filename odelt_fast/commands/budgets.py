@@ -54,7 +54,15 @@ def choice_json(choice: Choice) -> dict[str, Any]:
 # Options of `odelt-fast sample` that say what a budget chooses, and those whose effect on cost and
 # quality was not measured: their defaults leave them to it.
 _CHOSEN = ("depth", "steps", "solver", "depth_schedule", "rtol", "atol")
-_UNMEASURED = ("time_shift", "error_norm", "trajectory", "invert", "interpolate", "init_image")
+_UNMEASURED = (
+    "time_shift",
+    "guidance_interval",
+    "error_norm",
+    "trajectory",
+    "invert",
+    "interpolate",
+    "init_image",
+)
 
 
 def choose_for(options: Command) -> Choice | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from odelt_fast.checks import check_seed
-from odelt_fast.evaluation.arguments import metavar
+from odelt_fast.evaluation.arguments import Interval, metavar
 from odelt_fast.files import check_target, write_whole
 
 from .operations import operation_of
@@ -49,6 +49,8 @@ class Command:
     """p(x) by the null label. Default: p(x | class) where the data's classes can be the model's."""
     guidance_scale: Number = None
     """Density of the guided flow, as in `sample`."""
+    guidance_interval: Interval = None
+    """As in `sample`."""
     solver: str = "dopri5"
     """As in `sample`."""
     steps: int = 128

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def operation_of(options: Any) -> Operation:
     """What --depth, --depth-schedule, --steps, --solver, --rtol, --atol, --max-steps, --error-norm,
-    --guidance-scale and --time-shift (where the command has it) ask for.
+    --guidance-scale and (where the command has them) --guidance-interval and --time-shift ask for.
 
     Raises:
         ValueError: for values that cannot be used, alone or together.
@@ -32,5 +32,6 @@ def operation_of(options: Any) -> Operation:
         steps=options.steps or Operation.steps,
         solver=options.solver or Operation.solver,
         depth_schedule=schedule,
+        guidance_interval=getattr(options, "guidance_interval", None),
         time_grid="uniform" if shift == 1 else ("shift", shift),
     )

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from odelt_fast.checks import check_seed
-from odelt_fast.evaluation.arguments import metavar
+from odelt_fast.evaluation.arguments import Interval, metavar
 
 from .options import Device, Dtype, File, Labels, Number, Text, Whole
 
@@ -47,6 +47,9 @@ class Command:
     guidance_scale: Number = None
     """w in v_null + w (v_label - v_null): 0 ignores the labels, 1 (and the default) uses only them,
     other values cost twice as much."""
+    guidance_interval: Interval = None
+    """Guidance at times between these two only, from 0 (noise) to 1 (data), and by the labels alone
+    at others: 0.3 1."""
     solver: Text = None
     """With --steps equal steps: euler (the default), midpoint, heun2, ralston, kutta3, rk4, rk38,
     or fixed:NAME. Choosing their own steps: dopri5, tsit5, bosh3, dop853, adaptive_heun.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast.operation import Operation
+from odelt_fast.solvers.guidance import mix
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
 from .device_adaptive import AdaptiveGraph, DeviceAdaptive, repeat
@@ -38,7 +39,8 @@ class AdaptiveTrajectory:
     def key(self) -> tuple[object, ...]:
         """What two trajectories share that make the same launches for the same shapes and
         guidance."""
-        return (self.tableau.name, self.limits, self.log2_steps, self.depth)
+        interval = self.operation.guidance_interval
+        return (self.tableau.name, self.limits, self.log2_steps, self.depth, interval)
 
     def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         solve = self.prepare(x, labels)
@@ -53,6 +55,7 @@ class AdaptiveTrajectory:
         guidance = self.guidance if labels is not None else None
         chosen = self.null if labels is None else labels
         predicts_noise = engine.config.sampling == "diffusion"
+        interval, channels = self.operation.guidance_interval, engine.config.guided_channels
         shared = self.limits.error_norm == "batch"
 
         def field(t: Tensor, state: Tensor, log2_steps: float) -> Tensor:
@@ -61,7 +64,11 @@ class AdaptiveTrajectory:
                 condition = torch.cat([condition, condition])
             final = condition + engine.weights.label_embed(chosen)
             tables = engine.modulations(final + engine.length_rows(depth), final, depth)
-            output = engine.velocity(state, tables, depth, guidance)
+            if guidance is None or interval is None:
+                output = engine.velocity(state, tables, depth, guidance)
+            else:  # samples have times of their own: by rows, and not in the last kernel
+                both = engine.velocity(torch.cat([state, state]), tables, depth)
+                output = mix(both, guidance, channels, interval, t)
             return probability_flow_velocity(output, state, t) if predicts_noise else output
 
         return DeviceAdaptive(field, x, self.log2_steps, self.tableau, self.limits, ops=engine.ops)

@@ -167,7 +167,7 @@ class Fused:
             status = [DONE if each else NON_FINITE for each in finite.tolist()]
             # Lists at once: by way of tensors they would take as long as a small sample.
             taken, evaluations = [steps] * len(status), [trajectory.evaluations] * len(status)
-            calls = trajectory.evaluations * operation.rows_per_image
+            calls = operation.network_evaluations(trajectory.evaluations)
             result = BatchResult(x, status, taken, [0] * len(status), evaluations, calls)
         if progress:
             for _ in range(steps):

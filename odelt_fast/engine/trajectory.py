@@ -43,7 +43,8 @@ class Trajectory:
 
     x (B, C, H, W) float32; labels (B,) integer, (1,) for one label on all samples, or None for the
     null label alone, whose modulations are made once and kept. With guidance labels are (2B,):
-    first the samples', then as many null labels. Consistency models follow a rule of their own in
+    first the samples', then as many null labels, which evaluations outside the guidance interval
+    leave out. Consistency models follow a rule of their own in
     place of a tableau, which wants their fresh noise (T - 1, B, C, H, W).
     """
 
@@ -55,6 +56,8 @@ class Trajectory:
         times = evaluation_times(self.tableau, self.times)
         longest = length or engine.max_depth
         self.depths = tuple(longest(t) if callable(longest) else longest for t in times)
+        everywhere = operation.guidance_interval is None
+        self.guided = tuple(everywhere or operation.guides(t) for t in times)
         self.evaluation_times = torch.tensor(times, dtype=torch.float32, device=engine.device)
         with torch.inference_mode(False), torch.no_grad():
             final = engine.condition(self.evaluation_times, self.log2_steps)
@@ -73,7 +76,7 @@ class Trajectory:
         """What two trajectories share that make the same launches for the same shapes and
         guidance."""
         rule = self.tableau.name if self.tableau else "consistency"
-        return (rule, self.times, self.log2_steps, self.depths)
+        return (rule, self.times, self.log2_steps, self.depths, self.guided)
 
     def __call__(
         self, x: Tensor, labels: Tensor | None = None, fresh: Tensor | None = None
@@ -83,11 +86,17 @@ class Trajectory:
         modulations = iter(self._modulations(self.null if labels is None else labels))
         if labels is None and self.null_table is not None:
             modulations = iter(self.null_table)
-        evaluations = enumerate(zip(modulations, self.depths, strict=True))
+        if guidance is not None:  # of the samples alone where there is none
+            modulations = (
+                tables if guided else (tables[0][: len(x)], tables[1][: len(x)])
+                for tables, guided in zip(modulations, self.guided, strict=True)
+            )
+        scales = [guidance if guided else None for guided in self.guided]
+        evaluations = enumerate(zip(modulations, self.depths, scales, strict=True))
 
         def field(t: float, state: Tensor, log2_steps: float) -> Tensor:
-            i, (tables, depth) = next(evaluations)
-            output = engine.velocity(state, tables, depth, guidance)
+            i, (tables, depth, scale) = next(evaluations)
+            output = engine.velocity(state, tables, depth, scale)
             if not predicts_noise:
                 return output
             return probability_flow_velocity(output, state, self.evaluation_times[i : i + 1])
@@ -101,9 +110,9 @@ class Trajectory:
         elif self.tableau.stages > 1 or predicts_noise:
             x = integrate_fixed(field, x, self.times, self.log2_steps, self.tableau).x
         else:
-            for i, (tables, depth) in evaluations:
+            for i, (tables, depth, scale) in evaluations:
                 step = self.times[i + 1] - self.times[i]
-                x = engine.euler_step(x, tables, depth, step, guidance)
+                x = engine.euler_step(x, tables, depth, step, scale)
         return x, torch.isfinite(x).flatten(1).all(1)
 
     def _steps_at_once(self, rows: int) -> int:

@@ -12,4 +12,5 @@ def metavar(name: str) -> Any:
 
 Ints = Annotated[tuple[int, ...], metavar("INT...")]
 Floats = Annotated[tuple[float, ...], metavar("FLOAT...")]
+Interval = Annotated[tuple[float, float] | None, metavar("T_LO T_HI")]
 Names = Annotated[tuple[str, ...], metavar("NAME...")]

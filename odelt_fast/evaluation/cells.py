@@ -54,7 +54,8 @@ class Cell:
         """What its file says of it besides what was measured."""
         fields = operation_fields(self.operation) | {"steps": self.steps, "seed": self.seed}
         names = ["depth", "solver", "steps", "tolerance", "seed", "guidance_scale"]
-        return {name: fields[name] for name in names + ["schedule"] * bool(fields["schedule"])}
+        names += [name for name in ("schedule", "guidance_interval") if fields.get(name)]
+        return {name: fields[name] for name in names}
 
     def sampler(self, model: DiT, settings: Evaluation) -> Sampler:
         """What draws its images."""
@@ -114,6 +115,7 @@ def plan_cells(settings: Evaluation, config: DiTConfig) -> list[Cell]:
             rtol=tolerance,
             atol=tolerance,
             guidance_scale=None if settings.paper_guidance and not halved else scale,
+            guidance_interval=settings.guidance_interval,
         )
         cells += [Cell(operation, seed, halved) for seed in seeds]
     return cells

@@ -15,6 +15,7 @@ from odelt_fast.operation import Operation, check_schedule, effective_guidance
 
 def operation_fields(operation: Operation) -> dict[str, Any]:
     """The fields of an operation whose depths are known: no function decides them."""
+    interval = operation.guidance_interval
     return {
         "depth": operation.deepest,
         "solver": operation.solver,
@@ -22,13 +23,14 @@ def operation_fields(operation: Operation) -> dict[str, Any]:
         "tolerance": operation.tolerance,
         "schedule": operation.depth_schedule or (),
         "guidance_scale": operation.guidance_scale,
+        **({"guidance_interval": list(interval)} if interval else {}),
     }
 
 
 def read_operation(fields: Mapping[str, Any]) -> Operation:
     """The operation of fields that anybody may have written.
 
-    schedule and guidance_scale may be missing.
+    schedule, guidance_scale and guidance_interval may be missing.
 
     Raises:
         ValueError: for a value that cannot be, and for steps of a solver that chooses its own.
@@ -51,6 +53,7 @@ def read_operation(fields: Mapping[str, Any]) -> Operation:
         atol=limit,
         guidance_scale=scale,
         depth_schedule=None if schedule is None else check_schedule(schedule),
+        guidance_interval=fields.get("guidance_interval"),
     )
     if operation.adaptive != (steps is None):
         raise ValueError(f"{solver} takes {'steps' if steps is None else 'a tolerance'}")

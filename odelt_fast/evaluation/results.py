@@ -36,7 +36,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         metrics = {
             name: _spread([cell["metrics"][name] for cell in members]) for name in first["metrics"]
         }
-        named = ["solver", "depth", *(["schedule"] if "schedule" in first else [])]
+        named = ["solver", "depth"]
+        named += [name for name in ("schedule", "guidance_interval") if name in first]
         named += ["live_blocks", "steps", "tolerance", "guidance_scale"]
         row = {name: first[name] for name in named} | {
             "seeds": [cell["seed"] for cell in members],
@@ -190,7 +191,9 @@ def _description(results: Mapping[str, Any]) -> list[str]:
             f" {settings['guidance_scale']:g}; other T are not guided."
         )
     elif settings["guidance_scale"] is not None:
-        lines.append(f"Guided with w = {settings['guidance_scale']:g}.")
+        interval = settings.get("guidance_interval")
+        at = f", for t from {interval[0]:g} to {interval[1]:g}" if interval else ""
+        lines.append(f"Guided with w = {settings['guidance_scale']:g}{at}.")
     return _broken(lines)
 
 

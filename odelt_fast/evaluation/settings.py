@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import tyro
 
 from odelt_fast.checks import one_of
-from odelt_fast.operation import Schedule, show_schedule
+from odelt_fast.operation import Schedule, check_interval, show_schedule
 
-from .arguments import Floats, Ints, Names
+from .arguments import Floats, Interval, Ints, Names
 
 METRICS = ("frechet", "kid", "precision_recall", "inception_score", "recognised")
 COMPARING = frozenset(("frechet", "kid", "precision_recall"))  # with real images
@@ -59,6 +59,8 @@ class Evaluation:
     turn."""
     guidance_scale: float | None = None
     """w in v_null + w (v_label - v_null). Guided steps are two evaluations."""
+    guidance_interval: Interval = None
+    """Guidance at times between these two only, from 0 (noise) to 1 (data): 0.3 1."""
     paper_guidance: bool = False
     """Count as the paper does: guidance at T = 128 only, which is then 64 steps of two evaluations;
     other T without guidance."""
@@ -103,6 +105,13 @@ class Evaluation:
             )
         if self.paper_guidance and self.guidance_scale is None:
             raise ValueError("--paper-guidance needs --guidance-scale")
+        if self.guidance_interval is not None:
+            if self.paper_guidance or self.guidance_scale in (None, 0, 1):
+                raise ValueError(
+                    "--guidance-interval needs a --guidance-scale other than 0 and 1, and does not"
+                    " go with --paper-guidance"
+                )
+            check_interval(self.guidance_interval)
         if not all(value > 0 and math.isfinite(value) for value in self.tolerances):
             raise ValueError(f"--tolerances must be above 0, not {self.tolerances}")
         for metric in self.metrics:

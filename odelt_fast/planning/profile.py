@@ -32,6 +32,7 @@ _FIELDS = (
     *("depth", "solver", "steps", "tolerance", "schedule", "batch", "precision", "guidance_scale"),
     *("latency", "low", "high", "rounds", "evaluations", "peak_memory", "weights"),
 )
+_OPTIONAL = ("guidance_interval",)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Measurement:
     def fields(self) -> dict[str, Any]:
         """Its flat fields in a file."""
         values = {**vars(self), **operation_fields(self.operation)}
-        return {name: values[name] for name in _FIELDS}
+        return {name: values[name] for name in (*_FIELDS, *_OPTIONAL) if name in values}
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def read_profile(path: Path) -> Profile:
 
 def _measurement(fields: Any) -> Measurement:
     """A measurement of a file, every value checked."""
-    if not isinstance(fields, Mapping) or fields.keys() != set(_FIELDS):
+    if not isinstance(fields, Mapping) or fields.keys() - set(_OPTIONAL) != set(_FIELDS):
         raise ValueError(
             f"a measurement must have {', '.join(sorted(_FIELDS))}, not {shown(fields)}"
         )

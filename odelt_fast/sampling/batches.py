@@ -120,14 +120,14 @@ class Batches:
     def stats(self) -> dict[str, Any]:
         """`Sampler.stats`, but for the seconds."""
         evaluations = sum(each.calls * len(each.status) for each in self.results)
-        rows = self.sampler.operation.rows_per_image
+        needed = self.sampler.operation.network_evaluations
         return {
             "images": self.count,
             "evaluations": evaluations,
             "evaluations_per_image": evaluations / self.count,
             "accepted": self._all("accepted"),
             "rejected": self._all("rejected"),
-            "evaluations_needed": [rows * needed for needed in self._all("evaluations")],
+            "evaluations_needed": list(map(needed, self._all("evaluations"))),
             "status": [STATUSES[status] for status in self._all("status")],
         }
 

@@ -181,7 +181,7 @@ def record(sampler: Sampler, seconds: float, *solutions: Solution) -> None:
         lists = (getattr(solution, name).tolist() for solution in solutions)
         return [sum(each) for each in zip(*lists, strict=True)]
 
-    needed = [sampler.operation.rows_per_image * each for each in summed("evaluations")]
+    needed = list(map(sampler.operation.network_evaluations, summed("evaluations")))
     sampler.stats = {
         "images": len(needed),
         "evaluations": sum(needed),

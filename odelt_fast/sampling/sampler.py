@@ -71,6 +71,8 @@ class Sampler:
             in float8, with an error of at most 4e-2 of one evaluation.
         error_norm: "per_sample" (each image has its own steps) or "batch".
         time_grid: "uniform", or "shift:3.0" with more steps near the noise; for equal steps.
+        guidance_interval: (t_lo, t_hi): guidance at times from t_lo to t_hi only (0 is noise, 1
+            data); steps outside cost one evaluation with a solver of equal steps.
         depth_schedule: in place of depth, pairs (t, l) with t rising from 0, or a function t -> l;
             an adaptive solver then needs error_norm="batch".
 
@@ -97,6 +99,7 @@ class Sampler:
         error_norm: str = Operation.error_norm,
         time_grid: str | tuple[str, float] = Operation.time_grid,
         depth_schedule: DepthSchedule | None = Operation.depth_schedule,
+        guidance_interval: tuple[float, float] | None = Operation.guidance_interval,
     ) -> None:
         operation = Operation(
             depth=depth,
@@ -109,6 +112,7 @@ class Sampler:
             error_norm=error_norm,
             time_grid=time_grid,
             depth_schedule=depth_schedule,
+            guidance_interval=guidance_interval,
         )
         if not isinstance(model, DiT):
             raise ValueError(
@@ -243,6 +247,7 @@ class Sampler:
             "time_grid": how.time_grid,
             "step_index": how.step_index(config.sampling) if config.step_conditioned else 0,
             "guidance_scale": how.guidance_scale,
+            "guidance_interval": how.guidance_interval,
             "evaluations_per_image": evaluations,
             "batch_size": self.batch_size or "by tokens",
             "attention": "sdpa",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from odelt_fast.model import DiT, as_vector
 from odelt_fast.operation import Operation
+from odelt_fast.solvers.guidance import mix
 from odelt_fast.solvers.probability_flow import probability_flow_velocity
 
 
@@ -18,7 +19,8 @@ class VelocityField:
 
     Guidance scale w: None or 1 uses the labels alone, 0 the null label alone; otherwise v_null + w
     (v_label - v_null), both from one doubled batch, in the channels that the configuration has
-    guided. A diffusion model predicts the noise: its
+    guided. Outside the operation's guidance interval the labels alone: of a time that is a number
+    nothing else is computed. A diffusion model predicts the noise: its
     velocity is that of the probability-flow ODE. `evaluations` counts the network evaluations of
     every image so far: a call adds 1, a guided call 2.
 
@@ -44,9 +46,9 @@ class VelocityField:
         self.network = network or model
         self.scale, self.guided_channels = operation.mixing_scale, model.config.guided_channels
         null = torch.full_like(labels, model.config.num_classes)
+        self.operation = operation
         self.labels = null if operation.guidance_scale == 0 else labels
-        if self.scale is not None:
-            self.labels = torch.cat([labels, null])
+        self.both = None if self.scale is None else torch.cat([labels, null])
         self.evaluations = 0
 
     def __call__(self, t: float | Tensor, x: Tensor, log2_steps: float) -> Tensor:
@@ -58,16 +60,15 @@ class VelocityField:
         depth = self.depth
         if callable(depth):
             depth = depth(float(t.reshape(-1)[0] if isinstance(t, Tensor) else t))
-        state = x
-        if self.scale is not None:
-            state = torch.cat([x, x])
+        state, labels = x, self.labels
+        guided = self.both is not None and (isinstance(t, Tensor) or self.operation.guides(t))
+        if self.both is not None and guided:
+            state, labels = torch.cat([x, x]), self.both
             time = time if len(time) == 1 else torch.cat([time, time])
-        output = self.network(state, time, step, self.labels, depth=depth).to(x.dtype)
+        output = self.network(state, time, step, labels, depth=depth).to(x.dtype)
         self.evaluations += 1
-        if self.scale is not None:
+        if self.scale is not None and guided:
             self.evaluations += 1
-            label, null = output.chunk(2)
-            output = null + self.scale * (label - null)
-            if self.guided_channels is not None:
-                output[:, self.guided_channels :] = label[:, self.guided_channels :]
+            interval = self.operation.guidance_interval
+            output = mix(output, self.scale, self.guided_channels, interval, t)
         return probability_flow_velocity(output, x, t) if self.predicts_noise else output

@@ -35,6 +35,7 @@ KINDS = [
     {"error_norm": "batch"},
     {"depth": 2},
     {"guidance_scale": 2.0},
+    {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.7)},
     {"guidance_scale": 0},
     {"max_steps": 50},
 ]
@@ -61,9 +62,9 @@ def test_every_kind_of_solve_has_its_own_graph_and_the_hosts_images(graphs: Grap
                 ours(3, labels, seed), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
             )
             assert all(ours.stats[name] == eager.stats[name] for name in STATS)
-    # Three labels, or one for all; the null label (guidance 0) is one kind, and guidance makes no
-    # difference between the others.
-    assert len(graphs.graphs) == 2 + 5 + 1 + 1
+    # Three labels, or one for all; the null label (guidance 0) is one kind, and guidance (at all
+    # times, or on an interval) makes no difference between the others.
+    assert len(graphs.graphs) == 2 + 5 + 2 + 1
     before = Replayed.captures
     Sampler(model, solver="dopri5", backend="fused")(3, [1, 2, 3])
     assert Replayed.captures == before
