@@ -17,7 +17,15 @@ from odelt_fast.config import PRESETS, DiTConfig
 
 from .dial import DialOptions
 from .mean_velocity import MEAN_VELOCITY, MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
-from .methods import DISTILLATIONS, SAMPLING, WITH_TIME_ROWS, ObjectiveName, PathName, RecipeName
+from .methods import (
+    DISTILLATIONS,
+    SAMPLING,
+    WITH_TIME_ROWS,
+    ObjectiveName,
+    PathName,
+    Precision,
+    RecipeName,
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,8 @@ class TrainConfig(DialOptions):
     train_batch_size: int = 128
     """Images of one process in one forward pass; the global batch is this times processes times
     accumulation steps."""
-    gradient_accumulation_steps: int = 1
-    """Batches of one process whose gradients are averaged before an optimizer step."""
+    gradient_accumulation_steps: int | None = None
+    """Batches whose gradients are averaged before a step; None: the launcher's, else 1."""
     depth_sampling: Literal["independent", "stratified"] = "independent"
     """Depths l of the rows of a batch: drawn independently, or as many rows of each depth in every
     kind of row (fixed shapes; in kinds whose rows the number of depths does not divide, depths take
@@ -135,8 +143,8 @@ class TrainConfig(DialOptions):
     ema_snapshot_steps: int = 5000
     """Optimizer steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the output
     folder."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Arithmetic of the network; weights, optimizer and EMA are float32."""
+    mixed_precision: Precision | None = None
+    """Arithmetic of the network (the rest is float32); None: the launcher's, else no."""
     gradient_checkpointing: bool = False
     """Keep of each block its inputs alone, and compute the rest again in the backward pass: the
     same gradients in less memory, for about a third more time."""
@@ -175,7 +183,6 @@ class TrainConfig(DialOptions):
         for name in (
             "steps",
             "train_batch_size",
-            "gradient_accumulation_steps",
             "logging_steps",
             "checkpointing_steps",
             "ema_snapshot_steps",
@@ -191,8 +198,9 @@ class TrainConfig(DialOptions):
             "seed",
         ):
             whole(name, getattr(self, name), 0)
-        if self.checkpoints_total_limit is not None:
-            whole("checkpoints_total_limit", self.checkpoints_total_limit)
+        for name in ("checkpoints_total_limit", "gradient_accumulation_steps"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name))
         for name in ("learning_rate", "weight_decay", "loss_weight_power", "loss_weight_eps"):
             number(name, getattr(self, name), 0)
         shares = ("label_dropout", "decay_fraction", "ema_decay", "fast_ema_decay", "path_sigma")
@@ -214,9 +222,7 @@ class TrainConfig(DialOptions):
                 " rate)"
             )
         if self.hub_model_id is not None and not self.push_to_hub:
-            raise ValueError(
-                "hub_model_id names where --push-to-hub uploads to: set --push-to-hub too"
-            )
+            raise ValueError("hub_model_id has no effect without --push-to-hub: set that too")
         if self.denoise_timesteps not in (2, 4, 8, 16, 32, 64, 128):
             raise ValueError(
                 "denoise_timesteps must be a power of 2 from 2 to 128, not"

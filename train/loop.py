@@ -36,7 +36,9 @@ from .checkpoints import (
 from .config import TrainConfig
 from .data import Loader, open_images
 from .draws import StepDraws, global_rows, to_device
+from .effects import check_trackers
 from .ema import PowerAverages, update_average, whole_model
+from .launcher import Launcher, runs_in
 from .memory import checkpoint_blocks, device_memory, out_of_memory
 from .objectives.build import build_objective
 from .objectives.progressive import stage
@@ -89,23 +91,30 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         try:
             from accelerate import Accelerator
-            from accelerate.utils import DistributedDataParallelKwargs
+            from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
         except ImportError:
             raise ValueError("training needs accelerate: pip install 'odelt-fast[train]'") from None
 
-        self.config = config
+        launcher = Launcher.of()
+        self.config = config = launcher.applied(config)
+        self.accumulation = config.gradient_accumulation_steps or 1
         trackers: Any = list(config.log_with)
+        check_trackers(trackers)
         # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run)
         # are never used.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator: Accelerator = Accelerator(
             kwargs_handlers=[unused],
             mixed_precision=config.mixed_precision,
+            # Both are done here: accelerate would divide the loss, and compile, once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_backend="no",
             log_with=trackers,
             project_dir=str(config.output_dir),
             step_scheduler_with_optimizer=False,
         )
         self.sharded, device = is_sharded(self.accelerator), self.accelerator.device
+        self.accelerator.print(runs_in(config, launcher, self.accelerator, self.sharded))
         if config.objective == "reflow":
             source: ImageSource = open_pairs(config, self.accelerator.state)
         else:
@@ -116,7 +125,7 @@ class Trainer:
         what = f"the images of {config.data!r} have"
         check_same(what, source, config.model, "image_size", "channels", "num_classes")
         trained_on = TrainedOn(source.class_names, source.latents)
-        self.parts = self.accelerator.num_processes * config.gradient_accumulation_steps
+        self.parts = self.accelerator.num_processes * self.accumulation
         batch = config.train_batch_size * self.parts
         self.loader = Loader(source, config.seed, batch, config.random_flip)
         torch.manual_seed(config.seed)
@@ -172,9 +181,7 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        losses = [
-            self._accumulate(step, part) for part in range(config.gradient_accumulation_steps)
-        ]
+        losses = [self._accumulate(step, part) for part in range(self.accumulation)]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -200,7 +207,7 @@ class Trainer:
         """Adds the gradient of one part of this process's batch; returns the losses of its rows."""
         config, device = self.config, self.accelerator.device
         sizes = list(config.row_sizes().values())
-        part_index = self.accelerator.process_index * config.gradient_accumulation_steps + part
+        part_index = self.accelerator.process_index * self.accumulation + part
         rows = global_rows(sizes, part_index, self.parts)
         images, labels = (to_device(tensor, device) for tensor in self.loader.batch(step, rows))
         stratified = config.depth_sampling == "stratified"
@@ -211,12 +218,12 @@ class Trainer:
         networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
         with self.accelerator.autocast():
             targets = self.objective(networks, batch)
-        last = part == config.gradient_accumulation_steps - 1
+        last = part == self.accumulation - 1
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.live):
             with self.accelerator.autocast():
                 losses = row_losses(self.live, targets)
                 loss = weighted(losses, targets, config).mean()
-            self.accelerator.backward(loss / config.gradient_accumulation_steps)
+            self.accelerator.backward(loss / self.accumulation)
         return losses.detach()
 
     def _skip_if_not_finite(self) -> Tensor:

@@ -13,6 +13,8 @@ from odelt_fast.config import DiTConfig
 from odelt_fast.files import plain_warnings, print_anything
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.dial import shaped_as
+from odelt_fast.train.effects import check_effects
+from odelt_fast.train.launcher import Launcher
 from odelt_fast.train.recipes import RECIPES
 
 STOPPED = 75  # exit code: a temporary failure, of sysexits.h; the same command with latest goes on
@@ -32,7 +34,9 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         if name in named:
             named[name] = value if equals else "".join(arguments[i + 1 : i + 2])
     # An unknown name is refused below, with the allowed ones.
-    default = RECIPES.get(named["--recipe"], RECIPES["digits"])
+    default, launcher = RECIPES.get(named["--recipe"], RECIPES["digits"]), Launcher.of()
+    if launcher.mixed_precision:
+        default = dataclasses.replace(default, mixed_precision=None)
     if named["--init-from"] not in ("", "None") and not given & {"-h", "--help"}:
         default = started_from(default, named["--init-from"], given)
     config, unknown = tyro.cli(
@@ -47,6 +51,8 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         options = [field.name for field in dataclasses.fields(TrainConfig)]
         options += [f"model.{field.name}" for field in dataclasses.fields(DiTConfig)]
         raise unknown_option(prog or "train", unknown[0], options)
+    launcher.check_named(given)
+    check_effects(launcher.applied(config), default)
     return config
 
 

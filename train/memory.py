@@ -50,7 +50,8 @@ def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
     global batch and its kinds of rows."""
     sizes = {}
     for parts in range(2, config.train_batch_size + 1):
-        size, more = config.train_batch_size // parts, config.gradient_accumulation_steps * parts
+        size = config.train_batch_size // parts
+        more = (config.gradient_accumulation_steps or 1) * parts
         with contextlib.suppress(ValueError):  # its kinds of rows do not divide the size
             smaller = replace(config, train_batch_size=size, gradient_accumulation_steps=more)
             together = {name: rows * parts for name, rows in smaller.row_sizes().items()}

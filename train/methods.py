@@ -44,6 +44,7 @@ SAMPLING = {
 # Time-consistency or Reflow rows; their networks, and no others, are given the step size.
 WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow", *MEAN_VELOCITY)
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
+Precision = Literal["no", "bf16", "fp16"]
 RecipeName = Literal[
     "digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"
 ]

@@ -30,6 +30,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
     # accelerate's policy would hand the network bfloat16 times and residuals: autocast alone
     # computes what one process does.
     plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    plugin.activation_checkpointing = False  # `memory.checkpoint_blocks` does it
     return True
 
 

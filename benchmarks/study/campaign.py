@@ -112,8 +112,7 @@ class Study:
         folder, steps = self.out / run.name, str(int(self.budget.steps * run.share))
         command = [
             *self.budget.options.split(),
-            "--data",
-            self.budget.data,
+            *([] if run.needs_pairs else ["--data", self.budget.data]),
             *run.options.split(),
             "--steps",
             steps,
