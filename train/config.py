@@ -141,8 +141,7 @@ class TrainConfig(DialOptions):
     0.05 0.10 lets `odelt-fast ema` make the average of any width in between, and beyond,
     afterwards. Empty: none."""
     ema_snapshot_steps: int = 5000
-    """Optimizer steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the output
-    folder."""
+    """Steps between two stored snapshots of --ema-widths, in ema-snapshots/ of the folder."""
     mixed_precision: Precision | None = None
     """Arithmetic of the network (the rest is float32); None: the launcher's, else no."""
     gradient_checkpointing: bool = False

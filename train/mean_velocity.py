@@ -50,15 +50,24 @@ class MeanVelocityOptions:
             "mean-flow": ("tangent", "derivative", "difference_step"),
             "alpha-flow": ("alpha_",),
         }
-        others = [name for each, names in used.items() if each != objective for name in names]
+        unused = {
+            f"objective {objective}": [
+                name for each, names in used.items() if each != objective for name in names
+            ],
+            "time_share 0": ["tangent", "derivative", "difference_", "times", "grid_", "alpha_"]
+            * (not self.time_share),
+            "derivative jvp": ["difference_step"] * (self.derivative == "jvp"),
+            "grid_share 1": ["times"] * (self.grid_share == 1),
+        }
         if objective not in MEAN_VELOCITY:
-            others = [""]
-        for field in fields(self):
-            if field.name.startswith(tuple(others)) and getattr(self, field.name) != field.default:
-                raise ValueError(
-                    f"mean_velocity.{field.name} has no effect with objective {objective}: leave it"
-                    " out"
-                )
+            unused = {f"objective {objective}": [""]}
+        for why, names in unused.items():
+            for field in fields(self):
+                given = getattr(self, field.name) != field.default
+                if given and field.name.startswith(tuple(names)):
+                    raise ValueError(
+                        f"mean_velocity.{field.name} has no effect with {why}: leave it out"
+                    )
         if compiled and objective == "mean-flow" and self.derivative == "jvp":
             raise ValueError(
                 "compiled blocks have no forward-mode derivative: --mean-velocity.derivative"

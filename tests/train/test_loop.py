@@ -518,6 +518,8 @@ def test_accelerate_launch_trains(tmp_path: Path) -> None:
         Path(sys.executable).with_name("accelerate"),
         "launch",
         "--cpu",
+        "--mixed_precision",
+        "bf16",
         "train/main.py",
         "--steps",
         "2",
@@ -540,5 +542,7 @@ def test_accelerate_launch_trains(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    told = "runs on cpu in bf16 mixed precision, batch 16 (1 process x 1 accumulation step x 16)"
+    assert told in done.stdout
     assert load_model(tmp_path / "run").config.hidden_size == 16
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
