@@ -65,7 +65,10 @@ def _without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
     guided = name in MEAN_VELOCITY and config.guidance_scale is not None
     if not (time or guided or name in _WITH_TEACHERS):
         yield "teacher_depth", f"{by_name}, which has no teacher in the method itself"
-    if not (time or guided or rows["length"]):
+    frozen = config.length_teacher == "init"
+    if frozen:
+        yield "length_consistency_every", "with --length-teacher init, which teaches flow rows too"
+    if not (time or guided or (rows["length"] and not frozen)):
         yield "target_network", "without rows of time or length consistency"
     if config.model.num_classes == 1:
         yield "label_dropout", "on data of one class, which is the null label"

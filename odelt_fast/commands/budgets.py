@@ -58,6 +58,7 @@ _UNMEASURED = (
     "time_shift",
     "guidance_interval",
     "error_norm",
+    "max_steps",
     "trajectory",
     "invert",
     "interpolate",

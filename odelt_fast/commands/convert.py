@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from .options import Text, Whole, check_model_folder
+from .options import Text, Whole, check_model_folder, refuse_unused
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ def run(options: Command) -> None:
         time_frequencies=options.time_frequencies,
         **inner_ode,
     )
+    if origin["weights"] == "unnamed":
+        refuse_unused(options, f"on {options.file}, which holds weights of one kind", "weights")
     out, config = save_model(model, options.out, metadata=origin), model.config
     told = f"{origin['converted_from']}, weights: {origin['weights']}"
     card = out / "README.md"

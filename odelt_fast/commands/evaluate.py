@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from odelt_fast.evaluation.arguments import metavar
-from odelt_fast.evaluation.settings import Evaluation
+from odelt_fast.evaluation.settings import COMPARING, Evaluation
 from odelt_fast.files import make_folder
 from odelt_fast.operation import parse_schedule
 
-from .options import Device, Dtype, Number, Text, choose_dtype, device_of
+from .options import (
+    Device,
+    Dtype,
+    Number,
+    Text,
+    check_guidance,
+    check_trust,
+    choose_dtype,
+    device_of,
+    refuse_unused,
+)
 
 Schedules = Annotated[tuple[str, ...], metavar("T:L,... ...")]
 
@@ -80,6 +90,7 @@ def run(options: Command) -> None:
         measure_samples(options.samples, options)
         return
     settings = evaluation_of(options)
+    check_effects(options)
     dtype = choose_dtype(options.dtype, device_of(options.device).type)
 
     from odelt_fast.evaluation.evaluator import Evaluator
@@ -101,19 +112,45 @@ def run(options: Command) -> None:
         show(results, to_markdown(results), options)
 
 
+def check_effects(options: Command) -> None:
+    """ValueError for the first option that has no effect beside the others."""
+    from odelt_fast.checkpoints.folder import read_config
+    from odelt_fast.solvers.options import is_adaptive
+
+    adaptive = [is_adaptive(solver) for solver in options.solvers]
+    if not any(adaptive):
+        refuse_unused(options, "without solvers that choose their steps", "tolerances")
+    if all(adaptive):
+        refuse_unused(options, "without solvers of equal steps", "steps", "paper_guidance")
+    if options.paper_guidance and (128 not in options.steps or options.guidance_scale in (0, 1)):
+        raise ValueError(
+            "--paper-guidance has no effect without --steps 128 and a --guidance-scale that mixes"
+            " velocities: leave it out"
+        )
+    compared = COMPARING & {*options.metrics}
+    if not compared:
+        unused = ("stats", "data", "split") if options.labels != "data" else ("stats",)
+        why = f"on {' and '.join(options.metrics)}, which compare nothing"
+        refuse_unused(options, why, *unused)
+    if "frechet" not in compared:
+        refuse_unused(options, "without the metric frechet", "allow_few_samples")
+    if options.data is None:
+        refuse_unused(options, "without --data", "split")
+    check_trust(options)
+    one_class = read_config(options.model or Evaluation.model).num_classes == 1
+    check_guidance(options.guidance_scale, one_class)
+
+
 def measure_samples(samples: str, options: Command) -> None:
     """Runs it with --samples; ValueError for an option that has no effect then."""
     from odelt_fast.evaluation.existing import APPLYING, measure_existing
     from odelt_fast.evaluation.results import to_markdown
 
     applying = {"samples", "out", "device", "json", "quiet", *APPLYING}
-    for field in fields(options):
-        if field.name not in applying and getattr(options, field.name) != field.default:
-            raise ValueError(
-                f"--{field.name.replace('_', '-')} has no effect on --samples, images that exist"
-                " already: leave it out"
-            )
+    others = {field.name for field in fields(options)} - applying
+    refuse_unused(options, "on --samples, images that exist already", *others)
     settings = evaluation_of(options)
+    check_trust(options)
     if settings.data is None and settings.split != Evaluation.split:
         raise ValueError("--split is of --data, which is not given: leave it out")
     quiet = options.quiet or options.json

@@ -23,6 +23,7 @@ from odelt_fast.sampling.labels import labels_of_classes
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.sampler import Sampler
 
+from .options import check_guidance
 from .sample_options import Command
 
 Labels = np.ndarray | None
@@ -66,6 +67,7 @@ def plan(options: Command, sampler: Sampler, labels: Labels) -> Plan:
         return Plan(frames, frames, frames * steps, partial(_interpolate, options, sampler, labels))
     if options.invert is not None:
         images, own, _ = data_images(options.invert, sampler, count, options)
+        check_guidance(options.guidance_scale, labels is None and own is None)
         there_and_back = partial(
             _invert, sampler, images, own if labels is None else labels[: len(images)]
         )

@@ -20,8 +20,10 @@ from .options import (
     Text,
     Whole,
     check_counts,
+    check_guidance,
     load,
     plural,
+    refuse_unused,
 )
 
 
@@ -94,6 +96,10 @@ def run(options: Command) -> None:
     check_counts(options, "num_images", "steps", "max_steps", "probes", "batch_size")
     check_seed(options.seed, "--seed")
     operation = operation_of(options)
+    if options.exact:
+        refuse_unused(options, "on --exact, which has no probes", "probes", "probe")
+    if options.null_label:
+        refuse_unused(options, "with --null-label", "label_column")
     if options.npz is not None:
         check_target("--npz", options.npz, (".npz",))
 
@@ -110,6 +116,9 @@ def run(options: Command) -> None:
     images, found, step = data_images(options.data, sampler, options.num_images, options)
     labels = None if options.null_label else found
     count = len(images)
+    check_guidance(options.guidance_scale, labels is None)
+    if options.exact and step is None:
+        refuse_unused(options, "on --exact and data without levels: nothing is drawn", "seed")
     if step is not None:
         images = dequantise(images, step, options.seed)
     hidden = True if options.quiet or options.json else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -122,6 +123,33 @@ def check_counts(options: Any, *names: str) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+
+
+def refuse_unused(options: Any, why: str, *names: str) -> None:
+    """ValueError for the first of these options that has another value than its default: it has no
+    effect, for the reason `why`."""
+    for field in dataclasses.fields(options):
+        if field.name in names and getattr(options, field.name) != field.default:
+            option = field.name.replace("_", "-")
+            raise ValueError(f"--{option} has no effect {why}: leave it out")
+
+
+def check_guidance(scale: float | None, null_alone: bool) -> None:
+    """ValueError for a guidance scale that would mix the null label's velocities with
+    themselves."""
+    if scale not in (None, 0, 1) and null_alone:
+        raise ValueError(
+            "--guidance-scale has no effect where all images have the null label, as those of a"
+            " model of one class, and costs twice as much: leave it out"
+        )
+
+
+def check_trust(options: Any) -> None:
+    """ValueError for --trust-features of a network that is no program."""
+    name = options.features
+    known = ("auto", "inception", "digits", "mnist", "cifar10")
+    if name in known or Path(name).suffix in (".safetensors", ".pth"):
+        refuse_unused(options, f"on --features {name}, which are no program", "trust_features")
 
 
 def check_model_folder(out: Path) -> None:

@@ -21,6 +21,7 @@ from .options import (
     device_of,
     dtype_name,
     plural,
+    refuse_unused,
     reporter,
 )
 
@@ -86,7 +87,11 @@ def run(options: Command) -> None:
     from odelt_fast.planning.planner import best, frontier
 
     device = device_of(options.device)
-    if options.search_schedule:
+    if not options.search_schedule:
+        names = ("steps", "data", "num_images", "seeds", "out")
+        refuse_unused(options, "without --search-schedule", *names)
+    else:
+        refuse_unused(options, "with --search-schedule, which prints all", "all")
         _search(options, device)
         return
     evidence = find_evidence(options.model, device, options.profile, options.quality)

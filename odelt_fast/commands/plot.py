@@ -12,7 +12,18 @@ import tyro
 from odelt_fast.evaluation.arguments import Names, metavar
 from odelt_fast.files import check_target, picture_formats, save_picture, write_whole
 
-from .options import Device, Dtype, File, Labels, Number, Text, load
+from .options import (
+    Device,
+    Dtype,
+    File,
+    Labels,
+    Number,
+    Text,
+    check_guidance,
+    labels_of,
+    load,
+    refuse_unused,
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,16 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     out = options.out or Path(f"{options.kind}.png")
+    own = f"on plot {options.kind}"
+    if options.kind == "grid":
+        refuse_unused(options, own, "results", "names", "metric", "paper")
+    else:
+        names = ("model", "depths", "steps", "num_images", "labels", "seed", "guidance_scale")
+        refuse_unused(options, own, *names, "device", "dtype")
+        if options.kind == "scaling":
+            refuse_unused(options, own, "metric")
+        if options.kind != "pareto":
+            refuse_unused(options, own, "paper")
     if options.kind == "grid":
         _draw_grid(options, out)
     else:
@@ -91,8 +112,12 @@ def _draw_grid(options: Command, out: Path) -> None:
     from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import depth_steps_picture
 
-    labels = [*islice(cycle(options.labels), options.num_images)] or None
     model = load(options.model, options.device, options.dtype, None)
+    chosen, classes = labels_of(options.labels, model), model.config.num_classes
+    check_guidance(options.guidance_scale, {*(chosen or [0] * (classes > 1))} <= {classes})
+    if len(chosen) > options.num_images:
+        raise ValueError(f"--labels: {len(chosen)} labels for {options.num_images} --num-images")
+    labels = [*islice(cycle(chosen), options.num_images)] or None
     depths = sorted(options.depths or model.config.depths, reverse=True)
     drawn: Any = {"labels": labels, "seed": options.seed, "guidance_scale": options.guidance_scale}
     cells = sample_depths_by_steps(model, depths, options.steps, options.num_images, **drawn)

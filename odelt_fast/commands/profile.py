@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from odelt_fast.checks import show_memory, show_seconds
 from odelt_fast.evaluation.arguments import Floats, Ints, Names, metavar
 
-from .options import Device, File, Number, Text, device_of, dtype_name, plural, reporter
+from .options import (
+    Device,
+    File,
+    Number,
+    Text,
+    check_guidance,
+    device_of,
+    dtype_name,
+    plural,
+    refuse_unused,
+    reporter,
+)
 
 if TYPE_CHECKING:
     from odelt_fast.operation import Operation
@@ -82,6 +93,7 @@ def run(options: Command) -> None:
     from odelt_fast.planning.evidence import find_quality
     from odelt_fast.planning.profile import default_path
     from odelt_fast.planning.profiler import Profiler, operations_of
+    from odelt_fast.solvers.options import is_adaptive
 
     device = device_of(options.device)
     config, machine = read_config(options.model), this_machine(device)
@@ -93,8 +105,19 @@ def run(options: Command) -> None:
     if not (options.depths or options.steps or options.solvers):
         quality = find_quality(options.model, config, profiler.weights, options.quality)
         operations = quality.operations(options.guidance_scale) if quality else ()
-    depths = [config.check_depth(depth) for depth in options.depths or config.depths]
+    else:
+        beside = "beside --depths, --steps or --solvers"
+        refuse_unused(options, f"{beside}: the table's operations are not measured", "quality")
     solvers, steps = options.solvers or ("euler",), options.steps or (1, 4, 128)
+    adaptive = [is_adaptive(solver) for solver in solvers]
+    if operations:
+        refuse_unused(options, "on the operations of the table of quality", "tolerances")
+    elif not any(adaptive):
+        refuse_unused(options, "without solvers that choose their steps", "tolerances")
+    elif all(adaptive):
+        refuse_unused(options, "without solvers of equal steps", "steps")
+    check_guidance(options.guidance_scale, config.num_classes == 1)
+    depths = [config.check_depth(depth) for depth in options.depths or config.depths]
     operations = operations or operations_of(
         depths, solvers, steps, options.tolerances, options.guidance_scale
     )

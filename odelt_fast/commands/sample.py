@@ -13,7 +13,7 @@ from odelt_fast.files import check_target, picture_formats, save_picture, try_ou
 
 from .budgets import choice_json, choose_for
 from .operations import operation_of
-from .options import check_counts, labels_of, load, load_decoder, plural
+from .options import check_counts, check_guidance, labels_of, load, load_decoder, plural
 from .sample_options import Command, check_modes
 
 if TYPE_CHECKING:
@@ -61,6 +61,9 @@ def run(options: Command) -> None:
         )
     if options.interpolate is not None and len(chosen_labels) > 1:
         raise ValueError(f"--interpolate draws one class, not {len(chosen_labels)} --labels")
+    if options.invert is None:
+        drawn = chosen_labels or [0] * (config.num_classes > 1)
+        check_guidance(options.guidance_scale, {*drawn} <= {config.num_classes})
     labels = np.resize(chosen_labels, options.num_images) if chosen_labels else None
     planned = plan(options, sampler, labels)
     if picture is not None:

@@ -10,7 +10,7 @@ import tyro
 from odelt_fast.checks import check_seed
 from odelt_fast.evaluation.arguments import Interval, metavar
 
-from .options import Device, Dtype, File, Labels, Number, Text, Whole
+from .options import Device, Dtype, File, Labels, Number, Text, Whole, refuse_unused
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,13 @@ def check_modes(options: Command) -> None:
         raise ValueError("--init-image and --mask go together: what to keep, and where to draw")
     if options.invert is None and (options.image_column or options.label_column):
         raise ValueError("--image-column and --label-column are columns of --invert: give it")
+    if options.interpolate is None:
+        refuse_unused(options, "without --interpolate", "frames")
+    else:
+        own = "on --interpolate, which has seeds and --frames of its own"
+        refuse_unused(options, own, "num_images", "seed")
+    if options.invert is not None:
+        refuse_unused(options, "on --invert, which draws no noise", "seed")
     times = list(options.trajectory)
     if any(not 0 <= time <= 1 for time in times) or times != sorted(times):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from odelt_fast.files import check_target, write_whole
 
-from .options import Device, Text, Whole, check_counts, plural
+from .options import Device, Text, Whole, check_counts, check_trust, plural
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     check_counts(options, "batch_size")
     check_target("--out", options.out, (".npz",))
+    check_trust(options)
 
     from tqdm import tqdm
 

@@ -130,6 +130,11 @@ def candidates(
     Raises:
         ValueError: if nothing fits, naming what was measured.
     """
+    if quality is None and metric is not None:
+        raise ValueError(
+            f"metric {metric}: there is no table of quality that has it: give --quality, or leave"
+            " it out"
+        )
     name = None if quality is None else quality.metric(metric)
     found = []
     for operation, m in _measured(profile, batch, precision, guidance_scale, weights).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,11 @@ CONVENTIONAL = "--model.no-length-conditioned"
         (f"{CONVENTIONAL} --teacher-depth student", "teacher-depth", "inner ODE"),
         (f"{CONVENTIONAL} --model.depth-min 3", "model.depth-min", "inner ODE"),
         ("--objective flow --teacher-depth student", "teacher-depth", "has no teacher"),
+        (
+            "--init-from digits --length-teacher init --length-consistency-every 4",
+            "length-consistency-every",
+            "teaches flow rows too",
+        ),
         (
             f"{CONVENTIONAL} --time-consistency-every 0 --target-network live",
             "target-network",
@@ -109,6 +115,10 @@ def test_recipes_and_the_study_give_no_option_without_effect(tmp_path: Path) -> 
         assert parse(["--recipe", recipe]) == RECIPES[recipe]
     for name in DATA_SETS:
         study = Study(Options(set=name, out=tmp_path))
+        shape = replace(parse(study.budget.options.split()).model, length_conditioned=False)
+        (tmp_path / "teacher").mkdir(exist_ok=True)
+        (tmp_path / "teacher" / "config.json").write_text(json.dumps(shape.to_dict()))
+        (tmp_path / "teacher" / "model.safetensors").touch()  # its shapes alone are read
         for run in RUNS:
             parse(study.training(run))
 
