@@ -152,8 +152,7 @@ class TrainConfig(DialOptions):
     seed: int = 0
     """Of every random number: initial weights, data order, noise, times, depths, dropout."""
     max_skipped_steps: int = 10
-    """Steps are left out when their loss is not finite; after so many in a row the run returns to
-    its last good state and stops."""
+    """Steps without a finite loss are left out; after so many in a row the run stops."""
 
     logging_steps: int = 50
     """Steps between two logged losses; other steps never wait for the device."""
