@@ -311,7 +311,7 @@ def test_command_says_how_it_starts(
 def test_what_cannot_be_is_said(
     given: list[str], says: str, start: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pairs = ["--pairs", str(tmp_path / "none")]
+    pairs = ["--pairs", str(tmp_path / "none")] if "reflow" in given else []
     out = ["--output-dir", str(tmp_path / "run")]
     try:
         code = main(["--init-from", start, *OPTIONS, *pairs, *out, *given])
