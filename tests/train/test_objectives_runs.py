@@ -237,6 +237,23 @@ def test_every_objective_trains_and_says_how_it_is_sampled(
     assert (trained.sampling, trained.step_conditioned) == (SAMPLING[name], name in WITH_TIME_ROWS)
 
 
+def test_pairs_that_are_there_are_not_made_in_another_number(teacher: DiT, tmp_path: Path) -> None:
+    start = str(save_model(teacher, tmp_path / "teacher"))
+    config = small_run(
+        tmp_path / "run",
+        objective="reflow",
+        init_from=start,
+        pairs=tmp_path / "pairs",
+        num_pairs=24,
+        denoise_timesteps=2,
+    )
+    assert len(Trainer(config).loader.source) == 24
+    with pytest.raises(ValueError, match=r"num_pairs 25 has no effect: .* holds 24 already"):
+        Trainer(replace(config, num_pairs=25))
+    unsaid = replace(config, num_pairs=TrainConfig.num_pairs)
+    assert len(Trainer(unsaid).loader.source) == 24
+
+
 def test_progressive_teacher_is_replaced_at_the_end_of_a_stage_and_comes_back_on_resume(
     teacher: DiT, tmp_path: Path
 ) -> None:

@@ -221,7 +221,7 @@ def _rows_by_name(model: DiT, source: DiT, table: torch.Tensor) -> str:
 
 def open_pairs(config: TrainConfig, state: AcceleratorState) -> PairSource:
     """The pairs of a Reflow run. All processes make them, with the model of init_from, if the
-    folder is not there."""
+    folder is not there. ValueError where it is and holds another number of them."""
     assert config.pairs is not None
     if not config.pairs.exists():
         if config.init_from is None:
@@ -232,4 +232,10 @@ def open_pairs(config: TrainConfig, state: AcceleratorState) -> PairSource:
         teacher = load_model(config.init_from, device=state.device)
         check_teacher(teacher, config)
         generate_pairs(teacher, config, state)
-    return PairSource(config.pairs)
+    source = PairSource(config.pairs)
+    if config.num_pairs not in (len(source), TrainConfig.num_pairs):
+        raise ValueError(
+            f"num_pairs {config.num_pairs} has no effect: {config.pairs} holds {len(source)}"
+            " already; leave it out, or name another folder"
+        )
+    return source
