@@ -110,6 +110,11 @@ def run(options: Command) -> None:
     results = evaluator.run()
     if first:
         show(results, to_markdown(results), options)
+        compared = COMPARING & {*options.metrics}
+        if options.data and options.labels != "data" and not compared:
+            print("--data had no effect: none of --metrics compares with it", file=sys.stderr)
+        if options.allow_few_samples and "frechet" not in compared:
+            print("--allow-few-samples had no effect without frechet", file=sys.stderr)
 
 
 def check_effects(options: Command) -> None:
@@ -127,13 +132,9 @@ def check_effects(options: Command) -> None:
             "--paper-guidance has no effect without --steps 128 and a --guidance-scale that mixes"
             " velocities: leave it out"
         )
-    compared = COMPARING & {*options.metrics}
-    if not compared:
-        unused = ("stats", "data", "split") if options.labels != "data" else ("stats",)
+    if not COMPARING & {*options.metrics}:
         why = f"on {' and '.join(options.metrics)}, which compare nothing"
-        refuse_unused(options, why, *unused)
-    if "frechet" not in compared:
-        refuse_unused(options, "without the metric frechet", "allow_few_samples")
+        refuse_unused(options, why, "stats")
     if options.data is None:
         refuse_unused(options, "without --data", "split")
     check_trust(options)

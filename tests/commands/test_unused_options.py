@@ -49,11 +49,10 @@ EVALUATE = "evaluate --data digits --allow-few-samples"
             "without --steps 128",
         ),
         (
-            "evaluate --metrics recognised --data digits",
-            "data",
+            "evaluate --metrics recognised --stats a.npz",
+            "stats",
             "on recognised, which compare nothing",
         ),
-        (f"{EVALUATE} --metrics kid", "allow-few-samples", "without the metric frechet"),
         ("evaluate --stats a.npz --split test", "split", "without --data"),
         ("evaluate --samples a --steps 4", "steps", "on --samples"),
         ("stats --features digits --trust-features", "trust-features", "which are no program"),
@@ -128,6 +127,17 @@ def test_guidance_without_labels_is_refused(
     assert "--guidance-scale has no effect where all images have the null label" in error
     assert "\n" not in error
     assert not list(tmp_path.iterdir())
+
+
+def test_data_that_no_metric_compares_with_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = "--depths 4 --steps 1 --num-images 8 --batch-size 8 --seeds 1 --metrics recognised"
+    command = f"evaluate {few} --data digits --allow-few-samples --out {tmp_path / 'out'}"
+    assert main(command.split()) == 0
+    error = capsys.readouterr().err
+    assert "--data had no effect: none of --metrics compares" in error
+    assert "--allow-few-samples had no effect without frechet" in error
 
 
 def test_solvers_take_the_options_that_are_theirs(

@@ -172,6 +172,8 @@ def test_options_without_effect_are_refused_by_name(
     given = [option] if field.type == "bool" else [option, values.get(field.name, "7")]
     if field.name == "depth_schedules":
         given = [option, "0:4,0.5:8"]
+    if field.name == "guidance_interval":
+        given = [option, "0.3", "1"]
     arguments = ["--samples", str(samples), "--data", "digits", "--out", str(tmp_path / "out")]
     assert main(["evaluate", *arguments, *given]) == 2
     error = capsys.readouterr().err
