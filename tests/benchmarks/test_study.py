@@ -30,6 +30,7 @@ from odelt_fast.evaluation.results import number
 from odelt_fast.evaluation.settings import Evaluation
 from odelt_fast.model import DiT
 from odelt_fast.sampling.sampler import Sampler
+from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.main import parse
 
 SMALL = DiTConfig(
@@ -55,12 +56,19 @@ def options(folder: Path, **changes: Any) -> Options:
     return Options(results=folder / "json", documents=(document,), **{**chosen, **changes})
 
 
+def configs_of(study: Study) -> dict[str, TrainConfig]:
+    """What each training is told; those of two phases read their teacher's shapes."""
+    teacher = parse(study.training(BY_NAME["teacher"]))
+    save_model(DiT(teacher.model_config()), study.out / "teacher")
+    return {each.name: parse(study.training(each)) for each in RUNS}
+
+
 @pytest.mark.parametrize("name", sorted(DATA_SETS))
 def test_every_run_of_a_set_learns_from_equally_many_images_with_the_same_network_and_optimizer(
     name: str, tmp_path: Path
 ) -> None:
     study = Study(options(tmp_path, set=name, steps=None))
-    configs = {each.name: parse(study.training(each)) for each in RUNS}
+    configs = configs_of(study)
     images = {each: config.steps * config.train_batch_size for each, config in configs.items()}
     whole = {
         each.name: images[each.name] + images.get(each.teacher or "", 0)
@@ -89,7 +97,7 @@ def test_every_run_of_a_set_learns_from_equally_many_images_with_the_same_networ
 
 def test_runs_are_what_the_papers_tables_compare(tmp_path: Path) -> None:
     study = Study(options(tmp_path))
-    configs = {each.name: parse(study.training(each)) for each in RUNS}
+    configs = configs_of(study)
     assert [configs[each].length_consistency_every for each in ("k0", "odelt", "k4")] == [0, 8, 4]
     assert [configs[each].model.depth_group for each in ("g1", "g2", "odelt")] == [1, 2, 4]
     assert [configs[each].objective for each in METHODS] == [
