@@ -149,21 +149,32 @@ def assert_same_run(run: Path, whole: Path) -> None:
 
 
 def refused(config: TrainConfig) -> None:
-    """Work of a second run in the folder of one that goes on."""
-    said = ""
+    """Work of a second run in the folder of one that goes on: says whether it had the folder."""
+    said = "had the folder"
     try:
         train(config)
     except ValueError as error:
-        said = str(error)
-    assert "is in use by a run" in said, f"a second run had the folder: {said!r}"
+        said = "was refused" if "is in use by a run" in str(error) else str(error)
+    (config.output_dir.parent / "second").write_text(said)
+
+
+def has_ended(process: int) -> bool:
+    """Whether a child has ended; it is not waited for."""
+    options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+    return os.waitid(os.P_PID, process, options) is not None
 
 
 def second_run(config: TrainConfig, witness: Witness, first: list[int], until: float) -> bool:
     """Starts another run in the folder of `first`, once that holds it; whether it was refused."""
     if not holds(config.output_dir, first[0], until + 60):
         return False
+    log = Witness(witness.log.parent / "other").log
     other = start(config, Witness(witness.log.parent / "other"), 1, work=refused)
-    return wait(other, time.monotonic() + 120, witness.log.parent / "other" / "log")
+    assert wait(other, time.monotonic() + 120, log), "the second run did not end"
+    said = (config.output_dir.parent / "second").read_text()
+    # Or the first ended while the second was starting.
+    assert said == "was refused" or has_ended(first[0]), f"the second run {said}"
+    return said == "was refused"
 
 
 def holds(run: Path, process: int, until: float) -> bool:
