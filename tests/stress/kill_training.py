@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 
 from odelt_fast import load_model
-from odelt_fast.train.checkpoints import checkpoints
+from odelt_fast.train.checkpoints import checkpoints, step_of
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.recipes import RECIPES
@@ -242,8 +242,8 @@ def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, in
         elif moment < 0.3:
             counts["second runs refused"] += second_run(config, witness, children, until)
         finished = wait(children, until, witness.log)
-        if finished and not (run / "model.safetensors").exists():
-            kept = checkpoints(run) if run.exists() else []
+        kept = checkpoints(run) if run.exists() else []
+        if finished and (not kept or step_of(kept[-1]) < STEPS):
             assert not witness.all_losses() or kept, "SIGTERM left no checkpoint"
             counts["ended by SIGTERM"] += 1
             continue
