@@ -256,9 +256,11 @@ class TrainConfig(DialOptions):
         name, scale = self.objective, self.guidance_scale
         model = self.model_config()
         if name != "flow" and self.path != "rectified":
-            raise ValueError(f"path {self.path} is of objective flow alone: leave it out")
+            raise ValueError(f"path {self.path} is of --objective flow alone: leave it out")
         if name not in ("flow", "reflow", "diffusion") and self.times != "discrete":
-            raise ValueError(f"times {self.times} are not for objective {name}: leave it out")
+            raise ValueError(
+                f"times {self.times} are not for objective {name}: use --times discrete"
+            )
         if self.compat != "none" and name in ("reflow", "diffusion", *MEAN_VELOCITY):
             raise ValueError(
                 f"the reference has no objective {name} to be compatible with: leave --compat at"
