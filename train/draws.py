@@ -119,3 +119,11 @@ def global_rows(sizes: Sequence[int], part: int, parts: int) -> np.ndarray:
     return np.concatenate(
         [parts * start + part * size + np.arange(size) for start, size in zip(starts, sizes)]
     )
+
+
+def mixed_seed(seed: int, step: int, part: int) -> int:
+    """One 64-bit seed from three numbers (SplitMix64's finaliser over their combination)."""
+    z = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB
+    z %= 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    return z ^ (z >> 31)

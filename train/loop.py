@@ -35,7 +35,7 @@ from .checkpoints import (
 )
 from .config import TrainConfig
 from .data import Loader, open_images
-from .draws import StepDraws, global_rows, to_device
+from .draws import StepDraws, global_rows, mixed_seed, to_device
 from .effects import check_trackers
 from .ema import PowerAverages, update_average, whole_model
 from .launcher import Launcher, runs_in
@@ -213,7 +213,7 @@ class Trainer:
         stratified = config.depth_sampling == "stratified"
         kinds = [size * self.parts for size in sizes] if stratified else None
         batch = StepBatch(images, labels, StepDraws(config.seed, step, rows, kinds), step)
-        torch.manual_seed(_mix(config.seed, step, part_index))  # dropout
+        torch.manual_seed(mixed_seed(config.seed, step, part_index))  # dropout
         chosen = {"live": self.model, "fast-ema": self.fast}.get(config.target_network)
         networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
         with self.accelerator.autocast():
@@ -398,11 +398,3 @@ class Trainer:
             "step": str(self.finished_steps),
             "recipe": self.config.recipe,
         }
-
-
-def _mix(seed: int, step: int, part: int) -> int:
-    """One 64-bit seed from three numbers (SplitMix64's finaliser over their combination)."""
-    z = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + part * 0x94D049BB133111EB
-    z %= 2**64
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-    return z ^ (z >> 31)
