@@ -256,7 +256,7 @@ def test_frozen_model_teaches_every_row_but_those_of_shortcuts(
                 getattr(found, field.name),
                 getattr(targets, field.name)[torch.from_numpy(mine)],
                 rtol=1e-5,
-                atol=1e-6,
+                atol=1e-5,  # of values near 1, summed in another order by batch and threads
             )
 
 
