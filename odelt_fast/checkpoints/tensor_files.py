@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from odelt_fast.files import one_line
+from odelt_fast.files import one_line, problem_of
 
 from .folder import read_header
 from .pickle_records import as_array, as_mapping, read_records
@@ -44,18 +44,15 @@ def read_tensors(path: Path, weights: str) -> tuple[dict[str, np.ndarray], str]:
     """
     if not path.is_file():
         raise ValueError("no such file" if not path.exists() else "not a file")
-    with path.open("rb") as file:
-        start = file.read(256)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("a Git LFS pointer, not the weights: fetch them with git lfs pull")
-    if start.lstrip()[:1] == b"<":
-        raise ValueError("a web page, not weights: the download was refused or redirected")
+    if problem := problem_of(path, ""):
+        raise ValueError(problem)
     if path.suffix == ".safetensors":
         return _unwrapped(_safetensors(path)), "unnamed"
     with path.open("rb") as file:
         # The mapping lives as long as views of it do: closing it is left to them.
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    if start.startswith(b"PK"):
+    start = bytes(data[:2])
+    if start == b"PK":
         archive = TorchFile(data)
         root, array = archive.root, archive.array
     elif start.startswith(b"\x80") and len(start) > 1 and 2 <= start[1] <= 5:
