@@ -60,20 +60,9 @@ def load_decoder(name: str | None, model: DiT, any_decoder: bool) -> Decoder | N
         if any_decoder:
             raise ValueError("--any-decoder is of --decoder, which is not given")
         return None
-    import torch
+    from odelt_fast.sampling.decoder import decoder_of
 
-    from odelt_fast.sampling import decoder as decoders
-
-    # float16 overflows in the usual autoencoders.
-    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
-    decoder = decoders.load_decoder(name, model.device, dtype, any_latents=any_decoder)
-    if decoder.latent_channels != model.config.channels:
-        raise ValueError(
-            f"--decoder {name} takes latents of {decoder.latent_channels} channels, the model makes"
-            f" {model.config.channels}"
-        )
-    decoder.check_latents(model.trained_on.latents)
-    return decoder
+    return decoder_of(model, name, any_decoder)
 
 
 def labels_of(texts: Sequence[str], model: DiT) -> list[int]:

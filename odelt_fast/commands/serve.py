@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from .options import (
-    Device,
-    Dtype,
-    File,
-    Text,
-    Whole,
-    check_counts,
-    device_of,
-    load,
-    load_decoder,
-)
+from .options import Device, Dtype, File, Number, Text, Whole, check_counts
 
 if TYPE_CHECKING:
-    from odelt_fast.model import DiT
-    from odelt_fast.serving.service import Plan
+    from odelt_fast.serving.server import HttpLimits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,66 +64,63 @@ class Command:
     """Seconds after which a request is given up (503) if its client sets no earlier deadline."""
     shutdown: int = 30
     """Seconds for running requests when the server is told to stop (SIGTERM, SIGINT)."""
+    replicas: Whole = None
+    """Draw in this many processes of a Ray cluster (that of RAY_ADDRESS, else one on this machine),
+    a GPU each if there are any; limits are a replica's. Default: in this process."""
+    max_replicas: Whole = None
+    """Start up to so many replicas as requests come, and stop them again."""
+    cpus: Number = None
+    """Processors of a replica: 1 by default."""
     log: bool = False
     """Print a line for each request: address, route, status, time; never its contents."""
 
 
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
-    check_counts(options, "shutdown", "max_connections")
+    check_counts(options, "shutdown", "max_connections", "replicas", "max_replicas")
     try:
         from odelt_fast.serving.listening import listen, url_of
+        from odelt_fast.serving.opening import Opening, open_service
         from odelt_fast.serving.server import HttpLimits, create_app, create_server
-        from odelt_fast.serving.service import RequestLimits, Service
+        from odelt_fast.serving.service import RequestLimits
     except ImportError as missing:
         raise ValueError(str(missing)) from None
-    names = [field.name for field in dataclasses.fields(RequestLimits)]
-    limits = RequestLimits(**{name: getattr(options, name) for name in names})
+    limits = chosen(RequestLimits, options)
     http = HttpLimits(max_connections=options.max_connections, shutdown_seconds=options.shutdown)
-    with listen(options.host, options.port) as listener:
-        dtype = options.dtype
-        if dtype == "auto" and device_of(options.device).type == "cpu":
-            dtype = "float32"
-        model = load(options.model, options.device, dtype, options.depth)
 
-        def write_error(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
+    def write_error(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
-        plan = find_plan(options, model)
-        if isinstance(plan, str):
-            write_error(f"deadlines choose no depth and steps: {plan}")
-        decoder = load_decoder(options.decoder, model, options.any_decoder)
-        service = Service(model, limits, name=options.model, decoder=decoder, plan=plan)
-        service.warm_up()
-        url = url_of(listener)
+    log = write_error if options.log else None
+    if options.replicas is not None:
+        run_replicas(options, http, log)
+    else:
+        for name in ("max_replicas", "cpus"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} is of --replicas, which is not given")
+        with listen(options.host, options.port) as listener:
+            service = open_service(chosen(Opening, options), limits, write_error)
+            started = f"{options.model} on {service.model.device}: {url_of(listener)}"
 
-        def started() -> None:
-            print(f"{options.model} on {model.device}: {url} (Ctrl-C stops it)", flush=True)
+            def say() -> None:
+                print(f"{started} (Ctrl-C stops it)", flush=True)
 
-        app = create_app(service, http, write_error if options.log else None, started)
-        create_server(app, http).run([listener])
+            create_server(create_app(service, http, log, say), http).run([listener])
     print("stopped", flush=True)
 
 
-def find_plan(options: Command, model: DiT) -> Plan | str:
-    """What turns deadlines into depth and steps, or why nothing does. ValueError for files that
-    were asked for and cannot be used."""
-    from odelt_fast.planning.evidence import deadline_planner
-
-    precision = str(model.dtype).removeprefix("torch.")
+def run_replicas(options: Command, http: HttpLimits, log: Callable[[str], None] | None) -> None:
+    """Runs it in processes of a cluster; mistakes are raised."""
     try:
-        if model.max_depth < model.config.depth:
-            raise ValueError("profiles may choose blocks that --depth leaves out")
-        plan = deadline_planner(
-            options.model,
-            model.device,
-            precision=precision,
-            profile=options.profile,
-            quality=options.quality,
-        )
-        plan(1, None, 1e6)  # a profile of another precision is found out here
-        return plan
-    except ValueError as error:
-        if options.profile is not None or options.quality is not None:
-            raise
-        return str(error)
+        from odelt_fast.serving.cluster import Settings, run_cluster
+    except ImportError as missing:
+        raise ValueError(str(missing)) from None
+    values = {name: getattr(options, name) for name in Settings.model_fields}
+    settings = Settings(**values | {"cpus": options.cpus or 1.0})
+    run_cluster(settings, (options.host, options.port), http, log)
+
+
+def chosen(kind: type[T], options: Command) -> T:
+    """The dataclass of the options that have its fields' names."""
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: getattr(options, name) for name in names})

@@ -17,6 +17,7 @@ from odelt_fast.checks import dtype_of, whole
 from odelt_fast.config import Latents
 from odelt_fast.files import problem_in
 from odelt_fast.images.encode import latents_of
+from odelt_fast.model import DiT
 
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -217,6 +218,21 @@ def load_decoder(
     except Exception as error:  # its errors come from many packages
         found = problem_in(read, error)
         raise ValueError(f"the decoder {str(name_or_path)!r} cannot be loaded: {found}") from None
+
+
+def decoder_of(model: DiT, name: str, any_latents: bool = False) -> Decoder:
+    """The decoder of a folder or a Hub id, on the model's device; ValueError if it does not fit the
+    model."""
+    # float16 overflows in the usual autoencoders.
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    decoder = load_decoder(name, model.device, dtype, any_latents=any_latents)
+    if decoder.latent_channels != model.config.channels:
+        raise ValueError(
+            f"the decoder {name} takes latents of {decoder.latent_channels} channels, the model"
+            f" makes {model.config.channels}"
+        )
+    decoder.check_latents(model.trained_on.latents)
+    return decoder
 
 
 def _find_folder(name: str) -> Path:

@@ -78,9 +78,6 @@ def create_app(
         title="odelt-fast", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
     )
 
-    def error(status: int, message: str, headers: Any = None) -> JSONResponse:
-        return JSONResponse({"error": message[:500]}, status, headers)
-
     def reject(rejected: Rejected) -> JSONResponse:
         metrics.rejected.labels(rejected.reason).inc()
         seconds = rejected.retry_after
@@ -104,7 +101,8 @@ def create_app(
             wanted = GenerateRequest.model_validate_json(await read_body(request, limits))
             future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
             client = request.client.host if request.client else ""
-            job, form = service.job(wanted, client, future)
+            # Seconds that a front has held it already.
+            job, form = service.job(wanted, client, future, request.scope.get("waited", 0.0))
             service.batcher.submit(job)
             body = await wait(service.batcher, job, request)
         except ClientDisconnect:
@@ -159,6 +157,11 @@ def create_app(
             log(f"{(scope['client'] or ('',))[0]} {route} {status} {seconds * 1e3:.1f} ms")
 
     return observed(app, observe)
+
+
+def error(status: int, message: str, headers: Any = None) -> JSONResponse:
+    """The answer that says in one line what is wrong."""
+    return JSONResponse({"error": message[:500]}, status, headers)
 
 
 def observed(app: ASGIApp, observe: Callable[[Scope, int, float], None]) -> ASGIApp:

@@ -192,15 +192,20 @@ class Service:
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
     def job(
-        self, wanted: GenerateRequest, client: str, future: asyncio.Future[bytes]
+        self,
+        wanted: GenerateRequest,
+        client: str,
+        future: asyncio.Future[bytes],
+        waited: float = 0.0,
     ) -> tuple[Job, str]:
-        """A request's job and the format of its answer.
+        """A request's job and the format of its answer. waited: seconds since it came.
 
         Raises:
             ValueError: the model or the limits forbid it.
             Rejected: others have used up its deadline.
         """
-        limits, labels, now = self.limits, wanted.labels, time.monotonic()
+        limits, labels = self.limits, wanted.labels
+        now = time.monotonic() - waited
         count = wanted.num_images or (len(labels) if isinstance(labels, list) else 1)
         if not 1 <= count <= limits.max_images:
             raise ValueError(f"num_images must be from 1 to {limits.max_images}, not {count}")
@@ -214,7 +219,7 @@ class Service:
             raise ValueError("seed must be from 0 to 2^64 - 1")
         form = self._format(wanted.format, count)
         deadline = now + min(limits.timeout, (wanted.deadline_ms or 1e9) / 1e3)
-        key = self._key(wanted, count, deadline - now)
+        key = self._key(wanted, count, deadline - time.monotonic())
         encode = functools.partial(self.encode, form=form)
         return Job(key, seed, count, chosen, deadline, client, future, encode), form
 

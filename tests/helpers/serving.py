@@ -146,9 +146,10 @@ def get(port: int, path: str) -> Answer:
 
 
 def metric(port: int, name: str) -> float:
-    """A number of /metrics (0 if it is not there yet)."""
+    """A number of /metrics (0 if it is not there yet), of all replicas together."""
     lines = get(port, "/metrics").body.decode().splitlines()
-    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+    places = (f"{name} ", f'{name}{{replica="')
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(places))
 
 
 def say(port: int, *parts: bytes) -> bytes:

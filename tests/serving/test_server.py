@@ -27,7 +27,7 @@ import torch
 from odelt_fast import DiT, DiTConfig, deadline_planner, load_model
 from odelt_fast import operation as sampling
 from odelt_fast.cli import main
-from odelt_fast.commands.serve import Command, find_plan
+from odelt_fast.commands.serve import Command, chosen
 from odelt_fast.engine.availability import ContextLostError
 from odelt_fast.evaluation.machine import this_machine
 from odelt_fast.operation import Operation
@@ -37,6 +37,7 @@ from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.serving.batching import Batcher, Job, Key, Part, Rejected
 from odelt_fast.serving.listening import listen
+from odelt_fast.serving.opening import Opening, find_plan
 from odelt_fast.serving.server import HttpLimits
 from odelt_fast.serving.service import RequestLimits, Service
 from tests.helpers.serving import (
@@ -677,10 +678,13 @@ def test_a_profile_that_deadlines_cannot_use_is_said_at_the_start(
     write_profile(Profile(this_machine("cpu"), model.config, "digits", (measured,)), path)
     options = Command(dtype="float32")
     assert "--depth leaves out" in str(
-        find_plan(replace(options, depth=4), load_model("digits", dtype=torch.float32, depth=4))
+        find_plan(
+            chosen(Opening, replace(options, depth=4)),
+            load_model("digits", dtype=torch.float32, depth=4),
+        )
     )
     with pytest.raises(ValueError, match="odelt-fast profile --dtypes float32"):
-        find_plan(replace(options, profile=path), model)
+        find_plan(chosen(Opening, replace(options, profile=path)), model)
 
 
 def test_mistakes_of_the_command_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
