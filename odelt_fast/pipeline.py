@@ -62,7 +62,7 @@ _ELSEWHERE = {
 }
 _SAMPLER = (
     *("solver", "rtol", "atol", "max_steps", "error_norm", "time_grid", "depth_schedule"),
-    *("backend", "batch_size", "attention", "precision"),
+    *("backend", "batch_size", "attention", "precision", "plan"),
 )
 _CODE = '''"""With odelt-fast installed: DiffusionPipeline.from_pretrained(here, \
 custom_pipeline=here, trust_remote_code=True)."""

@@ -1,12 +1,8 @@
 """The network prepared for sampling: weights as the kernels want them, and one evaluation as a
-fixed sequence of launches.
+fixed sequence of launches, which a plan makes (plans.py).
 
-A block is seven launches: [qkv] [attention on packed qkv] [output projection] [gate*y + residual +
-LayerNorm + modulate] [MLP in + GELU] [MLP out] and, across the border to the next block, [gate*y +
-residual, the group-end Euler update of xr and vr, the next LayerNorm + modulate]. Patch embedding,
-the first LayerNorm and the final layer (with unpatchify, guidance and the Euler update in time) are
-three more. The modulation of all blocks comes from outside (`modulations`), where it is made for
-many steps at once (trajectory.py).
+The modulation of all blocks comes from outside (`modulations`), where it is made for many steps at
+once (trajectory.py).
 """
 
 from __future__ import annotations
@@ -37,11 +33,11 @@ from .operators import (
     cublas_linear,
     load_operators,
 )
+from .plans import DEFAULT, PLANS
 from .tuning import fastest, read_tuning
 from .weights import Layer, PreparedWeights
 
 Tables = tuple[Tensor, Tensor]  # modulations: of the blocks (R, live*6*D), the final layer (R, 2*D)
-ROW_LAUNCHES, ENDS_LAUNCHES = 7, 3
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +55,8 @@ class Engine:
             float8 (e4m3), with an error of at most 4e-2 on one evaluation.
         kind: "kernels" (CUDA, or the CPU under TRITON_INTERPRET=1) or "reference": the same launch
             sequence in plain PyTorch, on any device.
+        plans: names of those that may run: of several the one that is fastest at a shape by this
+            card's tuning, the first where that has not been measured.
 
     Raises:
         ValueError: it cannot run, with the reason.
@@ -70,6 +68,7 @@ class Engine:
         attention: str = "auto",
         precision: str | None = None,
         kind: str = "kernels",
+        plans: Sequence[str] = (DEFAULT,),
     ) -> None:
         reason = model_unsupported(model) or kernels_unavailable()
         if reason:
@@ -94,6 +93,10 @@ class Engine:
             self._positions = {model.config.image_shape[1:]: model.positions}
         self._workspaces: dict[int, Tensor] = {}
         self.attention = self._check_attention(attention)
+        self.plans = tuple(one_of("plan", name, tuple(PLANS)) for name in plans)
+        for name in self.plans:
+            if reason := PLANS[name].unavailable(self):
+                raise ValueError(f"plan {name!r} cannot run here: {reason}")
 
     def workspace(self) -> Tensor | None:
         """What split-K launches on the current stream need, kept for each stream: they keep twice
@@ -206,49 +209,35 @@ class Engine:
     def _hidden(self, state: Tensor, tables: Tables, depth: int, guidance: float | None) -> Tensor:
         """What the final projection sees: (B or 2B, N, D), the inner ODE's vr after the final
         layer's LayerNorm + modulate."""
-        config, ops, size = self.config, self.ops, self.config.hidden_size
-        live, patch = config.live_blocks(depth), self.weights.patch
-        modulation, final_modulation = tables
         if guidance is not None:
             state = torch.cat([state, state])
-        positions, vr = self.positions(*state.shape[2:]), None
-        x = ops.patch_embed(state, patch.weight, patch.bias, positions, config.patch_size)
-        if not live:  # no whole group: the inner ODE has not moved from 0
-            return ops.norm_modulate(torch.zeros_like(x), final_modulation, 0, size)
-        (h,) = self._rows("norm_modulate", x, modulation, 0, size)
-        for index, block in enumerate(self.weights.blocks[:live]):
-            before, last = x, index + 1 == live
-            # Shift, scale and gate of the attention, those of the MLP, and the next block's first.
-            column = [size * (6 * index + part) for part in range(8)]
-            attended = self._attend(self._linear(h, block["qkv"]))
-            y = self._linear(attended, block["attention_out"])
-            columns: Any = modulation, column[2], modulation, column[3], column[4]
-            x, h = self._rows("gated_residual", x, y, *columns)
-            mlp = self._linear(h, block["mlp_in"], "gelu")
-            if block["mlp_out"].scale is not None:
-                mlp = ops.quantize_rows(mlp)
-            mlp = self._linear(mlp, block["mlp_out"])
-            following = (final_modulation, 0, size) if last else (modulation, *column[6:])
-            columns = modulation, column[5], *following
-            if not config.ends_group(index):
-                x, h = self._rows("gated_residual", x, mlp, *columns, last=last)
-            elif last:
-                _, h = ops.last_group_end(x, mlp, vr, *columns, self.weights.group_steps[depth])
-            else:
-                step = self.weights.group_steps[depth]
-                x, vr, h = self._rows("group_end", x, mlp, before, vr, *columns, step)
-        return h
+        if not self.config.live_blocks(depth):  # no whole group: the inner ODE stays at 0
+            x = torch.zeros_like(self.embed(state))
+            return self.ops.norm_modulate(x, tables[1], 0, self.config.hidden_size)
+        tokens = math.prod(state.shape[2:]) // self.config.patch_size**2
+        return PLANS[self.plan_choice(len(state), tokens)].hidden(self, state, tables, depth)
 
-    def _rows(self, name: str, *arguments: Any, last: bool = False) -> tuple[Any, ...]:
-        """A row operator's results. The last of them is what the next product takes: a tensor, or
-        with fp8 a pair (q, scales); but a tensor for the final projection, after the last block."""
-        if self.precision is not None and not last:
-            *states, q, scales = getattr(self.ops, f"{name}_float8")(*arguments)
-            return *states, (q, scales)
-        results = getattr(self.ops, name)(*arguments)
-        return results if isinstance(results, tuple) else (results,)
+    def plan_choice(self, samples: int, tokens: int) -> str:
+        """Which of the engine's plans runs on that many samples of that many tokens."""
+        key = ("plan", samples, tokens)
+        if key not in self._choices:
+            choice = fastest(
+                self.measured, self.plans, samples, operator="plan", heads=self.config.num_heads,
+                dtype=self.precision or _name(self.dtype), head_dim=self.head_dim, tokens=tokens,
+            )  # fmt: skip
+            self._choices[key] = choice or self.plans[0]
+        return self._choices[key]
 
-    def _linear(self, h: Any, layer: Layer, activation: str = "none") -> Tensor:
+    def embed(self, state: Tensor) -> Tensor:
+        """The patches of a state as tokens (B, N, D)."""
+        patch, positions = self.weights.patch, self.positions(*state.shape[2:])
+        return self.ops.patch_embed(
+            state, patch.weight, patch.bias, positions, self.config.patch_size
+        )
+
+    def product(self, h: Any, layer: Layer, activation: str = "none") -> Tensor:
+        """act(h W^T + b) of h (B, N, inner); where the layer's weight is float8, h is a pair (q,
+        scales)."""
         x, x_scale = h if layer.scale is not None else (h, None)
         weights = layer.weight, layer.bias
         if self.linear_choice(x.shape[0] * x.shape[1], layer, activation) == "triton":
@@ -280,7 +269,8 @@ class Engine:
             self._choices[key] = choice or allowed[0]
         return self._choices[key]
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention on packed qkv (B, N, 3*D): (B, N, D)."""
         attention = attention_function(self.attention_choice(*qkv.shape[:2]), self.ops)
         return attention(qkv, self.config.num_heads)
 
@@ -327,8 +317,9 @@ class Engine:
             for name, layer in self.weights.blocks[0].items():
                 choice = self.linear_choice(rows, layer, "gelu" if name == "mlp_in" else "none")
                 products[name] = f"{choice} {_name(layer.weight.dtype)}"
-        per_block = ROW_LAUNCHES + (self.precision is not None)
-        facts["launches_per_evaluation"] = per_block * live + ENDS_LAUNCHES
+        facts["plan"] = plan = self.plan_choice(samples, tokens)
+        float8 = self.precision is not None
+        facts["launches_per_evaluation"] = PLANS[plan].launches(live, float8)
         facts["weight_bytes"] = self.weights.nbytes | {"live_blocks": live}
         return facts
 

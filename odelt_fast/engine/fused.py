@@ -34,6 +34,7 @@ from .graphs import (
     node_count,
     place,
 )
+from .plans import DEFAULT
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -46,17 +47,22 @@ GRAPH_VALUES = 2**16 * 768
 KIND = "kernels"  # of the operators (`Engine`)
 
 Prepared = tuple[Engine, GraphCache | None]
-_ENGINES = weakref.WeakKeyDictionary[DiT, dict[tuple[str, str | None], Prepared]]()
+_ENGINES = weakref.WeakKeyDictionary[DiT, dict[Hashable, Prepared]]()
 
 
-def shared_engine(model: DiT, attention: str = "auto", precision: str | None = None) -> Prepared:
+def shared_engine(
+    model: DiT,
+    attention: str = "auto",
+    precision: str | None = None,
+    plans: tuple[str, ...] = (DEFAULT,),
+) -> Prepared:
     """The engine of this model and its graphs, made where there is none or the weights have
     changed; ValueError if it cannot run."""
     engines = _ENGINES.setdefault(model, {})
-    key = attention, precision
+    key = attention, precision, plans
     if key not in engines or not engines[key][0].weights.are_of(model):
         engines.pop(key, None)
-        engine = Engine(model, attention, precision, KIND)
+        engine = Engine(model, attention, precision, KIND, plans)
         engines[key] = engine, GraphCache(engine.device)
     return engines[key]
 
@@ -229,11 +235,8 @@ class Fused:
         that ran last."""
         engine = self.engine
         about: dict[str, Any] = engine.describe(samples, tokens, depth)
-        about["self_check"] = selfcheck.told(
-            selfcheck.way_of(
-                engine, self.operation, engine.attention, engine.precision, engine.kind
-            )
-        )
+        given = engine.attention, engine.precision, engine.kind, about["plan"]
+        about["self_check"] = selfcheck.told(selfcheck.way_of(engine, self.operation, *given))
         about["attentions"] = availability.describe_attentions(
             engine.device, engine.dtype, engine.head_dim
         )
@@ -260,14 +263,19 @@ class Fused:
 
 
 def choose_fused(
-    model: DiT, operation: Operation, backend: str, attention: str, precision: str | None
+    model: DiT,
+    operation: Operation,
+    backend: str,
+    attention: str,
+    precision: str | None,
+    plan: str = "auto",
 ) -> tuple[Fused | None, str]:
     """The fused backend if `backend` ("auto", "fused", "eager", "compile") makes it run, else None
     and the reason why it does not.
 
     Raises:
-        ValueError: where the backend was asked for by name, or an attention or a precision that
-            only it has.
+        ValueError: where the backend was asked for by name, or an attention, a precision or a plan
+            that only it has.
     """
 
     def source() -> Prepared:
@@ -275,8 +283,9 @@ def choose_fused(
         unavailable = availability.fused_unavailable(model)
         if unavailable:
             raise Unavailable(unavailable)
-        selfcheck.require(selfcheck.way_of(model, operation, attention, precision, KIND))
-        return shared_engine(model, attention, precision)
+        way = selfcheck.way_of(model, operation, attention, precision, KIND)
+        plans = selfcheck.trusted_plans(way, plan)
+        return shared_engine(model, attention, precision, plans)
 
     selfcheck.mode()  # a mistake in it must not become a reason
     reason = f"backend {backend} was asked for"
@@ -295,7 +304,7 @@ def choose_fused(
             reason = one_line(error)
         if backend == "fused":
             raise ValueError(f"backend 'fused' cannot run here: {reason}")
-    for option, value in ("attention", attention), ("precision", precision):
+    for option, value in ("attention", attention), ("precision", precision), ("plan", plan):
         if value not in ("auto", "sdpa", None):
             raise ValueError(
                 f"{option} {value!r} is for the fused backend, which does not run: {reason}"

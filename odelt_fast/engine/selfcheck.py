@@ -39,8 +39,9 @@ from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
 
 from .engine import Engine
+from .plans import DEFAULT, PLANS
 from .trial import Record, Way
-from .tuning import tuning_path
+from .tuning import read_tuning, tuning_path, winners
 
 logger = logging.getLogger(__name__)
 
@@ -105,13 +106,18 @@ def mode() -> str:
 
 
 def way_of(
-    network: DiT | Engine, operation: Operation, attention: str, precision: str | None, kind: str
+    network: DiT | Engine,
+    operation: Operation,
+    attention: str,
+    precision: str | None,
+    kind: str,
+    plan: str = DEFAULT,
 ) -> Way:
     """What of the engine has to be right for a network to be sampled so."""
     whole = operation.adaptive and not operation.torchdiffeq and operation.depth_schedule is None
     return Way.of(
         network.config, network.device, network.dtype,
-        attention=attention, precision=precision, adaptive=whole, kind=kind,
+        attention=attention, precision=precision, adaptive=whole, kind=kind, plan=plan,
     )  # fmt: skip
 
 
@@ -126,6 +132,19 @@ def require(way: Way) -> None:
             f"its self-check on this device {verdict.reason}{report};"
             " ODELT_FAST_SELFCHECK=always checks again, off runs it unchecked"
         )
+
+
+def trusted_plans(way: Way, plan: str) -> tuple[str, ...]:
+    """Plans that may run: the one of that name, or, of "auto", that of the way and those that this
+    card's tuning has found faster somewhere and that are right; as `require`."""
+    if plan != "auto":
+        require(replace(way, plan=plan))
+        return (plan,)
+    require(way)
+    others = winners(read_tuning(torch.device(way.device)), "plan") - {way.plan}
+    ways = [replace(way, plan=name) for name in sorted(others & PLANS.keys())]
+    right = [each.plan for each in ways if not applies(each) or known(each).right]
+    return (way.plan, *right)
 
 
 def applies(way: Way) -> bool:

@@ -41,10 +41,10 @@ from .compiled import compiled
 from .cpu import CpuNetwork
 from .engine import Engine
 from .graphs import Captured, CaptureError, GraphCache
+from .plans import DEFAULT
 from .trajectory import Trajectory
 
 BACKENDS = ("fused", "eager", "compile", "native")
-PLAN = "seven"  # launches of a block: the only sequence of them that there is
 BOUNDS = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2, "fp8": 6e-2}
 GUIDANCE, PICTURES, STEPS = 1.5, 2, 2
 ROUNDS, SECONDS = 7, 0.3  # of a timing: at least, and about
@@ -62,8 +62,7 @@ class Way:
         device: as torch names it.
         dtype: float32, bfloat16, float16.
         backend: fused, eager, compile, native (the operators of `engine.cpu`).
-        attention, precision: of the fused backend.
-        plan: its sequence of launches.
+        attention, precision, plan: of the fused backend.
         adaptive: whether an adaptive solver's steps are tried, or equal ones.
         kind: of the fused backend's operators (`Engine`).
     """
@@ -74,7 +73,7 @@ class Way:
     backend: str = "fused"
     attention: str = "auto"
     precision: str | None = None
-    plan: str = PLAN
+    plan: str = DEFAULT
     adaptive: bool = False
     kind: str = "kernels"
 
@@ -177,7 +176,7 @@ class Runner:
     def __init__(self, model: DiT, way: Way) -> None:
         self.model, self.way, self.graphs = model, way, GraphCache(model.device)
         if way.backend == "fused":
-            self.engine = Engine(model, way.attention, way.precision, way.kind)
+            self.engine = Engine(model, way.attention, way.precision, way.kind, (way.plan,))
             return
         networks: dict[str, Callable[[DiT], Callable[..., Tensor]]] = {
             "eager": lambda model: model,

@@ -25,7 +25,7 @@ def read_tuning(device: torch.device) -> Measured:
     Returns:
         Entries {"operator", "dtype", ..., "amount", "microseconds": {name: time}}: for "linear"
         with "activation", "columns", "inner", amount = rows; for "attention" with "heads",
-        "head_dim", "tokens", amount = samples.
+        "head_dim", "tokens", amount = samples; for "plan" the same.
     """
     if device.type != "cuda":
         return ()
@@ -57,3 +57,9 @@ def fastest(
         return None
     times = min(near, key=distance)["microseconds"]
     return min((name for name in times if name in available), key=times.__getitem__, default=None)
+
+
+def winners(measured: Measured, operator: str) -> set[str]:
+    """Names that are fastest of an operator somewhere."""
+    entries = [entry["microseconds"] for entry in measured if entry["operator"] == operator]
+    return {min(times, key=times.__getitem__) for times in entries if times}

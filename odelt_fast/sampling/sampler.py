@@ -23,6 +23,7 @@ from odelt_fast.engine.cpu import CpuNetwork, choose
 from odelt_fast.engine.fused import Fused, choose_fused
 from odelt_fast.engine.graphs import is_bug
 from odelt_fast.engine.operators import ATTENTIONS, PRECISIONS
+from odelt_fast.engine.plans import PLAN_CHOICES
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import DepthSchedule, Operation
@@ -69,6 +70,8 @@ class Sampler:
         attention: of the fused backend, "auto" or one of `engine.operators.ATTENTIONS` by name.
         precision: of the fused backend. None is the model's dtype; "fp8" runs most matrix products
             in float8, with an error of at most 4e-2 of one evaluation.
+        plan: of the fused backend, which launches it makes: one of `engine.plans.PLANS` by name, or
+            "auto", the one that was measured to be fastest on this GPU.
         error_norm: "per_sample" (each image has its own steps) or "batch".
         time_grid: "uniform", or "shift:3.0" with more steps near the noise; for equal steps.
         guidance_interval: (t_lo, t_hi): guidance at times from t_lo to t_hi only (0 is noise, 1
@@ -95,6 +98,7 @@ class Sampler:
         decoder: Callable[[Tensor], Tensor] | None = None,
         attention: str = "auto",
         precision: str | None = None,
+        plan: str = "auto",
         max_steps: int = Operation.max_steps,
         error_norm: str = Operation.error_norm,
         time_grid: str | tuple[str, float] = Operation.time_grid,
@@ -129,6 +133,7 @@ class Sampler:
         self.batch_size = None if batch_size is None else whole("batch_size", batch_size)
         one_of("attention", attention, ATTENTIONS)
         one_of("precision", precision, PRECISIONS)
+        one_of("plan", plan, PLAN_CHOICES)
         self.stats: dict[str, Any] = {}
         self._batch: tuple[int, ...] | None = None  # shape of the last batch
         self._said = set[str]()
@@ -136,7 +141,7 @@ class Sampler:
         if backend in ("compile", "auto"):
             self.network = compiled(model) if backend == "compile" else choose(model)
         self.fused, self.not_fused = choose_fused(
-            model, self.operation, backend, attention, precision
+            model, self.operation, backend, attention, precision, plan
         )
         on_gpu = model.device.type == "cuda"
         able = on_gpu or availability.fused_unavailable(model) is None

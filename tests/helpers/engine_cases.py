@@ -16,6 +16,7 @@ from odelt_fast.engine import availability, fused
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.graphs import GraphCache
 from odelt_fast.engine.native.while_graph import while_graph_unavailable
+from odelt_fast.engine.plans import DEFAULT
 from odelt_fast.model import DiT
 from tests.helpers import small_model
 
@@ -55,9 +56,12 @@ def run_fused_on_the_cpu(
     without graphs unless some are given."""
 
     def reference(
-        model: DiT, attention: str = "auto", precision: str | None = None
+        model: DiT,
+        attention: str = "auto",
+        precision: str | None = None,
+        plans: tuple[str, ...] = (DEFAULT,),
     ) -> tuple[Engine, Any]:
-        return Engine(model, attention, precision, kind="reference"), graphs()
+        return Engine(model, attention, precision, "reference", plans), graphs()
 
     monkeypatch.setattr(availability, "fused_unavailable", lambda model: None)
     monkeypatch.setattr(fused, "shared_engine", reference)
