@@ -25,8 +25,8 @@ from odelt_fast.checks import unknown_option
 from odelt_fast.files import one_line, plain_warnings, print_anything
 
 COMMANDS = (
-    "sample", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot", "train",
-    "ema", "encode", "demo", "serve", "env", "doctor", "build-ops",
+    "sample", "generate", "convert", "evaluate", "stats", "profile", "plan", "likelihood", "plot",
+    "train", "ema", "encode", "demo", "serve", "env", "doctor", "build-ops",
 )  # fmt: skip
 SHELLS = ("bash", "zsh", "fish")
 

@@ -126,8 +126,8 @@ def _sampling_timer(study: Study, name: str, settings: Record, row: Record) -> T
     """Times one batch as the evaluation generated it: `Cell.sampler` for the row."""
     from odelt_fast.checkpoints.folder import load_model
     from odelt_fast.evaluation.cells import plan_cells
-    from odelt_fast.evaluation.measuring import Processes
     from odelt_fast.evaluation.settings import Evaluation
+    from odelt_fast.generation.processes import Processes
 
     values: Record = {
         key: tuple(each) if isinstance(each, list) else each for key, each in settings.items()

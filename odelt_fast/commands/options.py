@@ -86,6 +86,16 @@ def labels_of(texts: Sequence[str], model: DiT) -> list[int]:
     return labels
 
 
+def labels_in_turn(options: Any, model: DiT) -> list[int]:
+    """The classes of --labels for --num-images images; ValueError for more of them than images."""
+    labels = labels_of(options.labels, model)
+    if len(labels) > options.num_images:
+        raise ValueError(
+            f"--labels: {len(labels)} labels for {options.num_images} images: raise --num-images"
+        )
+    return labels
+
+
 def choose_dtype(name: Dtype, device: str) -> torch.dtype:
     """The dtype of --dtype.
 

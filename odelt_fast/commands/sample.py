@@ -13,7 +13,7 @@ from odelt_fast.files import check_target, picture_formats, save_picture, try_ou
 
 from .budgets import choice_json, choose_for
 from .operations import operation_of
-from .options import check_counts, check_guidance, labels_of, load, load_decoder, plural
+from .options import check_counts, check_guidance, labels_in_turn, load, load_decoder, plural
 from .sample_options import Command, check_modes
 
 if TYPE_CHECKING:
@@ -53,12 +53,7 @@ def run(options: Command) -> None:
     channels, *size = config.image_shape
     if decoder:
         channels, size = decoder.channels, [side * decoder.factor for side in size]
-    chosen_labels = labels_of(options.labels, model)
-    if len(chosen_labels) > options.num_images:
-        raise ValueError(
-            f"--labels: {len(chosen_labels)} labels for {options.num_images} images: raise"
-            " --num-images"
-        )
+    chosen_labels = labels_in_turn(options, model)
     if options.interpolate is not None and len(chosen_labels) > 1:
         raise ValueError(f"--interpolate draws one class, not {len(chosen_labels)} --labels")
     if options.invert is None:

@@ -14,8 +14,8 @@ from .options import Device, Dtype, File, Labels, Number, Text, Whole, refuse_un
 
 
 @dataclass(frozen=True)
-class Command:
-    """Draw images with a model: --depth and --steps set the cost."""
+class Sampling:
+    """How to draw images from a seed."""
 
     model: str = "digits"
     """Folder of a model, name of a bundled one, or Hub id (user/repo)."""
@@ -24,21 +24,6 @@ class Command:
     steps: Whole = None
     """Time steps T; 4 by default. Shortcut models make good images with few (1, 4); plain flow
     models want 128."""
-    max_latency: Text = None
-    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the
-    best within it by the measurements of odelt-fast profile and evaluate. For a warm call;
-    starting, decoding and writing files come on top."""
-    max_memory: Text = None
-    """Budget for weights, inputs and activations, such as 2GB (KB, MB, GB, or MiB, GiB)."""
-    profile: File = None
-    """Of a budget: file of odelt-fast profile; by default that of this machine and model."""
-    quality: Text = None
-    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json
-    in the model's folder."""
-    metric: Text = None
-    """Of a budget: what counts as quality, as the table names it; its first metric by default."""
-    num_images: int = 16
-    """Images to draw. The noise of image i depends on the seed and i alone."""
     labels: Labels = ()
     """Classes, by number or name (3 cat, or 3,cat), repeated in turn if fewer than images; the
     number of classes is the null label. Drawn from the seed by default."""
@@ -67,6 +52,40 @@ class Command:
     12 from there on. Adaptive solvers need --error-norm batch for it."""
     time_shift: float = 1.0
     """Above 1: fixed steps lie closer near the noise, for high resolution. 1: equal steps."""
+    decoder: Text = None
+    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as
+    stabilityai/sd-vae-ft-mse, or madebyollin/taesd for fast previews."""
+    any_decoder: bool = False
+    """Also an autoencoder of other latents than the model was trained on."""
+    device: Device = "auto"
+    """auto: cuda if there is a GPU."""
+    dtype: Dtype = "auto"
+    """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
+    batch_size: Whole = None
+    """Images at a time; by the size of the model's input by default. Changes no picture."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True)
+class Command(Sampling):
+    """Draw images with a model: --depth and --steps set the cost."""
+
+    max_latency: Text = None
+    """Budget for a batch, such as 20ms (us, ms, s), in place of --depth, --steps and --solver: the
+    best within it by the measurements of odelt-fast profile and evaluate. For a warm call;
+    starting, decoding and writing files come on top."""
+    max_memory: Text = None
+    """Budget for weights, inputs and activations, such as 2GB (KB, MB, GB, or MiB, GiB)."""
+    profile: File = None
+    """Of a budget: file of odelt-fast profile; by default that of this machine and model."""
+    quality: Text = None
+    """Of a budget: folder of odelt-fast evaluate, or its results.json, in place of the quality.json
+    in the model's folder."""
+    metric: Text = None
+    """Of a budget: what counts as quality, as the table names it; its first metric by default."""
+    num_images: int = 16
+    """Images to draw. The noise of image i depends on the seed and i alone."""
     trajectory: Annotated[tuple[float, ...], metavar("TIME...")] = ()
     """Show the states at these times, rising from 0 (noise) to 1 (data), one row an image; --npz
     holds them as `trajectory`."""
@@ -87,17 +106,6 @@ class Command:
     black where it is kept."""
     frames: int = 8
     """Images of --interpolate, both ends included."""
-    decoder: Text = None
-    """Autoencoder that makes pictures of a model's latents: folder or Hub id, such as
-    stabilityai/sd-vae-ft-mse, or madebyollin/taesd for fast previews."""
-    any_decoder: bool = False
-    """Also an autoencoder of other latents than the model was trained on."""
-    device: Device = "auto"
-    """auto: cuda if there is a GPU."""
-    dtype: Dtype = "auto"
-    """auto: bfloat16 on a GPU and on CPUs that compute in it, else float32."""
-    batch_size: Whole = None
-    """Images at a time; by the size of the model's input by default. Changes no picture."""
     out: File = None
     """Picture of all images in a grid (.png, .jpg, ...). Default: samples.png, or none if --npz is
     given."""
@@ -106,8 +114,6 @@ class Command:
     labels."""
     json: bool = False
     """Print one JSON object instead of text."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 def check_modes(options: Command) -> None:

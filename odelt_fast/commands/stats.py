@@ -57,8 +57,8 @@ def run(options: Command) -> None:
 
     from odelt_fast.evaluation.comparison import statistics_of
     from odelt_fast.evaluation.features import load_features
-    from odelt_fast.evaluation.measuring import Processes
     from odelt_fast.evaluation.metrics import write_statistics
+    from odelt_fast.generation.processes import Processes
     from odelt_fast.images import open_source
 
     device = Processes.of_this_run(options.device).device

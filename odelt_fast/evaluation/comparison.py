@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from odelt_fast.files import write_whole
+from odelt_fast.generation.shards import Shards
 from odelt_fast.images import ImageSource
 
-from .batch_files import BatchFiles
 from .features import FeatureNetwork
 from .metrics import (
     Moments,
@@ -106,7 +106,7 @@ def stored_reference(folder: Path) -> Reference:
 
 
 def merge_reference(
-    files: BatchFiles, folder: Path, network: FeatureNetwork, protocol: str, allow_few: bool
+    files: Shards, folder: Path, network: FeatureNetwork, protocol: str, allow_few: bool
 ) -> None:
     """reference_features.npy and reference.npz from the features of all batches.
 
@@ -119,13 +119,13 @@ def merge_reference(
     files.delete()
 
 
-def _statistics(files: BatchFiles, network: FeatureNetwork, allow_few: bool) -> Statistics:
+def _statistics(files: Shards, network: FeatureNetwork, allow_few: bool) -> Statistics:
     moments = moments_of(files.parts("features"), network.dimensions)
     return moments.statistics(allow_few=allow_few)
 
 
 def compare(
-    files: BatchFiles,
+    files: Shards,
     metrics: Sequence[str],
     network: FeatureNetwork,
     reference: Reference | None,

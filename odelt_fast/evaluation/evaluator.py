@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from odelt_fast.checkpoints.folder import load_model
+from odelt_fast.generation.processes import Processes
+from odelt_fast.generation.shards import Shards
+from odelt_fast.generation.streams import ahead
 from odelt_fast.model import DiT
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
 
-from .batch_files import BatchFiles
 from .cells import Cell, plan_cells
 from .comparison import Reference, compare
 from .folder import Folder
 from .inputs import Inputs
 from .machine import environment
-from .measuring import PeakMemory, Processes, timed
+from .measuring import PeakMemory, timed
 from .metrics import check_features
 from .results import FORMAT, summarise
 from .settings import Evaluation
@@ -106,33 +107,27 @@ class Evaluator:
                 self.processes.barrier()
         return self._write_results() if self.processes.index == 0 else {}
 
-    def _missing(self, files: BatchFiles) -> list[int]:
+    def _missing(self, files: Shards) -> list[int]:
         return files.missing(self.processes.index, self.processes.count)
 
-    def _files(self, cell: Cell) -> BatchFiles:
+    def _files(self, cell: Cell) -> Shards:
         return self.folder.batches(cell.key, self.settings.num_images)
 
     def _generate(
-        self, cell: Cell, sampler: Sampler, files: BatchFiles, advance: Callable[[float], object]
+        self, cell: Cell, sampler: Sampler, files: Shards, advance: Callable[[float], object]
     ) -> None:
         """Makes this process's missing batches; noise is drawn ahead, while the device is busy."""
         todo = self._missing(files)
         cost = cell.cost(self.config)  # of a batch, whose images are equally many
         advance(cost * (files.count - len(todo) * self.processes.count))
-        with ThreadPoolExecutor(1) as pool:
 
-            def draw(batch: int) -> Future[Tensor]:
-                return pool.submit(self.inputs.noise, cell.seed, files.images(batch))
+        def draw(batch: int) -> Tensor:
+            return self.inputs.noise(cell.seed, files.images(batch))
 
-            drawn = [draw(batch) for batch in todo[:1]]
-            for batch, following in zip(todo, [*todo[1:], None]):
-                noise = drawn.pop().result()
-                if following is not None:
-                    drawn.append(draw(following))
-                noise = noise.to(self.device)
-                arrays = self._batch(sampler, noise, cell.seed, files.images(batch))
-                files.write(batch, warm=np.array(batch != todo[0]), **arrays)
-                advance(cost * self.processes.count)
+        for batch, noise in ahead(todo, draw):
+            arrays = self._batch(sampler, noise.to(self.device), cell.seed, files.images(batch))
+            files.write(batch, warm=np.array(batch != todo[0]), **arrays)
+            advance(cost * self.processes.count)
 
     def _batch(
         self, sampler: Sampler, noise: Tensor, seed: int, images: range
@@ -164,7 +159,7 @@ class Evaluator:
         return *timed(make, self.device), self.memory.peak()
 
     def _measure(
-        self, cell: Cell, sampler: Sampler, files: BatchFiles, reference: Reference | None
+        self, cell: Cell, sampler: Sampler, files: Shards, reference: Reference | None
     ) -> dict[str, Any]:
         """The record of a cell whose batches are all there."""
         settings = self.settings

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from odelt_fast.generation.processes import Processes
 from odelt_fast.images import ImageSource, open_source
 
 from .comparison import compare
 from .features import FeatureNetwork
 from .folder import Folder
 from .machine import environment, files_fingerprint
-from .measuring import Processes
 from .metrics import check_features
 from .real import Real
 from .results import FORMAT

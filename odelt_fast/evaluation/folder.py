@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from odelt_fast.files import write_json, write_whole
+from odelt_fast.generation.processes import Processes
+from odelt_fast.generation.shards import Shards, alone, bind
+from odelt_fast.storage.places import Place
 
-from .batch_files import BatchFiles
 from .cells import Cell
-from .measuring import Processes
 from .results import to_markdown
 
 
@@ -38,20 +39,7 @@ class Folder:
             ValueError: naming the first thing that is another there.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        bound, path = json.loads(json.dumps(bound)), self.path / "settings.json"
-        if self.processes.index == 0 and not path.exists():
-            write_json(path, bound)
-        self.processes.barrier()
-        try:
-            there = json.loads(path.read_text())
-        except (OSError, ValueError):
-            raise ValueError(f"{path} is damaged: name another --out") from None
-        for name in bound:
-            if there.get(name) != bound[name]:
-                raise ValueError(
-                    f"{self.path} holds an evaluation with {name} {there.get(name)!r}, not"
-                    f" {bound[name]!r}: name another --out"
-                )
+        bind(Place(self.path), "settings.json", bound, self.processes, "an evaluation")
 
     @contextlib.contextmanager
     def alone(self, cells: Iterable[Cell]) -> Iterator[None]:
@@ -60,27 +48,17 @@ class Folder:
         Raises:
             ValueError: if another run is in it.
         """
-        import fcntl
-
-        with (self.path / ".lock").open("w") as lock:
-            if self.processes.index == 0:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(
-                        f"another evaluation is running in {self.path}: name another --out"
-                    ) from None
-                for path in self.path.rglob(".odelt-fast-*"):
-                    path.unlink(missing_ok=True)
+        with alone(self.path, self.processes, "evaluation"):
+            if self.processes.first:
                 for cell in cells:
                     if self.record(cell).exists():
                         self.batches(cell.key, 0).delete()
             self.processes.barrier()
             yield
 
-    def batches(self, name: str, num_images: int) -> BatchFiles:
+    def batches(self, name: str, num_images: int) -> Shards:
         """The batches of an unfinished cell by its key, or of the reference."""
-        return BatchFiles(self.path / "partial" / name, num_images, self.batch_size)
+        return Shards(Place(self.path / "partial" / name), num_images, self.batch_size)
 
     def record(self, cell: Cell) -> Path:
         """The file of a finished cell."""

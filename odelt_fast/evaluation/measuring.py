@@ -1,58 +1,18 @@
-"""How sampling is measured: in which processes, in what time, with how much memory."""
+"""How sampling is measured: in what time, with how much memory."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from odelt_fast.checks import device_of
-
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that torchrun or `accelerate launch` started.
-
-    device: its own. barrier: waits for all.
-    """
-
-    index: int
-    count: int
-    device: torch.device
-    barrier: Callable[[], None]
-
-    @classmethod
-    def of_this_run(cls, device: str = "auto") -> Processes:
-        """The process that asks.
-
-        Args:
-            device: auto (a GPU if there is one), cpu or cuda.
-
-        Raises:
-            ValueError: for a GPU that is not there, and without accelerate, which several
-                processes need.
-        """
-        chosen = device_of(device)
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls(0, 1, chosen, lambda: None)
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise ValueError(
-                "several processes need accelerate: pip install 'odelt-fast[eval]'"
-            ) from None
-        state = PartialState(cpu=chosen.type == "cpu")
-        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 
 class PeakMemory:

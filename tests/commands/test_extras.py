@@ -50,6 +50,8 @@ EVALUATE = (
             "diffusers",
         ),
         ("gradio", ("demo", "--port", "0"), "demo"),
+        ("lance", ("generate", "--format", "lance", "--out", "made"), "lance"),
+        ("gcsfs", ("generate", "--out", "gs://bucket/made"), "gs"),
     ],
 )
 def test_a_missing_package_is_answered_with_its_extra(

@@ -17,7 +17,6 @@ from odelt_fast.checkpoints.folder import load_model
 from odelt_fast.cli import main
 from odelt_fast.config import DiTConfig
 from odelt_fast.evaluation import paper
-from odelt_fast.evaluation.batch_files import BatchFiles
 from odelt_fast.evaluation.cells import plan_cells
 from odelt_fast.evaluation.charts import Point, frontier, paper_points
 from odelt_fast.evaluation.evaluator import Evaluator
@@ -25,10 +24,12 @@ from odelt_fast.evaluation.features import load_features
 from odelt_fast.evaluation.metrics import frechet_distance, moments_of, read_statistics
 from odelt_fast.evaluation.results import number, read_results, summarise, to_markdown
 from odelt_fast.evaluation.settings import Evaluation
+from odelt_fast.generation.shards import Shards
 from odelt_fast.images import open_source
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
+from odelt_fast.storage.places import Place
 from tests.evaluation.test_metrics import small_network
 from tests.helpers.forked import start, wait
 from tests.stress.kill_evaluate import (
@@ -253,7 +254,7 @@ def test_a_folder_has_one_run_at_a_time(model: str, tmp_path: Path) -> None:
 
 
 def test_damaged_batches_are_named(tmp_path: Path) -> None:
-    files = BatchFiles(tmp_path / "cell", 5, 2)
+    files = Shards(Place(tmp_path / "cell"), 5, 2)
     assert files.missing() == [0, 1, 2]
     for batch in (0, 2):
         files.write(batch, features=np.full((len(files.images(batch)), 3), batch))

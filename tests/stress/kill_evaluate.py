@@ -26,9 +26,9 @@ import torch
 
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
-from odelt_fast.evaluation.batch_files import BatchFiles
 from odelt_fast.evaluation.evaluator import Evaluator
 from odelt_fast.evaluation.settings import Evaluation
+from odelt_fast.generation.shards import Shards
 from odelt_fast.model import DiT
 from tests.helpers.forked import start, wait
 
@@ -82,7 +82,7 @@ def watched_run(settings: Evaluation, out: Path, journal: Path) -> Callable[[], 
     has been written."""
 
     def child() -> None:
-        timed, write = Evaluator._timed, BatchFiles.write
+        timed, write = Evaluator._timed, Shards.write
 
         def note(*words: object) -> None:
             with journal.open("a") as file:
@@ -96,14 +96,14 @@ def watched_run(settings: Evaluation, out: Path, journal: Path) -> Callable[[], 
                 note("begun", key, first)
             return timed(self, sampler, noise, labels, seed, first)
 
-        def watched_write(self: BatchFiles, batch: int, **arrays: Any) -> None:
+        def watched_write(self: Shards, batch: int, **arrays: Any) -> None:
             write(self, batch, **arrays)
             if "seconds" in arrays:
-                found = re.fullmatch(r"l(\d+)-\w+-T(\d+)-seed(\d+)", self.folder.name)
+                found = re.fullmatch(r"l(\d+)-\w+-T(\d+)-seed(\d+)", self.place.path.name)
                 assert found is not None
                 note("written", "-".join(found.groups()), self.images(batch).start)
 
-        Evaluator._timed, BatchFiles.write = watched_timed, watched_write  # type: ignore[method-assign, assignment]
+        Evaluator._timed, Shards.write = watched_timed, watched_write  # type: ignore[method-assign, assignment]
         run(settings, out)
 
     return child

@@ -131,6 +131,34 @@ def test_unfinished_pairs_never_stand_under_the_name_of_the_folder(
         pairs(teacher, tmp_path / "pairs", 8)
 
 
+def test_killed_pairs_go_on_if_they_are_to_be_the_same(teacher: DiT, tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    calls, model = [0], DiT(teacher.config)
+    model.load_state_dict(teacher.state_dict())
+
+    def counted(*inputs: object, **options: object) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 5:
+            raise Killed
+        return DiT.forward(model, *inputs, **options)
+
+    model.forward = counted  # the real network, killed in the third of four batches
+    options = {"denoise_timesteps": 2, "train_batch_size": 4}
+    whole = pairs(teacher, tmp_path / "whole", 16, **options).read_many(np.arange(16))
+    for seeds, calls_after in (((0, 0), 5 + 2 * 2), ((0, 1), 5 + 4 * 2)):
+        calls[0], folder = 0, tmp_path / f"{seeds}"
+        with pytest.raises(Killed):
+            pairs(model, folder, 16, seed=seeds[0], **options)
+        found = pairs(model, folder, 16, seed=seeds[1], **options).read_many(np.arange(16))
+        assert calls[0] == calls_after
+        assert np.array_equal(found[0], whole[0]) == (seeds[1] == 0)
+        assert {path.name for path in folder.iterdir()} == {
+            *("noise.npy", "data.npy", "labels.npy", "pairs.json")
+        }
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_pairs_of_several_processes_are_those_of_one(
     teacher: DiT, tmp_path: Path, processes: int

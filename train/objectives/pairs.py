@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from odelt_fast.checks import check_size
 from odelt_fast.config import NUM_STEP_INDICES, TrainedOn
-from odelt_fast.files import flush, one_line, read_object
+from odelt_fast.files import flush, one_line, read_object, write_json
+from odelt_fast.generation.processes import Processes
+from odelt_fast.generation.shards import Shards
+from odelt_fast.generation.streams import ahead
 from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
 from odelt_fast.model import DiT
+from odelt_fast.storage.places import Place
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from accelerate.state import AcceleratorState
 
 MANIFEST = "pairs.json"
+_BOUND = "generation.json"  # while batches are made
 # dtype, number of axes besides the pairs'
 _ARRAYS = {"noise": ("<f4", 3), "data": ("<f4", 3), "labels": ("<i8", 0)}
 
@@ -37,7 +43,8 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
     probability label_dropout, and always for a model of one class), guidance as in sampling.
     Processes make every `num_processes`-th batch each and must see the same folder. It appears
     under its name when it is complete: noise.npy and data.npy (count, C, H, W) float32, labels.npy
-    (count,) int64, pairs.json.
+    (count,) int64, pairs.json. Until then the batches lie in a folder beside it (`.partial`), from
+    which a killed run with the same options goes on.
 
     Returns:
         The folder.
@@ -49,82 +56,101 @@ def generate_pairs(teacher: DiT, config: TrainConfig, state: AcceleratorState) -
 
     assert config.pairs is not None
     folder, count, size = config.pairs, config.num_pairs, config.train_batch_size
-    main, partial = state.process_index == 0, folder.with_name(folder.name + ".partial")
+    partial = folder.with_name(folder.name + ".partial")
+    waiting = state.wait_for_everyone
+    processes = Processes(state.process_index, state.num_processes, teacher.device, waiting)
     if folder.exists():
         raise ValueError(f"{folder} exists: pairs are written to a new folder")
-    state.wait_for_everyone()  # nobody looks for the folder any more
+    processes.barrier()  # nobody looks for the folder any more
+    manifest = _manifest(teacher, config)
+    bound = manifest | {"batch": size, "teacher_sha256": _digest(teacher)}
     try:
-        if main:
-            _create_arrays(partial, count, teacher.config.image_shape)
-        state.wait_for_everyone()
-        with contextlib.ExitStack() as stack:
-            files, headers = {}, {}
+        if processes.first and not _goes_on(partial, bound):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            write_json(partial / _BOUND, bound)
+        processes.barrier()
+        batches = Shards(Place(partial / "batches"), count, size)
+        todo = batches.missing(processes.index, processes.count)
+        hidden = None if processes.first else True
+
+        def draw(batch: int) -> dict[str, torch.Tensor]:
+            return _drawn(teacher, config, np.array(batches.images(batch)))
+
+        bar = tqdm(ahead(todo, draw), "pairs", len(todo), unit="batch", disable=hidden)
+        for batch, drawn in bar:
+            batches.write(batch, **_pairs(teacher, config, **drawn))
+        processes.barrier()
+        if processes.first:
             for name in _ARRAYS:
-                files[name] = file = stack.enter_context((partial / f"{name}.npy").open("r+b"))
-                np.lib.format.read_magic(file)
-                np.lib.format.read_array_header_1_0(file)
-                headers[name] = file.tell()
-            starts = range(state.process_index * size, count, state.num_processes * size)
-            for start in tqdm(starts, desc="pairs", unit="batch", disable=None if main else True):
-                rows = np.arange(start, min(start + size, count))
-                # Written, not mapped: a full disk is then an error and no signal. Flushed at once:
-                # a buffer writes back what lies between two of its writes, others' pairs.
-                for name, values in _pairs(teacher, config, rows).items():
-                    files[name].seek(headers[name] + start * values[0].nbytes)
-                    files[name].write(values.tobytes())
-                    files[name].flush()
-            for file in files.values():
-                os.fsync(file.fileno())
-        state.wait_for_everyone()
-        if main:
-            manifest = {
-                "count": count,
-                "shape": teacher.config.image_shape,
-                "num_classes": teacher.config.num_classes,
-                "steps": config.denoise_timesteps,
-                "guidance_scale": config.guidance_scale,
-                "seed": config.seed,
-            } | teacher.trained_on.to_dict()
-            (partial / MANIFEST).write_text(json.dumps(manifest))
-            flush(partial / MANIFEST)
+                batches.write_npy(partial / f"{name}.npy", name)
+            write_json(partial / MANIFEST, manifest)
+            batches.delete()
+            (partial / _BOUND).unlink()
+            for name in (MANIFEST, *(f"{name}.npy" for name in _ARRAYS)):
+                flush(partial / name)
             flush(partial)
             os.replace(partial, folder)
             flush(folder.parent)
-        state.wait_for_everyone()
+        processes.barrier()
     except OSError as error:
-        if main:
-            shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"cannot write pairs to {folder}: {one_line(error)}") from None
     return folder
 
 
-def _create_arrays(folder: Path, count: int, shape: tuple[int, ...]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for name, (dtype, axes) in _ARRAYS.items():
-        header = {"descr": dtype, "fortran_order": False, "shape": (count, *shape[:axes])}
-        with (folder / f"{name}.npy").open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
+def _manifest(teacher: DiT, config: TrainConfig) -> dict[str, Any]:
+    """What is kept of how pairs were made."""
+    return {
+        "count": config.num_pairs,
+        "shape": teacher.config.image_shape,
+        "num_classes": teacher.config.num_classes,
+        "steps": config.denoise_timesteps,
+        "guidance_scale": config.guidance_scale,
+        "seed": config.seed,
+    } | teacher.trained_on.to_dict()
 
 
-@torch.no_grad()
-def _pairs(teacher: DiT, config: TrainConfig, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """The pairs `rows`, by the names of the arrays."""
+def _digest(teacher: DiT) -> str:
+    """SHA-256 of the weights."""
+    digest = hashlib.sha256()
+    for name, tensor in teacher.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _goes_on(partial: Path, bound: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the batches of a run that was to make the same pairs."""
+    try:
+        return read_object(partial / _BOUND, 8 << 20) == json.loads(json.dumps(bound))
+    except (OSError, ValueError):
+        return False
+
+
+def _drawn(teacher: DiT, config: TrainConfig, rows: np.ndarray) -> dict[str, torch.Tensor]:
+    """Noise and labels of the pairs `rows`."""
     draws, every = StepDraws(config.seed, 0, rows), slice(0, len(rows))
     null = teacher.config.num_classes
     drop = draws.bernoulli("pair_drop", every, 1.0 if null == 1 else config.label_dropout)
     y = torch.where(drop, null, draws.integers("pair_label", every, null))
-    noise = draws.normal("pair_noise", every, teacher.config.image_shape)
+    return {"noise": draws.normal("pair_noise", every, teacher.config.image_shape), "labels": y}
+
+
+@torch.no_grad()
+def _pairs(
+    teacher: DiT, config: TrainConfig, noise: torch.Tensor, labels: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """Pairs of drawn noise and labels, by the names of the arrays."""
+    null = teacher.config.num_classes
     # Only shortcuts are given the number of steps; flow rows of the other methods were trained with
     # the index of 128 steps.
     shortcut = teacher.config.sampling == "shortcut"
-    index = torch.full_like(y, config.log2_steps if shortcut else NUM_STEP_INDICES - 1)
-    x, index, labels = (tensor.to(teacher.device) for tensor in (noise, index, y))
+    index = torch.full_like(labels, config.log2_steps if shortcut else NUM_STEP_INDICES - 1)
+    x, index, y = (tensor.to(teacher.device) for tensor in (noise, index, labels))
     model = guided(teacher, config.guidance_scale, null, channels=teacher.config.guided_channels)
-    data = euler(model, x, index, labels, None, config.denoise_timesteps)
+    data = euler(model, x, index, y, None, config.denoise_timesteps)
     if not data.isfinite().all():
         raise ValueError("the teacher made values that are not finite")
-    return {"noise": noise.numpy(), "data": data.float().cpu().numpy(), "labels": y.numpy()}
+    return {"noise": noise.numpy(), "data": data.float().cpu().numpy(), "labels": labels.numpy()}
 
 
 class PairSource(ImageSource):

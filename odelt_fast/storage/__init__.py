@@ -1,0 +1,1 @@
+"""Where files lie: folders here, and behind URLs."""
