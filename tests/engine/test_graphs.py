@@ -387,7 +387,10 @@ def test_cuda_attention_and_precision(attention: str, precision: str | None) -> 
     ],
     ids=str,
 )
-def test_cuda_every_solver_and_kind(options: dict, changes: dict) -> None:
+def test_cuda_every_solver_and_kind(
+    options: dict, changes: dict, monkeypatch: pytest.MonkeyPatch, native_folder: Path
+) -> None:
+    monkeypatch.setenv("ODELT_FAST_CACHE", str(native_folder))  # while nodes as built or carried
     if changes.get("sampling") == "consistency":
         options = {
             name: value for name, value in options.items() if name != "solver"
