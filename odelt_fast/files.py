@@ -22,6 +22,8 @@ T = TypeVar("T")
 def one_line(error: object, limit: int = 300) -> str:
     """An error's message (its type where it has none), or text of strangers, as one line.
 
+    Of CUDA's errors it is the first line: below it PyTorch tells how kernels are debugged.
+
     Args:
         error: an exception, or anything else that `str` takes.
         limit: the most characters; what is longer ends in "...".
@@ -29,7 +31,10 @@ def one_line(error: object, limit: int = 300) -> str:
     Returns:
         Printable text without line breaks.
     """
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)[:2000]).split())
+    text = str(error)[:2000]
+    if text.startswith("CUDA error:"):
+        text = text.partition("\n")[0]
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     if not text and isinstance(error, BaseException):
         return type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

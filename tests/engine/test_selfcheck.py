@@ -115,7 +115,7 @@ def test_every_kind_of_network_is_compared_with_itself(changes: dict, adaptive: 
         ("changing:linear", "wrong", "found other bits (depth 1, guided, once more)"),
         ("SIGSEGV:attention", "crashed", "crashed (SIGSEGV, at: depth 1, guided)"),
         ("SIGABRT:attention", "crashed", "crashed (SIGABRT, at: depth 1, guided)"),
-        ("raises:final_euler", "failed", "failed (CUDA error: invalid device function more of it"),
+        ("raises:final_euler", "failed", "failed (CUDA error: invalid device function; at:"),
         ("memory:linear", "undecided", "failed (CUDA out of memory"),
         ("SIGKILL:linear", "undecided", "crashed (SIGKILL"),
         ("prints:linear", "right", ""),
@@ -365,10 +365,9 @@ def test_in_a_dead_context_nothing_falls_back(
         sampler.fused.engine.ops.gated_residual = illegal
         if lost:
             with pytest.raises(
-                RuntimeError, match=r"context is lost \(CUDA error: an illegal"
-            ) as e:
+                RuntimeError, match=r"was encountered\): restart; backend='eager' avoids it$"
+            ):
                 sampler(2)
-            assert str(e.value).endswith("restart; backend='eager' avoids it")
             assert sampler.fused
         else:
             with pytest.warns(RuntimeWarning, match="the fused backend failed"):
