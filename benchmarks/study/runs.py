@@ -1,14 +1,17 @@
-"""What the study trains: the paper's methods (Table 2), and its own over G and K (Tables 4, 5).
+"""What the study trains: the paper's methods (Table 2), its own over G and K (Tables 4, 5), and
+newer objectives under the same length dial.
 
 Every run of a set has the same network, batch and number of optimizer steps; methods of two phases
-spend half of the steps on the teacher.
+spend half of the steps on the teacher, and runs of equal time take fewer.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 _CONVENTIONAL = "--model.no-length-conditioned"
+_LENGTHS = (12, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Run:
     options: of `odelt-fast train`, beside the set's. share: of the set's steps. teacher: run that
     it starts from. depths: to evaluate; a teacher has none. steps: T of Euler's solver. guided,
     adaptive: whether T = 128 with guidance and Dopri5 are evaluated, too. repeats: run of which
-    this one is another training seed.
+    this one is another training seed. cheaper: it takes fewer steps, in the time of `odelt`.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Run:
     guided: bool = False
     adaptive: bool = False
     repeats: str | None = None
+    cheaper: bool = False
 
     @property
     def conventional(self) -> bool:
@@ -51,8 +55,28 @@ _ABLATIONS = (
 )
 # For the Pareto plot, and for adaptive solvers to compare with.
 _CURVE = (128, 64, 32, 16, 8, 4, 2, 1)
-_MAIN = Run(
-    "odelt", "ODE_t(ODE_l)", "", depths=(12, 8, 4), steps=_CURVE, guided=True, adaptive=True
+_MAIN = Run("odelt", "ODE_t(ODE_l)", "", depths=_LENGTHS, steps=_CURVE, guided=True, adaptive=True)
+_LIVE = "--target-network live"
+_WEIGHTED = "--loss-weight-power 0.5 --loss-weight-eps 1"
+_WEIGHTED_1 = _WEIGHTED.replace("power 0.5", "power 1")
+_MEAN_FLOW = f"--objective mean-flow {_LIVE} {_WEIGHTED}"
+_FEW = (128, 4, 2, 1)
+
+
+def _dial(name: str, title: str, options: str, **changes: Any) -> Run:
+    return Run(name, title, options, depths=_LENGTHS, steps=_FEW, **changes)
+
+
+# One change of mean-flow each.
+_OF_MEAN_FLOW = (
+    _dial("mf-data", "tangent x1 - x0", f"{_MEAN_FLOW} --mean-velocity.tangent data"),
+    _dial("mf-jvp", "derivative by JVP", f"{_MEAN_FLOW} --mean-velocity.derivative jvp"),
+    _dial("mf-p0", "p = 0", f"--objective mean-flow {_LIVE}"),
+    _dial("mf-p1", "p = 1", f"--objective mean-flow {_LIVE} {_WEIGHTED_1}"),
+    _dial("mf-share", "1/4 of the rows time rows", f"{_MEAN_FLOW} --mean-velocity.time-share 0.25"),
+    _dial("mf-pairs", "no pairs on grids", f"{_MEAN_FLOW} --mean-velocity.grid-share 0"),
+    _dial("mf-k0", "K = 0", f"{_MEAN_FLOW} --length-consistency-every 0"),
+    _dial("mf-ema", "EMA teacher", f"--objective mean-flow {_WEIGHTED}"),
 )
 RUNS = (
     _MAIN,
@@ -62,7 +86,7 @@ RUNS = (
         "odelt-flow",
         "ODE_t(ODE_l), RFM",
         "--objective flow --times continuous",
-        depths=(12, 8, 4),
+        depths=_LENGTHS,
         steps=_CURVE,
         adaptive=True,
     ),
@@ -87,6 +111,12 @@ RUNS = (
     Run("reflow", "Reflow", f"--objective reflow {_CONVENTIONAL}", share=0.5, teacher="teacher"),
     Run("consistency", "consistency training", f"--objective consistency {_CONVENTIONAL}"),
     Run("live-reflow", "live Reflow", f"--objective live-reflow {_CONVENTIONAL}"),
+    _dial("odelt-live", "ODE_t(ODE_l), live teacher", _LIVE),
+    _dial("mean-flow", "mean-flow", _MEAN_FLOW),
+    # A step of mean-flow costs 1.12 of odelt's processor time.
+    _dial("mean-flow-time", "mean-flow, 0.9 of the steps", _MEAN_FLOW, share=0.9, cheaper=True),
+    _dial("alpha-flow", "alpha-flow", f"--objective alpha-flow {_LIVE} {_WEIGHTED_1}"),
+    *_OF_MEAN_FLOW,
     # The ablations once more from another training seed: a difference that it does not repeat is
     # none.
     *(
@@ -95,9 +125,15 @@ RUNS = (
             f"{run.title}, seed 1",
             f"{run.options} --seed 1",
             depths=run.depths,
+            steps=_FEW if run is _MAIN else run.steps,
             repeats=run.name,
         )
         for run in (_MAIN, *_ABLATIONS)
+    ),
+    *(
+        _dial(f"{name}-{seed}", f"{name}, seed {seed}", f"{options} --seed {seed}", repeats=name)
+        for name, options, seeds in (("odelt", "", (2,)), ("mean-flow", _MEAN_FLOW, (1, 2)))
+        for seed in seeds
     ),
 )
 BY_NAME = {run.name: run for run in RUNS}
