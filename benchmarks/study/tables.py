@@ -23,6 +23,9 @@ METHODS = {  # rows of Table 2, and what they are called in `paper`
     "live-reflow": "reference: live Reflow",
     "shortcut": "reference: shortcut",
 }
+# Methods under the length dial beside `odelt`, and one change of mean-flow each.
+DIALS = ("odelt-live", "mean-flow", "mean-flow-time", "alpha-flow")
+CHANGES = tuple(run.name for run in RUNS if run.name.startswith("mf-"))
 _PAIR_STEPS = 128  # Euler steps that make a pair
 _OF_TABLE_3 = (("odelt", "euler"), ("odelt-flow", "dopri5"))
 _GROUPS = {"G = 1": "g1", "G = 2": "g2", "G = 4": "odelt"}
@@ -107,9 +110,14 @@ def _listed(values: Iterable[str | float]) -> str:
 def _rows_of_methods(found: Found) -> list[tuple[str, str, list[Results], str]]:
     """(run, title, its rows at T = 128, 4, 1, the paper's FIDs there) for the rows of Table 2."""
     rows = [(name, BY_NAME[name].title, 12, of) for name, of in METHODS.items() if name in found]
-    rows += [("odelt", f"ODE_t(ODE_l), l = {depth}", depth, f"l = {depth}") for depth in (12, 8, 4)]
+    rows += [
+        (name, f"{BY_NAME[name].title}, l = {depth}", depth, f"l = {depth}" * (name == "odelt"))
+        for name in ("odelt", *DIALS)
+        if name in found
+        for depth in (12, 8, 4)
+    ]
     return [
-        (name, title, _at_steps(found[name], depth), _listed(paper.TABLE_2[of]))
+        (name, title, _at_steps(found[name], depth), _listed(paper.TABLE_2.get(of, ())))
         for name, title, depth, of in rows
     ]
 
@@ -204,6 +212,35 @@ def _ablation(runs: Mapping[str, str], theirs: Mapping[Any, Sequence[float]], fo
     return table(head, body)
 
 
+def _few_steps(found: Found) -> str:
+    """Methods under the length dial and changes of one of them, at few steps. A cell: the mean over
+    training seeds, then each of them."""
+    metric = _metric(found["odelt"])
+    head = f"{metric} | l | T = 128 | T = 4 | T = 2 | T = 1 | recognised, recall at T = 1"
+    body: list[Row] = []
+    for name in ("odelt", *DIALS, *CHANGES):
+        seeds = [
+            found[each.name]
+            for each in RUNS
+            if name in (each.name, each.repeats) and each.name in found
+        ]
+        for depth in (12, 8, 4) if seeds else ():
+            cells = [_cells(results) for results in seeds]
+            at_steps = [
+                [rows[depth, "euler", steps] for rows in cells if (depth, "euler", steps) in rows]
+                for steps in (128, 4, 2, 1)
+            ]
+            shares = [
+                fmean(_mean(row, each) for row in at_steps[-1]) for each in ("recognised", "recall")
+            ]
+            shown = f"{_percent(shares[0])}, {shares[1]:.2f}"
+            title = (
+                BY_NAME[name].title if name not in CHANGES else f"mean-flow, {BY_NAME[name].title}"
+            )
+            body.append((title, depth, *(_over_seeds(rows, metric) for rows in at_steps), shown))
+    return table(head, body)
+
+
 def _over_seeds(rows: Sequence[Results], metric: str) -> str:
     if len(rows) == 1:
         return _distance(rows[0])
@@ -216,6 +253,7 @@ _OF_RUNS: dict[str, tuple[set[str], Callable[[Found], str]]] = {
     "main": ({"odelt", "flow", "shortcut"}, _main),
     "solvers": ({"odelt", "odelt-flow", "shortcut"}, _solvers),
     "guided": ({"odelt", "odelt-guided"}, _guided),
+    "few-steps": ({"odelt", "mean-flow"}, _few_steps),
     "groups": (set(_GROUPS.values()), partial(_ablation, _GROUPS, paper.TABLE_4)),
     "lengths": (set(_LENGTHS.values()), partial(_ablation, _LENGTHS, paper.TABLE_5)),
 }

@@ -21,7 +21,7 @@ from benchmarks.study.__main__ import run
 from benchmarks.study.campaign import Options, Study
 from benchmarks.study.report import read_published, write_tables
 from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS
-from benchmarks.study.tables import METHODS, tables
+from benchmarks.study.tables import CHANGES, METHODS, tables
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.evaluation.cells import Cell
@@ -75,8 +75,11 @@ def test_every_run_of_a_set_learns_from_equally_many_images_with_the_same_networ
         for each in RUNS
         if each.depths
     }
-    assert len(whole) == 18
-    assert set(whole.values()) == {images["odelt"]}
+    assert len(whole) == 33
+    cheaper = {each for each in whole if BY_NAME[each].cheaper}
+    assert cheaper == {"mean-flow-time"}
+    assert all(whole[each] < images["odelt"] for each in cheaper)
+    assert {whole[each] for each in whole.keys() - cheaper} == {images["odelt"]}
     for config in configs.values():
         main = configs["odelt"]
         assert replace(config.model, length_conditioned=True, depth_group=4) == main.model
@@ -108,7 +111,15 @@ def test_runs_are_what_the_papers_tables_compare(tmp_path: Path) -> None:
         "continuous",
         8,
     )
-    assert {configs[each].seed for each in BY_NAME if BY_NAME[each].repeats} == {1}
+    repeats = [each for each in RUNS if each.repeats]
+    assert {configs[each.name].seed for each in repeats} == {1, 2}
+    for each in repeats:
+        first, again = configs[each.repeats or ""], configs[each.name]
+        assert replace(again, seed=first.seed, output_dir=first.output_dir) == first
+    assert {configs[each].objective for each in ("mean-flow", *CHANGES)} == {"mean-flow"}
+    for each in (configs[name] for name in CHANGES):  # one change each, of two fields at most
+        changed = replace(each, output_dir=configs["mean-flow"].output_dir)
+        assert changed != configs["mean-flow"]
     guided = study.evaluations(BY_NAME["odelt"])["odelt-guided"]
     assert guided.paper_guidance
     assert guided.steps == (128,)
@@ -323,3 +334,41 @@ def test_ablations_show_every_training_seed() -> None:
         "| l = 4, K = 1/4 | 132.004 (131.004, 133.004) | 8.004 (7.004, 9.004) |"
     )
     assert lines[7].endswith("| 40.0 %, 40.0 %, 40.0 % | 14, 19.5, 30.1 |")
+
+
+def test_few_steps_show_every_method_with_the_length_dial_and_its_training_seeds() -> None:
+    def results(base: float, *at: int) -> dict[str, Any]:
+        rows = [
+            {
+                "depth": depth,
+                "solver": "euler",
+                "steps": steps,
+                "tolerance": None,
+                "latency": None,
+                "evaluations": steps,
+                "metrics": {
+                    "distance": {"mean": base + depth / 1000 + steps, "std": 0.5},
+                    "recognised": {"mean": base / 10, "std": 0.0},
+                    "recall": {"mean": base / 20, "std": 0.0},
+                },
+            }
+            for depth in (12, 8, 4)
+            for steps in at
+        ]
+        return {"rows": rows}
+
+    found = {
+        "odelt": results(1, 128, 4, 2, 1),
+        "odelt-again": results(2, 128, 4, 1),
+        "mean-flow": results(3, 128, 4, 2, 1),
+        "mf-p1": results(4, 128, 4, 2, 1),
+        "study": {"real": {}, "parameters": {}, "training": {}, "machine": {}},
+    }
+    lines = tables(found)["few-steps"].splitlines()
+    assert len(lines) == 2 + 3 * 3
+    assert lines[3] == (
+        "| ODE_t(ODE_l) | 8 | 129.508 (129.008, 130.008) | 5.508 (5.008, 6.008) | 3.01 ± 0.50 |"
+        " 2.508 (2.008, 3.008) | 15.0 %, 0.08 |"
+    )
+    assert lines[7].startswith("| mean-flow | 4 | 131.0 ± 0.5 |")
+    assert lines[8].startswith("| mean-flow, p = 1 | 12 | 132.0 ± 0.5 |")
