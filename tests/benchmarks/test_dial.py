@@ -9,31 +9,35 @@ from typing import Any
 
 import pytest
 
-from benchmarks.reproduce.dial import _NETWORK, _RUN, WAYS, Options, document, draw, run
+from benchmarks.reproduce.dial import BUDGETS, WAYS, Options, document, draw, run
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.files import write_json
 from odelt_fast.model import DiT
 from odelt_fast.train.main import parse
 
 
-def test_ways_differ_in_wiring_and_teacher_alone(tmp_path: Path) -> None:
-    flow = parse(shlex.split(f"{_RUN} {_NETWORK}"))
+@pytest.mark.parametrize("name", sorted(BUDGETS))
+def test_ways_differ_in_wiring_teacher_and_weight_alone(tmp_path: Path, name: str) -> None:
+    options = Options(set=name)  # type: ignore[arg-type]
+    flow = parse(shlex.split(options.start()))
     assert flow.model.depths == (12,)
-    folder = str(save_model(DiT(flow.model_config()), tmp_path / "flow"))
-    found = {
-        name: parse(shlex.split(f"{_RUN} --init-from {folder} --depths 4 8 12 {how}"))
-        for name, how in WAYS.items()
-    }
-    said = [(each.model.inner_step, each.wiring, each.length_teacher) for each in found.values()]
+    folder = save_model(DiT(flow.model_config()), tmp_path / "flow")
+    found = {name: parse(shlex.split(options.tuning(folder, how, 0))) for name, how in WAYS.items()}
+    said = [
+        (each.model.inner_step, each.wiring, each.length_teacher, each.loss_weight_power)
+        for each in found.values()
+    ]
     assert said == [
-        ("unit", None, "ema"),
-        ("unit", "paper", "ema"),
-        ("residual", "residual", "ema"),
-        ("residual", "residual", "init"),
+        ("unit", None, "ema", 0),
+        ("unit", "paper", "ema", 0),
+        ("residual", "residual", "ema", 0),
+        ("residual", "residual", "init", 0),
+        ("residual", "residual", "init", 0.5),
     ]  # fmt: skip
     first = found["paper"]
+    assert first.train_batch_size == flow.train_batch_size
     for each in found.values():
-        same = replace(each, wiring=None, length_teacher="ema")
+        same = replace(each, wiring=None, length_teacher="ema", loss_weight_power=0)
         assert replace(same, model=first.model) == first
         assert each.model.depths == (4, 8, 12)
 
@@ -45,7 +49,7 @@ def test_table_and_picture_have_every_way_and_length(tmp_path: Path) -> None:
     results: dict[str, Any] = {"steps": 32, "seeds": [0, 1], "before": 0.1, "ways": ways}
     text = document(results, options)
     assert "| paper | 0.125 ± 0.000 | 0.250 ± 0.000 | 1.000 ± 0.707 |" in text
-    assert text.count("\n| residual") == 2
+    assert text.count("\n| residual") == 3
     draw(results, options, tmp_path / "dial.png")
     assert (tmp_path / "dial.png").stat().st_size > 5000
 
