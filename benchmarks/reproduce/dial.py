@@ -33,7 +33,7 @@ WAYS = {
     "residual": "--wiring residual",
     "residual, frozen teacher": "--wiring residual --length-teacher init",
     "residual, frozen teacher, rows weighted": (
-        "--wiring residual --length-teacher init --loss-weight-power 0.5"
+        "--wiring residual --length-teacher init --loss-weight-power 0.7"
     ),
 }
 _RUN = (

@@ -32,7 +32,7 @@ def test_ways_differ_in_wiring_teacher_and_weight_alone(tmp_path: Path, name: st
         ("unit", "paper", "ema", 0),
         ("residual", "residual", "ema", 0),
         ("residual", "residual", "init", 0),
-        ("residual", "residual", "init", 0.5),
+        ("residual", "residual", "init", 0.7),
     ]  # fmt: skip
     first = found["paper"]
     assert first.train_batch_size == flow.train_batch_size
