@@ -15,6 +15,7 @@ INNER_STEPS = ("unit", "inverse_depth", "residual")
 LAYER_NORM_EPS = 1e-6
 NUM_STEP_INDICES = 8  # log2 of the number of steps: 0 (one) .. 7 (128, and flow matching)
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published sizes S, B, L, XL
+SD_SCALE, SD_CHANNELS = 0.18215, 4  # of the latents of Stable Diffusion's autoencoder
 # How the velocity of a trained model is to be integrated: shortcut (step index log2 T), flow (the
 # index of 128 steps at any T), consistency (predict the data, re-noise), live_reflow (index 0 below
 # 128 steps), diffusion (probability-flow ODE of the variance-preserving path).

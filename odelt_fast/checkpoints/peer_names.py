@@ -35,6 +35,7 @@ _DIFFUSERS = {
     r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
     r"proj_out_2\.": "final_layer.linear.",
 }
+_OF_DIFFUSERS = "transformer_blocks."
 BLOCK = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -105,7 +106,7 @@ def detected_source(named: Mapping[str, np.ndarray]) -> str:
     """The source that the tensors' names tell."""
     if any(name.startswith(("r_embedder.", "net.h_embedder.")) for name in named):
         return "meanflow"
-    if any(name.startswith("transformer_blocks.") for name in named):
+    if any(name.startswith(_OF_DIFFUSERS) for name in named):
         return "diffusers"
     if any(name.startswith("projectors.") for name in named):
         return "repa"
@@ -131,10 +132,22 @@ def check_names(tensors: Tensors, source: str) -> None:
         known |= {f"r_embedder.mlp.{i}.{leaf}" for i in (0, 2) for leaf in ("weight", "bias")}
     layers = "|".join(map(re.escape, BLOCK.values()))
     block = re.compile(rf"blocks\.(0|[1-9]\d{{0,3}})\.({layers})\.(weight|bias)")
-    for name, (own, _) in sorted(tensors.items()):
-        if source == "repa" and name.startswith("projectors."):
+    if source == "repa":
+        for name in [name for name in tensors if name.startswith("projectors.")]:
             del tensors[name]
-        elif name not in known and not block.fullmatch(name):
-            reasons = [text for pattern, text in _OTHERS.items() if re.search(pattern, own)]
-            why = f"another network: {reasons[0]}" if reasons else f"no tensor of {source}'s"
-            raise ValueError(f"{one_line(own)}: {why}")
+    unknown = [
+        own
+        for name, (own, _) in sorted(tensors.items())
+        if name not in known and not block.fullmatch(name)
+    ]
+    for own in unknown:
+        for pattern, reason in _OTHERS.items():
+            if re.search(pattern, own):
+                raise ValueError(f"{one_line(own)}: another network: {reason}")
+    if unknown:
+        raise ValueError(f"{one_line(unknown[0])}: no tensor of {source}'s")
+    theirs = next((own for own, _ in tensors.values() if own.startswith(_OF_DIFFUSERS)), None)
+    if theirs and source != "diffusers":
+        raise ValueError(f"{one_line(theirs)} is a name of diffusers: source diffusers")
+    if source == "diffusers" and not theirs:
+        raise ValueError("its tensors have the names of DiT's own code: source dit")

@@ -13,7 +13,6 @@ They are this network up to folds of the weights, which are computed in float64:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +21,19 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checks import one_of
-from odelt_fast.config import HEADS, NUM_STEP_INDICES, DiTConfig
-from odelt_fast.files import one_line, read_object
+from odelt_fast.config import (
+    HEADS,
+    NUM_STEP_INDICES,
+    SD_CHANNELS,
+    SD_SCALE,
+    DiTConfig,
+    Latents,
+    TrainedOn,
+)
+from odelt_fast.files import one_line
 from odelt_fast.model import FREQUENCIES, DiT, position_table
 
+from .diffusers_folder import DiffusersFolder
 from .errors import check_finite, refusals
 from .folder import WithoutStorage
 from .peer_names import BLOCK, ENDS, Tensors, check_names, detected_source, family_names
@@ -33,6 +41,7 @@ from .tensor_files import read_tensors
 
 DIFFUSERS_PERIOD = 10000.0 ** (FREQUENCIES / (FREQUENCIES - 1))
 TIME_FREQUENCIES = ("diffusers", "original")
+_BUMPS = 3  # the frequency, 0.81, at which k = 0..7 nearly fill a turn
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,7 @@ class Peer:
     """How a project's network differs from ours.
 
     `origin` a and `scale` b: its embedder is given a - b t of our time t (origin None: t itself).
+    `decoder`: what its code decodes latents of four channels with.
     """
 
     title: str
@@ -49,13 +59,18 @@ class Peer:
     period: float = 10000.0
     negated: bool = False
     guided_channels: int | None = None
+    decoder: str = "stabilityai/sd-vae-ft-ema"
 
 
 PEERS = {
     "sit": Peer("SiT (github.com/willisma/SiT)", "flow", guided_channels=3),
     "repa": Peer("REPA (github.com/sihyun-yu/REPA)", "flow", origin=1.0, negated=True),
     "meanflow": Peer(
-        "MeanFlow (github.com/zhuyu-cs/MeanFlow, Gsunshine/meanflow)", "shortcut", 1.0, negated=True
+        "MeanFlow (github.com/zhuyu-cs/MeanFlow, Gsunshine/meanflow)",
+        "shortcut",
+        origin=1.0,
+        negated=True,
+        decoder="stabilityai/sd-vae-ft-mse",
     ),
     "dit": Peer(
         "DiT (github.com/facebookresearch/DiT)", "diffusion", 999.0, 1000.0, guided_channels=3
@@ -63,6 +78,7 @@ PEERS = {
     "diffusers": Peer("DiT of diffusers", "diffusion", 999.0, 1000.0, DIFFUSERS_PERIOD),
 }
 SOURCES = ("auto", "reference", *PEERS)
+FOLDERS = ("auto", "diffusers")
 
 
 def convert_peer_checkpoint(
@@ -100,15 +116,11 @@ def convert_peer_checkpoint(
     one_of("time_frequencies", time_frequencies, (None, *TIME_FREQUENCIES))
     path = Path(path)
     with refusals(path):
+        folder = None
         if path.is_dir():
-            about, file = _diffusers_folder(path)
-            one_of("source of a folder", source, ("auto", "diffusers"))
-            source = "diffusers"
-            num_heads = num_heads or about["num_attention_heads"]
-            image_size = image_size or about["sample_size"]
-        else:
-            file = path
-        named, kind = read_tensors(file, weights)
+            folder, source = DiffusersFolder(path), one_of("source of a folder", source, FOLDERS)
+            num_heads, image_size = folder.checked(num_heads, image_size)
+        named, kind, classes = read_tensors(folder.weights if folder else path, weights)
         tensors = family_names(named)
         source = detected_source(named) if source == "auto" else source
         if time_frequencies and source != "diffusers":
@@ -116,60 +128,18 @@ def convert_peer_checkpoint(
         peer = PEERS[source]
         check_names(tensors, source)
         original = time_frequencies == "original"
+        _check_null_label(tensors, folder.classes if folder else classes)
         config = _config(tensors, peer, num_heads, image_size, original)
         model = _converted(tensors, peer, config)
-    return model, {
+        latents = Latents(SD_SCALE) if config.channels == SD_CHANNELS else None
+        model.trained_on = folder.trained_on(latents) if folder else TrainedOn(latents=latents)
+    origin = {
         "weights": kind,
         "converted_from": peer.title,
         "converted_file": one_line(path.name, 100),
     }
-
-
-def _diffusers_folder(path: Path) -> tuple[dict[str, int], Path]:
-    """What matters of a diffusers folder's configuration, checked; its file of weights."""
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if not (folder / "config.json").is_file():
-        raise ValueError("is not a file, and no folder of diffusers: it has no config.json")
-    about = read_object(folder / "config.json", 1 << 20)
-    wanted = {
-        "_class_name": ("DiTTransformer2DModel", "Transformer2DModel"),
-        "norm_type": ("ada_norm_zero",),
-        "activation_fn": ("gelu-approximate",),
-        "attention_bias": (True,),
-        "norm_elementwise_affine": (False, None),
-        "norm_eps": (1e-5, 1e-6, None),
-    }
-    for name, allowed in wanted.items():
-        if not any(about.get(name) is value or about.get(name) == value for value in allowed):
-            raise ValueError(
-                f"{name} {one_line(repr(about.get(name)))} of its configuration: converted are"
-                f" those with {' or '.join(map(repr, allowed))}"
-            )
-    numbers = {}
-    for name in ("num_attention_heads", "sample_size"):
-        if type(about.get(name)) is not int or not 0 < about[name] < 1 << 16:
-            raise ValueError(f"{name} {one_line(repr(about.get(name)))} of its configuration")
-        numbers[name] = about[name]
-    if numbers["sample_size"] >= 128:
-        raise ValueError("its positions are interpolated (sample_size of 128 and above)")
-    scheduler = path / "scheduler" / "scheduler_config.json"
-    if folder != path and scheduler.is_file():
-        noise = read_object(scheduler, 1 << 20)
-        usual = {
-            "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-            "num_train_timesteps": 1000, "prediction_type": "epsilon",
-        }  # fmt: skip
-        for name, value in usual.items():
-            if noise.get(name, value) != value:
-                raise ValueError(
-                    f"its scheduler has {name} {one_line(repr(noise[name]))}: the network's noise"
-                    f" is that of {value!r}"
-                )
-    names = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    found = [folder / name for name in names if (folder / name).is_file()]
-    if not found:
-        raise ValueError(f"no {' or '.join(names)} in {folder.name}")
-    return numbers, found[0]
+    usual = model.trained_on.latents == Latents(SD_SCALE)
+    return model, origin | ({"decoder": peer.decoder} if usual else {})
 
 
 def _values(tensors: Tensors, name: str, *shape: int | None) -> np.ndarray:
@@ -185,6 +155,17 @@ def _values(tensors: Tensors, name: str, *shape: int | None) -> np.ndarray:
     return values
 
 
+def _check_null_label(tensors: Tensors, classes: int | None) -> None:
+    """classes: that the file tells, if it does."""
+    name = "y_embedder.embedding_table.weight"
+    rows = _values(tensors, name, None, None).shape[0]
+    if rows in (1, classes or 1000):
+        raise ValueError(
+            f"{one_line(tensors[name][0])} has {rows} rows, and none for the null label: it was"
+            " trained without label dropout"
+        )
+
+
 def _config(
     tensors: Tensors, peer: Peer, num_heads: int | None, image_size: int | None, original: bool
 ) -> DiTConfig:
@@ -194,11 +175,6 @@ def _config(
     if patch != other:
         raise ValueError(f"patches of {patch} x {other}: they must be square")
     rows = _values(tensors, "y_embedder.embedding_table.weight", None, size).shape[0]
-    if rows in (1, 1000):
-        raise ValueError(
-            f"{one_line(tensors['y_embedder.embedding_table.weight'][0])} has {rows} rows, and"
-            " none for the null label: it was trained without label dropout"
-        )
     hidden = _values(tensors, "blocks.0.mlp.fc1.weight", None, size).shape[0]
     ratio = hidden / max(size, 1)
     if int(size * ratio) < hidden:
@@ -221,7 +197,7 @@ def _config(
         patch_size=patch,
         hidden_size=size,
         depth=max(numbers) + 1,
-        num_heads=num_heads or HEADS[size],
+        num_heads=HEADS[size] if num_heads is None else num_heads,
         mlp_ratio=ratio,
         num_classes=rows - 1,
         length_conditioned=False,
@@ -269,7 +245,8 @@ def _converted(tensors: Tensors, peer: Peer, config: DiTConfig) -> DiT:
         elif ours == "time_embed.linear_in.weight" and peer.origin is not None:
             wide = _turned(wide, peer.origin, config.time_period)
         state[ours] = _stored(tensors[theirs][0], wide)
-    for ours, wide in _step_embedder(tensors, size).items():
+    durations = peer.sampling == "shortcut"
+    for ours, wide in _step_embedder(tensors, size, durations).items():
         state[f"step_embed.{ours}"] = _stored(f"the embedder made for step_embed.{ours}", wide)
     model.load_state_dict(state, assign=True)
     return model.eval()
@@ -323,7 +300,7 @@ def _turned(weight: np.ndarray, origin: float, period: float) -> np.ndarray:
     )
 
 
-def _step_embedder(tensors: Tensors, size: int) -> dict[str, np.ndarray]:
+def _step_embedder(tensors: Tensors, size: int, durations: bool) -> dict[str, np.ndarray]:
     """The step embedder's parameters: zeros, or one whose value at k = 0..7 is that of MeanFlow's
     embedder of durations at 2^-k."""
     made = {
@@ -332,7 +309,7 @@ def _step_embedder(tensors: Tensors, size: int) -> dict[str, np.ndarray]:
         "linear_out.weight": np.zeros((size, size)),
         "linear_out.bias": np.zeros(size),
     }
-    if "r_embedder.mlp.0.weight" not in tensors:
+    if not durations:
         return made
     if size < NUM_STEP_INDICES:
         raise ValueError(f"width {size} is too small for {NUM_STEP_INDICES} step sizes")
@@ -344,20 +321,27 @@ def _step_embedder(tensors: Tensors, size: int) -> dict[str, np.ndarray]:
         }.items()
     }  # fmt: skip
 
-    def features(scalars: Sequence[float]) -> np.ndarray:
-        angles = np.array(scalars)[:, None] * _frequencies(10000.0)
-        return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
-
     def silu(x: np.ndarray) -> np.ndarray:
         return x / (1 + np.exp(-np.clip(x, -700, 700)))
 
-    indices = range(NUM_STEP_INDICES)
-    hidden = silu(features([2.0**-k for k in indices]) @ theirs["0.weight"].T + theirs["0.bias"])
-    wanted = hidden @ theirs["2.weight"].T + theirs["2.bias"]  # (8, D)
-    # One hidden value for each index: 1 before the SiLU at that index, 0 at the others.
-    made["linear_in.weight"][:NUM_STEP_INDICES] = np.linalg.pinv(features([*indices])).T
+    def hidden(scalars: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        angles = scalars.astype(np.float32)[:, None] * _frequencies(10000.0).astype(np.float32)
+        wide = angles.astype(np.float64)
+        return silu(np.concatenate([np.cos(wide), np.sin(wide)], axis=1) @ weight.T + bias)
+
+    indices = np.arange(NUM_STEP_INDICES)
+    first = hidden(2.0**-indices, theirs["0.weight"], theirs["0.bias"])
+    wanted = first @ theirs["2.weight"].T + theirs["2.bias"]  # (8, D)
+    # Eight hidden values, SiLU of 5 (cos w (k - j) - 0.7): their table over k is well conditioned,
+    # so that what rounding does to them, in bfloat16 too, is not amplified.
+    weight, bias = made["linear_in.weight"], made["linear_in.bias"]
+    angles = _frequencies(10000.0)[_BUMPS] * indices
+    weight[indices, _BUMPS] = 5 * np.cos(angles)
+    weight[indices, FREQUENCIES + _BUMPS] = 5 * np.sin(angles)
+    bias[indices] = -3.5
+    stored = weight.astype(np.float32).astype(np.float64)
     mean = wanted.mean(axis=0)  # as the bias: what the hidden values carry stays small
-    silu_of_one = silu(np.ones(1))
-    made["linear_out.weight"][:, :NUM_STEP_INDICES] = ((wanted - mean) / silu_of_one).T
+    table = hidden(indices, stored, bias)[:, indices]
+    made["linear_out.weight"][:, indices] = np.linalg.solve(table, wanted - mean).T
     made["linear_out.bias"] = mean
     return made

@@ -29,9 +29,9 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 _NESTING, _TENSORS = 12, 65_536
 
 
-def read_tensors(path: Path, weights: str) -> tuple[dict[str, np.ndarray], str]:
+def read_tensors(path: Path, weights: str) -> tuple[dict[str, np.ndarray], str, int | None]:
     """The tensors of a file, by name; which weights they are: "ema", "raw", or "unnamed" where the
-    file holds nothing else.
+    file holds nothing else; the number of classes that the trainer's options in it tell, if any.
 
     Names of nested dicts are joined by dots, `module.` and `_orig_mod.` in front are dropped. They
     are float16, float32 or float64, views of the file where possible; bfloat16 is widened.
@@ -47,7 +47,7 @@ def read_tensors(path: Path, weights: str) -> tuple[dict[str, np.ndarray], str]:
     if problem := problem_of(path, ""):
         raise ValueError(problem)
     if path.suffix == ".safetensors":
-        return _unwrapped(_safetensors(path)), "unnamed"
+        return _unwrapped(_safetensors(path)), "unnamed", None
     with path.open("rb") as file:
         # The mapping lives as long as views of it do: closing it is left to them.
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
@@ -60,7 +60,9 @@ def read_tensors(path: Path, weights: str) -> tuple[dict[str, np.ndarray], str]:
     else:
         root, array = _msgpack(data), _plain_array
     tree, kind = _chosen(root, weights)
-    return _unwrapped(_flattened(tree, array, 4 * len(data))), kind
+    classes = (as_mapping((as_mapping(root) or {}).get("args")) or {}).get("num_classes")
+    told = classes if type(classes) is int else None
+    return _unwrapped(_flattened(tree, array, 4 * len(data))), kind, told
 
 
 def _chosen(root: Any, weights: str) -> tuple[Any, str]:

@@ -48,6 +48,7 @@ def run(options: Command) -> None:
     from odelt_fast.checkpoints.conversion import convert_checkpoint
     from odelt_fast.checkpoints.folder import save_model
     from odelt_fast.checkpoints.model_card import model_card
+    from odelt_fast.config import SD_SCALE
 
     inner_ode: dict[str, object] = {
         name: getattr(options, name)
@@ -72,10 +73,17 @@ def run(options: Command) -> None:
     card = out / "README.md"
     if not card.exists():
         text = f"Converted from `{origin['converted_file']}` of {told}."
+        if "decoder" in origin:
+            text += (
+                f" It makes latents of Stable Diffusion's autoencoder, scaled by {SD_SCALE}:"
+                f" `--decoder {origin['decoder']}` makes pictures of them."
+            )
         card.write_text(model_card(config, repo_id=out.name, description=text), encoding="utf-8")
     count = sum(parameter.numel() for parameter in model.parameters())
     depths = ", ".join(map(str, config.depths))
     print(f"{out}: {told}; {count:,} parameters")
     print(" ".join(f"{name}={value}" for name, value in config.to_dict().items()))
-    solver = "" if config.sampling == "shortcut" else " --solver dopri5"
-    print(f"runs at depth {depths}: odelt-fast sample --model {out}{solver}")
+    sample = "" if config.sampling == "shortcut" else " --solver dopri5"
+    if "decoder" in origin:
+        sample += f" --decoder {origin['decoder']}"
+    print(f"runs at depth {depths}: odelt-fast sample --model {out}{sample}")

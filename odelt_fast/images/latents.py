@@ -6,7 +6,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from odelt_fast.config import Latents
+from odelt_fast.config import SD_SCALE, Latents
 
 from .sources import (
     Batch,
@@ -18,7 +18,7 @@ from .sources import (
     first_readable,
 )
 
-SCALE = 0.18215  # of the latents of Stable Diffusion's VAE
+SCALE = SD_SCALE
 Moments = tuple[np.ndarray, np.ndarray | None]
 
 
