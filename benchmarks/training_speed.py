@@ -85,6 +85,20 @@ def step_flops(config: TrainConfig, masked: bool) -> float:
     return (3 * config.train_batch_size + rows["length"]) * student + 2 * rows["time"] * full
 
 
+def random_latents(folder: Path, model: DiTConfig, count: int = 256) -> str:
+    """A folder of latents for the model, made in `folder` where it is not there."""
+    latents = folder / "latents"
+    if not latents.exists():
+        names = [str(label) for label in range(model.num_classes)]
+        writer, rng = LatentWriter(latents, *model.image_shape[:2], names), np.random.default_rng(0)
+        for _ in range(0, count, 256):
+            shape = (256, 2, 2, *model.image_shape)
+            moments = rng.standard_normal(shape, dtype=np.float32)
+            writer.append(moments, rng.integers(model.num_classes, size=256))
+        writer.finish()
+    return str(latents)
+
+
 def make_trainer(
     method: str,
     batch: int,
@@ -94,19 +108,10 @@ def make_trainer(
     checkpointing: bool = False,
 ) -> Trainer:
     """A trainer on random latents: speed does not depend on what they show."""
-    latents = folder / "latents"
-    if not latents.exists():
-        names = [str(label) for label in range(model.num_classes)]
-        writer = LatentWriter(latents, *model.image_shape[:2], names)
-        rng = np.random.default_rng(0)
-        shape = (256, 2, 2, *model.image_shape)
-        moments = rng.standard_normal(shape, dtype=np.float32)
-        writer.append(moments, rng.integers(model.num_classes, size=256))
-        writer.finish()
     config = replace(
         DEFAULT,
         model=model,
-        data=str(latents),
+        data=random_latents(folder, model),
         output_dir=folder / "run",
         log_with=(),
         train_batch_size=batch,

@@ -111,6 +111,11 @@ class TrainConfig(DialOptions):
     accumulation steps."""
     gradient_accumulation_steps: int | None = None
     """Batches whose gradients are averaged before a step; None: the launcher's, else 1."""
+    dataloader_num_workers: int | None = None
+    """Processes, beside each that trains, that make its batches and draws ahead; 0: it makes them
+    itself. None: 2 on a GPU, else 0. The numbers are the same."""
+    prefetch: int = 2
+    """Steps that each of these has ready at most."""
     depth_sampling: Literal["independent", "stratified"] = "independent"
     """Depths l of the rows of a batch: drawn independently, or as many rows of each depth in every
     kind of row (fixed shapes; in kinds whose rows the number of depths does not divide, depths take
@@ -196,6 +201,9 @@ class TrainConfig(DialOptions):
             "seed",
         ):
             whole(name, getattr(self, name), 0)
+        whole("prefetch", self.prefetch, 1, 1024)
+        if self.dataloader_num_workers is not None:
+            whole("dataloader_num_workers", self.dataloader_num_workers, 0, 256)
         for name in ("checkpoints_total_limit", "gradient_accumulation_steps"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))

@@ -12,7 +12,7 @@ from torch import Tensor
 from odelt_fast.images import ImageSource, is_latents, open_source
 
 from .config import TrainConfig
-from .draws import generator
+from .draws import generator, normal
 
 
 def open_images(config: TrainConfig) -> ImageSource:
@@ -31,26 +31,33 @@ def open_images(config: TrainConfig) -> ImageSource:
 
 class Loader:
     """Batches from an image source. An epoch is a permutation drawn from (seed, epoch); flips come
-    from (seed, step, row)."""
+    from (seed, step, row). Workers get copies of it."""
 
     def __init__(
         self, source: ImageSource, seed: int, global_batch: int, random_flip: bool = True
     ) -> None:
         self.source, self.seed, self.global_batch = source, seed, global_batch
         self.random_flip = random_flip and source.flippable
-        self._permutation = lru_cache(maxsize=2)(
-            lambda epoch: generator(seed, "order", epoch).permutation(len(source))
-        )
 
     def batch(self, step: int, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Rows `rows` of the global batch of step `step`: images (B, C, H, W) float32 in [-1, 1]
         and labels (B,) int64, on the CPU."""
-        epochs, places = np.divmod(step * self.global_batch + rows, len(self.source))
-        indices = np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places)])
+        source = self.source
+        epochs, places = np.divmod(step * self.global_batch + rows, len(source))
+        indices = np.empty(len(rows), np.int64)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            indices[chosen] = _permutation(self.seed, int(epoch), len(source))[places[chosen]]
         flips = np.zeros(len(rows), bool)
         if self.random_flip:
             flips = (generator(self.seed, "flip", step).random(int(rows.max()) + 1) < 0.5)[rows]
-        # For sources of VAE posteriors.
-        noise = [generator(self.seed, "posterior", step, int(row)) for row in rows]
-        images, labels = self.source.read_many(indices, flips, noise)
+        noise = None
+        if source.posterior:
+            noise = normal(self.seed, "posterior", step, rows, source.image_shape)
+        images, labels = source.read_many(indices, flips, noise)
         return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return generator(seed, "order", epoch).permutation(count)

@@ -118,6 +118,8 @@ def runs_in(config: TrainConfig, launcher: Launcher, accelerator: Any, sharded: 
     ]
     if config.gradient_checkpointing:
         said.append("gradient checkpointing")
+    if workers := config.dataloader_num_workers:
+        said.append(f"batches made ahead by {workers} worker{'s' if workers > 1 else ''} each")
     asked = [each.name.replace("_", " ") for each in fields(launcher) if vars(launcher)[each.name]]
     told = f"; the launcher asks for {', '.join(asked)}" if asked else ""
     return f"runs on {accelerator.device.type} in {', '.join(said)}{told}"

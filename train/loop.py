@@ -35,9 +35,10 @@ from .checkpoints import (
 )
 from .config import TrainConfig
 from .data import Loader, open_images
-from .draws import StepDraws, global_rows, mixed_seed, to_device
+from .draws import mixed_seed
 from .effects import check_trackers
 from .ema import PowerAverages, update_average, whole_model
+from .feed import Feed, with_workers
 from .launcher import Launcher, runs_in
 from .memory import checkpoint_blocks, device_memory, out_of_memory
 from .objectives.build import build_objective
@@ -114,6 +115,7 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.sharded, device = is_sharded(self.accelerator), self.accelerator.device
+        self.config = config = with_workers(config, device)
         self.accelerator.print(runs_in(config, launcher, self.accelerator, self.sharded))
         if config.objective == "reflow":
             source: ImageSource = open_pairs(config, self.accelerator.state)
@@ -128,6 +130,7 @@ class Trainer:
         self.parts = self.accelerator.num_processes * self.accumulation
         batch = config.train_batch_size * self.parts
         self.loader = Loader(source, config.seed, batch, config.random_flip)
+        self.feed = Feed.of(config, self.loader, self.accelerator)
         torch.manual_seed(config.seed)
         model = DiT(config.model_config())
         model.trained_on = trained_on
@@ -181,7 +184,7 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        losses = [self._accumulate(step, part) for part in range(self.accumulation)]
+        losses = [self._accumulate(n, batch) for n, batch in enumerate(self.feed.parts(step))]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -203,17 +206,11 @@ class Trainer:
                 self.teacher.load_state_dict(gather(self.ema_weights, keep=True))
         return torch.cat(losses)
 
-    def _accumulate(self, step: int, part: int) -> Tensor:
+    def _accumulate(self, part: int, batch: StepBatch) -> Tensor:
         """Adds the gradient of one part of this process's batch; returns the losses of its rows."""
-        config, device = self.config, self.accelerator.device
-        sizes = list(config.row_sizes().values())
-        part_index = self.accelerator.process_index * self.accumulation + part
-        rows = global_rows(sizes, part_index, self.parts)
-        images, labels = (to_device(tensor, device) for tensor in self.loader.batch(step, rows))
-        stratified = config.depth_sampling == "stratified"
-        kinds = [size * self.parts for size in sizes] if stratified else None
-        batch = StepBatch(images, labels, StepDraws(config.seed, step, rows, kinds), step)
-        torch.manual_seed(mixed_seed(config.seed, step, part_index))  # dropout
+        config, part_index = self.config, self.feed.share.first + part
+        batch = batch.to(self.accelerator.device)
+        torch.manual_seed(mixed_seed(config.seed, batch.step, part_index))  # dropout
         chosen = {"live": self.model, "fast-ema": self.fast}.get(config.target_network)
         networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
         with self.accelerator.autocast():

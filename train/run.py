@@ -40,6 +40,7 @@ def train(config: TrainConfig) -> Path:
     """
     trainer = Trainer(config)
     with contextlib.ExitStack() as stack:
+        stack.callback(trainer.feed.close)
         came = stack.enter_context(_stop_asked())
         _by_main(trainer, lambda: _hold(trainer, stack))
         return _train(trainer, came)
@@ -109,37 +110,35 @@ def _train(trainer: Trainer, came: Sequence[int]) -> Path:
         )
     accelerator.init_trackers("odelt-fast", config=_flat(config))
     kinds = [kind for kind, size in config.row_sizes().items() for _ in range(size)]
-    bar = tqdm(
+    with tqdm(
         total=config.steps,
         initial=trainer.finished_steps,
         disable=not main,
         unit="step",
         dynamic_ncols=True,
-    )
-    while trainer.finished_steps < config.steps:
-        losses = trainer.step()
-        bar.update()
-        done = trainer.finished_steps
-        last = done == config.steps
-        if last or done % config.logging_steps == 0:
-            values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds)
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
-            values["skipped_steps"] = trainer.check_skipped()
-            values["learning_rate"] = config.learning_rate_at(done - 1)
-            accelerator.log(values, step=done)
-        if config.sampling_steps and done % config.sampling_steps == 0:
-            _log_grid(trainer)
-        if config.ema_widths and (last or done % config.ema_snapshot_steps == 0):
-            updates = done - int(trainer.skipped_steps)
-            trainer.power.write_snapshots(config.output_dir, done, updates, main)
-        stopped = not last and _stops(trainer, came)
-        if last or stopped or done % config.checkpointing_steps == 0:
-            folder = trainer.save()
-        if stopped:
-            bar.close()
-            accelerator.end_training()
-            raise RunStopped(f"stopped by a signal after step {done}: {folder}")
-    bar.close()
+    ) as bar:
+        while trainer.finished_steps < config.steps:
+            losses = trainer.step()
+            bar.update()
+            done = trainer.finished_steps
+            last = done == config.steps
+            if last or done % config.logging_steps == 0:
+                values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds)
+                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                values["skipped_steps"] = trainer.check_skipped()
+                values["learning_rate"] = config.learning_rate_at(done - 1)
+                accelerator.log(values, step=done)
+            if config.sampling_steps and done % config.sampling_steps == 0:
+                _log_grid(trainer)
+            if config.ema_widths and (last or done % config.ema_snapshot_steps == 0):
+                updates = done - int(trainer.skipped_steps)
+                trainer.power.write_snapshots(config.output_dir, done, updates, main)
+            stopped = not last and _stops(trainer, came)
+            if last or stopped or done % config.checkpointing_steps == 0:
+                folder = trainer.save()
+            if stopped:
+                accelerator.end_training()
+                raise RunStopped(f"stopped by a signal after step {done}: {folder}")
     ema = trainer.ema_model()
     if ema is not None:
         save_model(ema, config.output_dir, metadata=trainer.metadata())

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
@@ -18,7 +18,7 @@ from odelt_fast.checks import Size, check_size, show_size
 from odelt_fast.files import one_line
 
 from .pixels import cropped
-from .sources import Batch, Flips, ImageSource, Indices, Noises, check_indices, fitting, flip_rows
+from .sources import Batch, Flips, ImageSource, Indices, Noise, check_indices, fitting, flip_rows
 
 _MOST_CLASSES = 10_000_000
 _MOST_PIXELS = 2**16  # of a side
@@ -38,6 +38,7 @@ class ArrayImages(ImageSource):
     """
 
     def __init__(self, path: Path, image_size: Size | None, channels: int | None) -> None:
+        self._arguments = path, image_size, channels
         try:
             with ZipFile(path) as archive:
                 self._images = _mapped(path, archive, "arr_0")
@@ -67,7 +68,10 @@ class ArrayImages(ImageSource):
         self.image_size, self.channels = size, depth = image_size or own, channels or shape[3]
         self.remark = fitting(self.name, show_size(own), size, depth, shape[3] == 1)
 
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ArrayImages, self._arguments  # not what the arrays hold
+
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         indices = check_indices(indices, len(self))
         pixels = self._images[indices]
         if pixels.shape[1:] != (*self.image_shape[1:], self.channels):

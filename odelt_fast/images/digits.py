@@ -12,7 +12,7 @@ from .sources import (
     Flips,
     ImageSource,
     Indices,
-    Noises,
+    Noise,
     check_indices,
     fitting,
     flip_rows,
@@ -49,6 +49,6 @@ class DigitsSource(ImageSource):
             ).clip(-1, 1)
         self._images = np.repeat(images[:, None], channels, axis=1)
 
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         indices = check_indices(indices, len(self))
         return flip_rows(self._images[indices], flips), self.labels[indices]

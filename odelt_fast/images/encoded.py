@@ -18,7 +18,7 @@ from .sources import (
     Flips,
     ImageSource,
     Indices,
-    Noises,
+    Noise,
     check_indices,
     first_readable,
     fitting,
@@ -35,7 +35,7 @@ class EncodedImages(ImageSource):
     disk block) is replaced by the next readable one, with a warning.
     """
 
-    _KEPT = 512 << 20  # bytes of decoded pixels
+    _KEPT, _KEPT_BY_COPIES = 512 << 20, 128 << 20  # bytes of decoded pixels; in each worker
 
     def __init__(
         self,
@@ -62,7 +62,8 @@ class EncodedImages(ImageSource):
         warn_left_out("images", reasons, len(store), store.left_out)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        state = {name: value for name, value in self.__dict__.items() if name != "_kept"}
+        return state | {"_KEPT": min(self._KEPT, self._KEPT_BY_COPIES)}
 
     @cached_property
     def _kept(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -72,7 +73,7 @@ class EncodedImages(ImageSource):
             return None
         return np.empty(shape, np.uint8), np.full(len(self), -1)  # memory is taken as images come
 
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         indices = check_indices(indices, len(self))
         if self._kept is None:
             decoded = self._decode_all(indices)

@@ -82,7 +82,7 @@ class FileLatents(LatentSource):
         check_labels(every, None, lambda row: paths[row])
         self.class_names, self.labels = numbered_classes(every), every[good]
         self.skipped = list(skipped)
-        self._paths, self._posterior = [paths[row] for row in good], posterior
+        self._paths, self.posterior = [paths[row] for row in good], posterior
         warn_left_out("latents", skipped, len(paths), left_out)
 
     def sample_name(self, index: int) -> str:
@@ -91,9 +91,9 @@ class FileLatents(LatentSource):
     def moments(self, index: int, flip: bool) -> Moments:
         array = np.load(self.folder / self._paths[index], allow_pickle=False).astype(np.float32)
         array = array.reshape(-1, *self.image_shape)
-        if len(array) != 1 + self._posterior:
+        if len(array) != 1 + self.posterior:
             raise ValueError("its shape has changed")
-        return array[0], (array[1] if self._posterior else None)
+        return array[0], (array[1] if self.posterior else None)
 
 
 def npy_header(path: Path, seen: dict[bytes, Header]) -> Header:

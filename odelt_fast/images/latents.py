@@ -13,7 +13,7 @@ from .sources import (
     Flips,
     ImageSource,
     Indices,
-    Noises,
+    Noise,
     check_indices,
     first_readable,
 )
@@ -25,7 +25,7 @@ Moments = tuple[np.ndarray, np.ndarray | None]
 class LatentSource(ImageSource):
     """Latents (C, S, S) by index: scale * (mean + std * noise - shift), by `latents`.
 
-    Without noise, or where a layout has no std: scale * (mean - shift).
+    Without noise, or where a layout has no std (no `posterior`): scale * (mean - shift).
     """
 
     latents: Latents
@@ -40,29 +40,41 @@ class LatentSource(ImageSource):
     def sample_name(self, index: int) -> str:
         """For messages."""
 
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         indices = check_indices(indices, len(self))
         mirrored = np.zeros(len(indices), bool) if flips is None else np.asarray(flips, bool)
         if mirrored.any() and not self.flippable:
             raise ValueError(f"{self.name} has no latents of mirrored images: flip none")
-        if len(mirrored) != len(indices) or (noise is not None and len(noise) != len(indices)):
-            raise ValueError(f"{len(indices)} indices need as many flips and generators of noise")
         shape = (len(indices), *self.image_shape)
-        latents, labels = np.empty(shape, np.float32), np.empty(len(indices), np.int64)
-        for row, index in enumerate(indices):
-
-            def finite_moments(index: int, flip: bool = bool(mirrored[row])) -> Moments:
-                moments = self.moments(index, flip)
-                if not all(np.isfinite(part).all() for part in moments if part is not None):
-                    raise ValueError("values that are not finite")
-                return moments
-
-            (mean, std), used = first_readable(self, int(index), finite_moments, self.sample_name)
-            if std is not None and noise is not None:
-                mean = mean + std * noise[row].standard_normal(mean.shape, np.float32)
-            latents[row], labels[row] = mean, self.labels[used]
+        if len(mirrored) != len(indices) or (noise is not None and noise.shape != shape):
+            raise ValueError(f"{len(indices)} indices need as many flips and noise of {shape}")
+        moments, used = self.stacked(indices, mirrored)
+        if noise is None or moments.shape[1] == 1:
+            latents = np.ascontiguousarray(moments[:, 0])
+        else:
+            latents = moments[:, 0] + moments[:, 1] * noise
         if not self.scaled:
             if self.latents.shift:
                 latents -= np.float32(self.latents.shift)
             latents *= np.float32(self.latents.scale)
-        return latents, labels
+        return latents, self.labels[used]
+
+    def stacked(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and, if known, standard deviation of all rows, finite, (B, 1 or 2, C, S, S) float32;
+        whose they are: of the next ones where some have become unreadable."""
+        shape = (len(indices), 1 + self.posterior, *self.image_shape)
+        moments, used = np.empty(shape, np.float32), np.empty(len(indices), np.int64)
+        for row in range(len(indices)):
+            moments[row], used[row] = self.readable(int(indices[row]), bool(mirrored[row]))
+        return moments, used
+
+    def readable(self, index: int, flip: bool) -> tuple[np.ndarray, int]:
+        """One row of `stacked`."""
+
+        def finite(index: int) -> np.ndarray:
+            moments = np.stack([part for part in self.moments(index, flip) if part is not None])
+            if not np.isfinite(moments).all():
+                raise ValueError("values that are not finite")
+            return moments
+
+        return first_readable(self, index, finite, self.sample_name)

@@ -28,8 +28,9 @@ from .tables import (
     number_labels,
 )
 
-# Bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped.
-_IN_MEMORY = 1 << 30
+# Bytes of Parquet; larger tables are unpacked once into the cache folder and memory-mapped. Copies
+# of a table, in workers, share the mapped one sooner.
+_IN_MEMORY, _IN_COPIES = 1 << 30, 64 << 20
 
 
 def open_parquet(place: Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
@@ -97,10 +98,11 @@ class ParquetStore:
         self, files: Sequence[Path], column: str, lengths: Sequence[int], left_out: Counter[str]
     ) -> None:
         self.files, self.column, self.left_out = files, column, left_out
-        self._ends = np.cumsum(lengths)
+        self._ends, self._in_memory = np.cumsum(lengths), _IN_MEMORY
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}
+        return state | {"_in_memory": min(self._in_memory, _IN_COPIES)}
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -164,7 +166,7 @@ class ParquetStore:
     def _content(self) -> tuple[np.ndarray, np.ndarray]:
         """All images' bytes, and where each begins; ValueError if the cache folder cannot be
         written."""
-        if sum(file.stat().st_size for file in self.files) <= _IN_MEMORY:
+        if sum(file.stat().st_size for file in self.files) <= self._in_memory:
             memory = io.BytesIO()
             starts = self._unpack(memory)
             return np.frombuffer(memory.getbuffer(), np.uint8), starts

@@ -102,6 +102,8 @@ def map_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 class ShardedLatents(LatentSource):
     """A folder of shards; files are opened on first use in each process."""
 
+    posterior = True
+
     def __init__(self, folder: Path) -> None:
         manifest = _read(folder / MANIFEST_NAME, Manifest.of)
         self.name, self.folder, self.manifest = str(folder), folder, manifest
@@ -139,6 +141,18 @@ class ShardedLatents(LatentSource):
         shard, row = self._place(index)
         mean, std = self._shards[shard][row, int(flip)].astype(np.float32)
         return mean, std
+
+    def stacked(self, indices: np.ndarray, mirrored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places = np.searchsorted(self._starts, indices, side="right") - 1
+        moments = np.empty((len(indices), 2, *self.image_shape), np.float32)
+        for shard in np.unique(places):
+            chosen = places == shard
+            rows = indices[chosen] - self._starts[shard]
+            moments[chosen] = self._shards[shard][rows, mirrored[chosen].astype(np.int64)]
+        used = indices.copy()
+        for row in np.flatnonzero(~np.isfinite(moments).all(axis=(1, 2, 3, 4))):
+            moments[row], used[row] = self.readable(int(indices[row]), bool(mirrored[row]))
+        return moments, used
 
 
 class LatentWriter:

@@ -20,8 +20,7 @@ from .pixels import decode_failure
 T = TypeVar("T")
 Indices = Sequence[int] | np.ndarray
 Flips = Sequence[bool] | np.ndarray | None
-Noise = np.random.Generator
-Noises = Sequence[Noise] | None
+Noise = np.ndarray | None
 Batch = tuple[np.ndarray, np.ndarray]
 
 
@@ -40,6 +39,7 @@ class ImageSource(ABC):
         remark: what brings the images to the size and channels that were asked for, if they had
             others.
         latents: what the numbers are, if they are no pixels.
+        posterior: whether reading samples a posterior, with the noise that it is given.
     """
 
     name: str
@@ -51,6 +51,7 @@ class ImageSource(ABC):
     skipped: Sequence[str] = ()
     remark: str | None = None
     latents: Latents | None = None
+    posterior: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -65,14 +66,14 @@ class ImageSource(ABC):
         return len(self.labels)
 
     @abstractmethod
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         """Images and labels by index.
 
         Args:
             indices: (B,) from 0 to len - 1.
             flips: (B,) which rows to mirror left to right (None: none).
-            noise: one generator a row, which a source of latents uses to sample its posterior
-                (None: its mean); sources of pixels ignore it.
+            noise: (B, C, H, W) float32, standard normal numbers with which a source of latents
+                samples its posterior (None: its mean); others ignore it.
 
         Returns:
             (B, C, H, W) float32, in [-1, 1] if they are pixels, and labels (B,) int64.
@@ -82,10 +83,10 @@ class ImageSource(ABC):
         """
 
     def read(
-        self, index: int, *, flip: bool = False, noise: Noise | None = None
+        self, index: int, *, flip: bool = False, noise: Noise = None
     ) -> tuple[np.ndarray, int]:
         """One image (C, H, W) float32 and its label; arguments as in `read_many`."""
-        images, labels = self.read_many([index], [flip], None if noise is None else [noise])
+        images, labels = self.read_many([index], [flip], None if noise is None else noise[None])
         return images[0], int(labels[0])
 
 

@@ -1,5 +1,5 @@
 """Kills training at random moments and checks that nothing is lost: `python -m
-tests.stress.kill_training --kills 300 --seed 0 [--processes 2]`.
+tests.stress.kill_training --kills 300 --seed 0 [--processes 2] [--workers 2]`.
 
 A run of 200 steps saves every 7 steps, is killed with SIGKILL at random moments, saves included,
 and resumed until it is finished; then the next run starts, until there were `kills` kills. Among
@@ -7,7 +7,8 @@ the moments: SIGTERM, after which the run must end by itself with a checkpoint o
 second run in the same folder, which must be refused; and a resume from an older checkpoint, whose
 later ones must be set aside. After every kill the newest checkpoint must load and be at least as
 new as the last one whose save returned. A finished run must equal the uninterrupted one bitwise:
-weights, EMA, optimizer, and the loss of every step.
+weights, EMA, optimizer, and the loss of every step; it makes its batches itself, the others may
+have workers.
 """
 
 from __future__ import annotations
@@ -197,7 +198,9 @@ def terminate(run: Path, children: list[int], until: float) -> None:
             os.kill(child, signal.SIGTERM)
 
 
-def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, int]:
+def torture(
+    kills: int, seed: int, processes: int, folder: Path, workers: int = 0
+) -> dict[str, int]:
     """Does it all in `folder`; returns counts. Raises AssertionError for the first thing that is
     lost or differs."""
     torch.set_num_threads(1)
@@ -232,6 +235,7 @@ def torture(kills: int, seed: int, processes: int, folder: Path) -> dict[str, in
     run, name = folder / "run", "latest"
     while counts["kills"] < kills or counts["finished runs"] == 0:
         config = replace(base, output_dir=run, resume_from_checkpoint=name)
+        config = replace(config, dataloader_num_workers=workers)
         witness, name = Witness(folder / "witness"), "latest"
         children, lasts = start(config, witness, processes), counts["kills"] < kills
         until = time.monotonic() + (chance.uniform(0, 0.5 * duration) if lasts else 600)
@@ -283,9 +287,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        counts = torture(options.kills, options.seed, options.processes, Path(folder))
+        counts = torture(
+            options.kills, options.seed, options.processes, Path(folder), options.workers
+        )
     print(
         ", ".join(f"{value} {name}" for name, value in counts.items())
         + ": nothing lost, every finished run bitwise the same"

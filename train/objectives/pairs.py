@@ -19,7 +19,7 @@ from odelt_fast.files import flush, one_line, read_object, write_json
 from odelt_fast.generation.processes import Processes
 from odelt_fast.generation.shards import Shards
 from odelt_fast.generation.streams import ahead
-from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noises
+from odelt_fast.images.sources import Batch, Flips, ImageSource, Indices, Noise
 from odelt_fast.model import DiT
 from odelt_fast.storage.places import Place
 from odelt_fast.train.config import TrainConfig
@@ -163,7 +163,7 @@ class PairSource(ImageSource):
     flippable = False
 
     def __init__(self, folder: Path) -> None:
-        self.name = str(folder)
+        self.name, self._folder = str(folder), folder
         try:
             manifest = read_object(folder / MANIFEST, 8 << 20)
             shape, num_classes = tuple(manifest["shape"]), int(manifest["num_classes"])
@@ -188,6 +188,9 @@ class PairSource(ImageSource):
         self.class_names = teacher.class_names or tuple(map(str, range(num_classes)))
         self.latents = teacher.latents
 
-    def read_many(self, indices: Indices, flips: Flips = None, noise: Noises = None) -> Batch:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PairSource, (self._folder,)  # not what the arrays hold
+
+    def read_many(self, indices: Indices, flips: Flips = None, noise: Noise = None) -> Batch:
         rows = np.asarray(indices)
         return np.concatenate([self._noise[rows], self._data[rows]], axis=1), self.labels[rows]

@@ -58,6 +58,11 @@ class StepBatch:
         """All rows."""
         return slice(0, len(self))
 
+    def to(self, device: torch.device) -> StepBatch:
+        """Images and labels there; draws stay on the host until they are asked for."""
+        images, labels = to_device(self.images, device), to_device(self.labels, device)
+        return replace(self, images=images, labels=labels)
+
     def uniform(self) -> Tensor:
         """Uniform numbers in [0, 1) for the times, (B,)."""
         return to_device(self.draws.uniform("time", self.rows), self.images.device)
