@@ -27,7 +27,7 @@ def _own_state() -> Iterator[None]:
 def first_gradient(folder: Path, **changes: object) -> torch.Tensor:
     """Of every weight after the first part of a step, one after another."""
     trainer = Trainer(small_run(folder, **changes))
-    trainer._accumulate(0, 0)
+    trainer._accumulate(0, next(iter(trainer.feed.parts(0))))
     return torch.cat([weight.grad.flatten() for weight in trainer.weights.values()])
 
 
