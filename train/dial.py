@@ -37,7 +37,7 @@ class DialOptions:
     length_teacher: Literal["ema", "init"] = "ema"
     """Who teaches the rows that learn other lengths. ema: the EMA network, at another depth. init:
     the frozen model of --init-from, at full depth, in flow rows too (objectives flow, shortcut,
-    diffusion)."""
+    diffusion); the command's default for a conventional model in residual wiring."""
     teacher_depth: Literal["full", "student"] = "full"
     """Depth at which EMA and teacher make targets: all blocks (as the reference), or the student's
     l of each row (Algorithm 1)."""
@@ -89,6 +89,19 @@ class DialOptions:
                 "length_teacher init is for networks of several lengths (--depths) and the"
                 f" objectives {', '.join(TAUGHT_BY_INIT)}: use ema"
             )
+
+
+def usual_teacher(
+    has: DiTConfig, model: DiTConfig, objective: str, given: AbstractSet[str]
+) -> Literal["ema", "init"]:
+    """Who teaches a run that starts from a conventional model of shape `has`, where nothing else is
+    said: the model itself, if it can. On MNIST it was the better teacher at every length."""
+    others = {"--length-consistency-every", "--teacher-depth"}
+    knows = objective in TAUGHT_BY_INIT and has.num_classes == model.num_classes
+    knows &= (has.sampling == "diffusion") == (objective == "diffusion")
+    new = model.length_conditioned and not has.length_conditioned
+    new &= model.inner_step == "residual"
+    return "init" if new and knows and not given & others else "ema"
 
 
 def _example(depth: int) -> str:

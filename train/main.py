@@ -12,7 +12,7 @@ from odelt_fast.checks import unknown_option
 from odelt_fast.config import DiTConfig
 from odelt_fast.files import plain_warnings, print_anything
 from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.dial import shaped_as
+from odelt_fast.train.dial import shaped_as, usual_teacher
 from odelt_fast.train.effects import check_effects
 from odelt_fast.train.launcher import Launcher
 from odelt_fast.train.recipes import RECIPES
@@ -37,8 +37,9 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
     default, launcher = RECIPES.get(named["--recipe"], RECIPES["digits"]), Launcher.of()
     if launcher.mixed_precision:
         default = dataclasses.replace(default, mixed_precision=None)
+    has = None
     if named["--init-from"] not in ("", "None") and not given & {"-h", "--help"}:
-        default = started_from(default, named["--init-from"], given)
+        default, has = started_from(default, named["--init-from"], given)
     config, unknown = tyro.cli(
         TrainConfig,
         args=list(arguments),
@@ -51,13 +52,18 @@ def parse(arguments: Sequence[str], prog: str | None = None) -> TrainConfig:
         options = [field.name for field in dataclasses.fields(TrainConfig)]
         options += [f"model.{field.name}" for field in dataclasses.fields(DiTConfig)]
         raise unknown_option(prog or "train", unknown[0], options)
+    if has and "--length-teacher" not in given:
+        teacher = usual_teacher(has, config.model, config.objective, given)
+        config = dataclasses.replace(config, length_teacher=teacher)
     launcher.check_named(given)
     check_effects(launcher.applied(config), default)
     return config
 
 
-def started_from(config: TrainConfig, init_from: str, given: set[str]) -> TrainConfig:
-    """The options with the shapes of the model that `init_from` names.
+def started_from(
+    config: TrainConfig, init_from: str, given: set[str]
+) -> tuple[TrainConfig, DiTConfig]:
+    """The options with the shapes of the model that `init_from` names; its own.
 
     Args:
         given: names of the options that will replace its.
@@ -67,8 +73,9 @@ def started_from(config: TrainConfig, init_from: str, given: set[str]) -> TrainC
     """
     from odelt_fast.checkpoints.folder import read_config
 
-    model, wiring = shaped_as(read_config(init_from), config.model, given)
-    return dataclasses.replace(config, model=model, init_from=init_from, wiring=wiring)
+    has = read_config(init_from)
+    model, wiring = shaped_as(has, config.model, given)
+    return dataclasses.replace(config, model=model, init_from=init_from, wiring=wiring), has
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:

@@ -30,7 +30,7 @@ STEPS = 32  # T of the samples that are compared
 WAYS = {
     "paper": "--model.inner-step unit",
     "paper, gates folded": "--wiring paper",
-    "residual": "--wiring residual",
+    "residual": "--wiring residual --length-teacher ema",
     "residual, frozen teacher": "--wiring residual --length-teacher init",
     "residual, frozen teacher, rows weighted": (
         "--wiring residual --length-teacher init --loss-weight-power 0.7"

@@ -14,6 +14,7 @@ from torch import Tensor
 from odelt_fast import convert_checkpoint
 from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.config import DiTConfig
+from odelt_fast.images.shards import LatentWriter
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.draws import StepDraws, global_rows
@@ -133,6 +134,80 @@ def test_shapes_are_those_of_the_model_unless_given(start: str, tmp_path: Path) 
         for name, tensor in model.state_dict().items()
     )
     assert options(str(saved), "--depths", "1", "2", "3", "4").model.depths == (1, 2, 3, 4)
+
+
+def test_the_model_itself_teaches_unless_it_cannot(start: str, tmp_path: Path) -> None:
+    lengths = ["--depths", "2", "4"]
+
+    def teacher(*more: str, model: str = start) -> str:
+        return options(model, *more).length_teacher
+
+    for objective in ("flow", "shortcut"):
+        assert teacher(*lengths, f"--objective={objective}") == "init"
+    diffusion = str(save_model(pretrained(replace(CONVENTIONAL, sampling="diffusion")), tmp_path))
+    assert teacher(*lengths, "--objective=diffusion", model=diffusion) == "init"
+    for given in (
+        [*lengths, "--objective=flow", "--length-teacher=ema"],
+        [*lengths, "--objective=flow", "--wiring=paper"],
+        [*lengths, "--objective=flow", "--length-consistency-every=4"],
+        [*lengths, "--objective=flow", "--model.num-classes=7"],
+        [*lengths, "--objective=mean-flow"],
+        [*lengths, "--objective=diffusion"],
+        ["--objective=flow", "--model.no-length-conditioned"],
+    ):
+        assert teacher(*given) == "ema", given
+    assert teacher(*lengths, "--objective=flow", model=diffusion) == "ema"
+
+
+@pytest.mark.parametrize("objective", ["shortcut", "mean-flow"])
+def test_peer_meanflow_with_a_dial_starts_as_itself_at_every_step_size(
+    objective: str, tmp_path: Path
+) -> None:
+    case = case_of(next(path for path in FILES if path.stem.startswith("meanflow")))
+    model, _ = convert_checkpoint(write(case, "pt", tmp_path), **case.options)
+    folder = str(save_model(model, tmp_path / "model"))
+    by = ["--depths", "2", "4", f"--objective={objective}", "--log-with"]
+    config = options(folder, *by)
+    dialled, _, said = started(config)
+    assert "exactly" in said
+    x, t, y = inputs(model.config)
+    with torch.no_grad():
+        for index in range(8):
+            expected = model(x, t, index, y)
+            assert relative_error(dialled(x, t, index, y), expected) < 1e-6
+            assert relative_error(dialled(x, t, index, y, depth=2), expected) > 1e-3
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_peer_fine_tuned_resumes_bitwise(path: Path, tmp_path: Path) -> None:
+    case = case_of(path)
+    model, _ = convert_checkpoint(write(case, "pt", tmp_path), **case.options)
+    data, config = tmp_path / "latents", model.config
+    values = np.random.default_rng(0).normal(size=(32, 1, 2, *config.image_shape))
+    writer = LatentWriter(
+        data,
+        config.channels,
+        config.image_size,
+        [f"c{i}" for i in range(config.num_classes)],
+        copies=1,
+    )
+    writer.append(np.abs(values).astype(np.float32), np.arange(32) % config.num_classes)
+    writer.finish()
+    folder = str(save_model(model, tmp_path / "model"))
+    objective = "diffusion" if config.sampling == "diffusion" else "flow"
+    by = ["--depths", *map(str, range(1, config.depth + 1)), f"--objective={objective}"]
+    run = options(folder, *by, f"--data={data}", "--log-with")
+    assert run.length_teacher == "init"
+    run = replace(run, output_dir=tmp_path / "run")
+    first = Trainer(run)
+    first.step()
+    first.save()
+    lost = [first.step() for _ in range(2)]
+    again = Trainer(run)
+    assert again.resume("latest")
+    assert all(torch.equal(a, b) for a, b in zip(lost, [again.step() for _ in range(2)]))
+    for name, tensor in first.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
 def stream(model: DiT) -> list[Tensor]:

@@ -192,7 +192,8 @@ def load_start(config: TrainConfig, model: DiT) -> tuple[DiT | None, str | None]
                 f" {source.config.sampling!r}, and cannot teach objective {config.objective}"
             )
     if conflict and (frozen or config.objective in DISTILLATIONS):
-        raise ValueError(f"the teacher was trained on {conflict}: distil it on its own data")
+        other = ", or take --length-teacher ema" if frozen else ""
+        raise ValueError(f"the teacher was trained on {conflict}: distil it on its own data{other}")
     table = model.label_embed.weight.detach().clone()
     remark = start_from(model, source, config.wiring)
     if conflict:
