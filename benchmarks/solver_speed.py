@@ -42,6 +42,7 @@ from .measure import (
     take_turns,
 )
 from .sampling import LEAST_BOUND, Inputs, Workload, dopri5
+from .steps import MissingError
 
 THEIRS = "torchdiffeq"
 Outcome = tuple[Tensor, float]  # samples, and evaluations of the network for each
@@ -186,7 +187,14 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 def count_calls(
     events: Iterable[tuple[str, float, float]], begin: float, end: float
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """(launches, waits) by name among the host's calls (name, start, end) between two times."""
+    """(launches, waits) by name among the host's calls (name, start, end) between two times.
+
+    Raises:
+        MissingError: there are no calls of CUDA at all, though every trace ends with a wait.
+    """
+    events = list(events)
+    if not any(name in (*LAUNCHES, *WAITS) for name, _, _ in events):
+        raise MissingError("the profiler sees no calls of CUDA: CUPTI is missing or not permitted")
     inside = Counter(name for name, first, last in events if begin <= first and last <= end)
     launches, waits = (
         {name: inside[name] for name in names if name in inside} for names in (LAUNCHES, WAITS)
@@ -199,6 +207,7 @@ def measure_proof(load: Workload, device: torch.device) -> Record:
 
     Raises:
         ValueError: unless it is one launch of a graph and no wait.
+        MissingError: as of `count_calls`.
     """
     if device.type != "cuda":
         reason = "there is no GPU, on which alone a solve is one launch"

@@ -20,6 +20,7 @@ from benchmarks.kernel_speed import measure_kernel
 from benchmarks.kernel_table import KernelCase
 from benchmarks.measure import summary, take_turns, write_json
 from benchmarks.sampling import CONFIGS, Workload, check, measure_memory, random_model
+from benchmarks.steps import MissingError
 from odelt_fast.operation import Operation
 
 CPU = torch.device("cpu")
@@ -213,6 +214,8 @@ def test_what_a_solve_asks_of_cuda_is_counted_inside_its_time() -> None:
         {"cudaGraphLaunch": 2},
         {"cudaStreamSynchronize": 1},
     )
+    with pytest.raises(MissingError, match="sees no calls of CUDA"):
+        solver_speed.count_calls(events[-1:], 0.0, 20.0)
 
 
 def test_weights_are_in_proportion_to_live_blocks() -> None:
