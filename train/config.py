@@ -82,9 +82,10 @@ class TrainConfig(DialOptions):
     """Of --target-network fast-ema."""
     mean_velocity: MeanVelocityOptions = MEAN_VELOCITY_DEFAULTS
     """Of mean-flow and alpha-flow."""
-    loss_weight_power: float = 0.0
+    loss_weight_power: float | None = None
     """p of the adaptive weight (D/(e + loss_weight_eps))^p of a row with squared error e, summed
-    over its D numbers; 0: every row alike, 1: as MeanFlow."""
+    over its D numbers; 0: every row alike, 1: as MeanFlow. None: 1 for alpha-flow, as its paper,
+    0 for the others."""
     loss_weight_eps: float = 0.01
     """Added to the squared error there."""
     pairs: Path | None = None
@@ -207,8 +208,9 @@ class TrainConfig(DialOptions):
         for name in ("checkpoints_total_limit", "gradient_accumulation_steps"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name))
-        for name in ("learning_rate", "weight_decay", "loss_weight_power", "loss_weight_eps"):
+        for name in ("learning_rate", "weight_decay", "loss_weight_eps"):
             number(name, getattr(self, name), 0)
+        number("loss_weight_power", self.weight_power, 0)
         shares = ("label_dropout", "decay_fraction", "ema_decay", "fast_ema_decay", "path_sigma")
         for name in shares:
             number(name, getattr(self, name), 0, 1)
@@ -316,6 +318,13 @@ class TrainConfig(DialOptions):
                 "guidance needs the null label, which label_dropout 0 never trains: set"
                 " --label-dropout 0.1"
             )
+
+    @property
+    def weight_power(self) -> float:
+        """p of the adaptive weight."""
+        if self.loss_weight_power is None:
+            return 1.0 if self.objective == "alpha-flow" else 0.0
+        return self.loss_weight_power
 
     @property
     def log2_steps(self) -> int:

@@ -72,7 +72,7 @@ def _without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
         yield "target_network", "without rows of time or length consistency"
     if config.model.num_classes == 1:
         yield "label_dropout", "on data of one class, which is the null label"
-    if not config.loss_weight_power:
+    if not config.weight_power:
         yield "loss_weight_eps", "while --loss-weight-power is 0"
     if config.dropout is not None:
         yield "model.dropout", "beside --dropout"

@@ -78,10 +78,10 @@ def row_losses(model: Model, targets: Targets) -> Tensor:
 def weighted(errors: Tensor, targets: Targets, config: TrainConfig) -> Tensor:
     """The rows' losses (B,): their errors times the objective's weights and the adaptive ones,
     (D/(D error + eps))^p, which carry no gradient."""
-    if config.loss_weight_power:
+    if config.weight_power:
         size = targets.velocity[0].numel()
         adaptive = size / (size * errors.detach() + config.loss_weight_eps)
-        errors = errors * adaptive**config.loss_weight_power
+        errors = errors * adaptive**config.weight_power
     return errors if targets.weight is None else errors * targets.weight
 
 

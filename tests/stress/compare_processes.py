@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.mean_velocity import MeanVelocityOptions
 from odelt_fast.train.recipes import RECIPES
 from tests.stress.kill_training import MODEL, Witness, equal, start, wait
 
@@ -35,6 +36,13 @@ KINDS = {  # processes, accumulated parts, sharded
     "2 processes": (2, 1, False),
     "1 process, 2 parts": (1, 2, False),
     "2 processes, sharded": (2, 1, True),
+}
+MEAN_FLOW: dict[str, Any] = {
+    "objective": "mean-flow",
+    "target_network": "live",
+    "guidance_scale": 1.5,
+    "loss_weight_power": 1.0,
+    "mean_velocity": MeanVelocityOptions(derivative="jvp", times="logit-normal"),
 }
 
 
@@ -120,6 +128,8 @@ def compare(objective: str, steps: int, folder: Path) -> None:
     config = replace(config, depth_sampling=sampling, ema_widths=(WIDTH,))
     if objective == "dial":
         config = replace(config, **fine_tuning(folder))
+    elif objective == "mean-flow":
+        config = replace(config, **MEAN_FLOW)
     else:
         config = replace(config, objective=objective)
     (first, (expected, theirs)), *others = ((kind, run(config, kind, folder)) for kind in KINDS)
@@ -146,7 +156,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     # live-reflow evaluates the network that is being trained outside of the loss, which sharding
     # must allow; dial: a flow of one length gets lengths, taught by itself
-    parser.add_argument("--objectives", nargs="+", default=["shortcut", "live-reflow", "dial"])
+    parser.add_argument(
+        "--objectives", nargs="+", default=["shortcut", "live-reflow", "mean-flow", "dial"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for objective in options.objectives:

@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
     "script",
     [
         "kill_training --kills 2 --seed 1 --workers 1",
-        "compare_processes --steps 4 --objectives live-reflow dial",
+        "compare_processes --steps 4 --objectives live-reflow mean-flow dial",
         "poison_training --injected 10 --processes 2",
     ],
 )

@@ -56,7 +56,7 @@ def _method(config: TrainConfig) -> Objective:
                 time_rows=rows,
                 options=config.mean_velocity,
                 total_steps=config.steps,
-                weight_power=config.loss_weight_power,
+                weight_power=config.weight_power,
                 **common,
             )
         case "live-reflow":

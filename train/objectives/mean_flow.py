@@ -155,11 +155,13 @@ class AlphaFlow(MeanVelocity):
     u(x + alpha d v, t + alpha d, s), without a derivative. alpha = 1 is flow matching on the pairs,
     alpha -> 0 MeanFlow; it falls along a sigmoid over `options.alpha_fall` of the run.
 
-    Rows of pairs weigh alpha^(p - 1), with p the power of the adaptive weight: 1/alpha without it.
+    Rows of pairs weigh alpha^(2p - 1), with p the power of the adaptive weight: their errors are
+    alpha times those of MeanFlow, so that gradients keep MeanFlow's size while alpha falls; alpha
+    with p = 1 (the paper's adaptive weight), 1/alpha without it.
     """
 
     total_steps: int
-    weight_power: float = 0.0
+    weight_power: float = 1.0
 
     def alpha(self, step: int) -> float:
         """At an optimizer step, counted from 0."""
@@ -181,5 +183,5 @@ class AlphaFlow(MeanVelocity):
 
     def weights(self, batch: StepBatch, rows: int) -> Tensor | None:
         weight = torch.ones(len(batch), device=batch.images.device)
-        weight[:rows] = self.alpha(batch.step) ** (self.weight_power - 1)
+        weight[:rows] = self.alpha(batch.step) ** (2 * self.weight_power - 1)
         return weight

@@ -44,7 +44,8 @@ class Shortcut(Method):
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
         n, device = self.time_rows, batch.images.device
         time = slice(0, n)
-        index, uniform, noise = batch.full(self.log2_steps), batch.uniform(), batch.noise()
+        index, uniform = batch.full(self.log2_steps), batch.uniform()
+        noise = batch.noise().to(batch.images.dtype)
         index[time] = to_device(batch.draws.integers("step_index", time, self.log2_steps), device)
         images, labels = batch.images, batch.labels
         if self.compat:
@@ -58,7 +59,7 @@ class Shortcut(Method):
 
         t = grid_times(uniform, torch.exp2(index.float()))  # of T in flow rows, 2^k in time rows
         velocity = batch.images - noise
-        x_t = torch.lerp(noise, batch.images, as_rows(t, noise))
+        x_t = torch.lerp(noise, batch.images, as_rows(t, noise).to(noise.dtype))
         if n:
             finer = (index[time] + 1, y[time], networks.depth(time))
             teacher = self._teacher(networks.target)
