@@ -1,6 +1,9 @@
 """Training throughput with dead blocks never computed, against the masked computation.
 
-    python -m benchmarks.training_speed
+    python -m benchmarks.training_speed [--objectives]
+
+--objectives: instead, what a step of each mean-velocity objective costs beside one of shortcuts,
+taken in turn: ratio of the times, and peak memory.
 
 One trainer takes every step twice with the same draws: as it is, rows of a batch sorted by depth
 and run as shrinking prefixes, and with every block computed for every row and the additions masked
@@ -33,6 +36,7 @@ from odelt_fast.images.shards import LatentWriter
 from odelt_fast.model import DiT
 from odelt_fast.train.config import DEFAULT, TrainConfig
 from odelt_fast.train.loop import Trainer, row_losses
+from odelt_fast.train.mean_velocity import MeanVelocityOptions
 
 from .ceilings import evaluation_flops
 from .measure import (
@@ -48,6 +52,19 @@ METHODS: dict[str, Record] = {
     "RFM + LC": {"objective": "flow"},
     "shortcuts + LC": {"objective": "shortcut", "time_consistency_every": 8},
 }
+# Each with its own share of time rows; alpha-flow after alpha's fall (BEYOND).
+OBJECTIVES: dict[str, Record] = {
+    "shortcuts": {"objective": "shortcut", "time_consistency_every": 8},
+    "shortcuts, live teacher": {"objective": "shortcut", "target_network": "live"},
+    "alpha-flow": {"objective": "alpha-flow", "target_network": "live"},
+    "mean-flow, difference": {"objective": "mean-flow", "target_network": "live"},
+    "mean-flow, forward mode": {
+        "objective": "mean-flow",
+        "target_network": "live",
+        "mean_velocity": MeanVelocityOptions(derivative="jvp"),
+    },
+}
+BEYOND = 0.8  # share of a run
 Precision = Literal["no", "bf16"]
 TARGETS = {"RFM + LC": 1.40, "shortcuts + LC": 1.35}
 GRADIENT_BOUND = 1e-5  # relative, float32: sums of rows in another order
@@ -108,6 +125,7 @@ def make_trainer(
     checkpointing: bool = False,
 ) -> Trainer:
     """A trainer on random latents: speed does not depend on what they show."""
+    folder.mkdir(exist_ok=True)
     config = replace(
         DEFAULT,
         model=model,
@@ -118,7 +136,7 @@ def make_trainer(
         depth_sampling="stratified",
         mixed_precision=precision,
         gradient_checkpointing=checkpointing,
-        **METHODS[method],
+        **{**METHODS, **OBJECTIVES}[method],
     )
     return Trainer(config)
 
@@ -161,9 +179,9 @@ def seconds_of(trainer: Trainer, kind: type[DiT], step: int) -> float:
     return host_timer(trainer.step, trainer.accelerator.device)()
 
 
-def peak_of(trainer: Trainer, kind: type[DiT]) -> int:
-    """Bytes that the first step holds at its peak, above what lies there between steps."""
-    use(trainer, kind)
+def peak_of(trainer: Trainer, kind: type[DiT], step: int = 0) -> int:
+    """Bytes that a step holds at its peak, above what lies there between steps."""
+    use(trainer, kind, step)
     if (peak := peak_memory(trainer.step, trainer.accelerator.device)) is not None:
         return peak
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -186,6 +204,8 @@ class Options:
     """accelerate's mixed_precision."""
     gradient_checkpointing: bool = False
     """Compute the blocks again in the backward pass, both ways."""
+    objectives: bool = False
+    """Compare the steps of objectives."""
     out: Path | None = None
     """JSON file for the results."""
 
@@ -247,8 +267,58 @@ def measure(
     return results
 
 
+def compare_objectives(
+    options: Options, device: str, model: DiTConfig = PRESETS["DiT-B/2"]
+) -> list[Record]:
+    """One row an objective: time of a step over that of a step of shortcuts (taken in turn, median
+    of the rounds), seconds of both, peak memory, rows that learn mean velocities."""
+    results, batch = [], options.batch or (240 if device == "cuda" else 24)
+    for name in OBJECTIVES:
+        with tempfile.TemporaryDirectory() as folder:
+            base, trainer = (
+                make_trainer(
+                    method, batch, options.precision, Path(folder, part), model,
+                    options.gradient_checkpointing,
+                )
+                for method, part in (("shortcuts", "base"), (name, "compared"))
+            )  # fmt: skip
+            first = round(BEYOND * trainer.config.steps)
+            seconds: dict[Trainer, list[float]] = {base: [], trainer: []}
+            peaks = [peak_of(each, DiT, first) for each in seconds]  # also the warm-up
+            for step in range(1, options.rounds + 1):
+                for each in list(seconds)[:: 1 if step % 2 else -1]:
+                    seconds[each].append(seconds_of(each, DiT, first + step))
+        theirs, ours = seconds.values()
+        results.append(
+            {
+                "objective": name,
+                "batch": batch,
+                "precision": options.precision,
+                "gradient_checkpointing": options.gradient_checkpointing,
+                "time_rows": trainer.config.row_sizes()["time"],
+                "ratio": statistics.median(mine / base for mine, base in zip(ours, theirs)),
+                "seconds": ours,
+                "shortcut_seconds": theirs,
+                "peak_bytes": peaks[1],
+                "shortcut_peak_bytes": peaks[0],
+            }
+        )
+        print(
+            f"{name}: {results[-1]['time_rows']} of {batch} rows are time rows; a step takes"
+            f" {statistics.median(ours):.3g} s, {results[-1]['ratio']:.2f} times one of shortcuts,"
+            f" and {peaks[1] / 2**30:.2f} GiB (shortcuts {peaks[0] / 2**30:.2f})",
+            flush=True,
+        )
+    return results
+
+
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if options.objectives:
+        rows = compare_objectives(options, "cuda" if torch.cuda.is_available() else "cpu")
+        if options.out:
+            write_json(options.out, {"device": device_record(), "results": rows})
+        return
     results = measure(options, "cuda" if torch.cuda.is_available() else "cpu", 3600)
     for row in results:
         print(

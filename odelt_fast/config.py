@@ -46,7 +46,8 @@ class DiTConfig:
     "residual" is the wiring in which pretrained transformers get the dial unchanged: no sum of
     increments, the velocity is read from the tokens after l blocks, and the final layer sees the
     length embedding too. `time_scale`, `time_period` and `guided_channels` are those of other
-    projects' transformers.
+    projects' transformers. `guidance_max`: the network is told a guidance scale, with which one
+    evaluation is guided.
     `sampling` records how the training objective wants the model to be sampled (SAMPLING_KINDS).
     """
 
@@ -90,6 +91,9 @@ class DiTConfig:
     guided_channels: int | None = None
     """Guidance acts on so many first channels, the others keep the label's velocity (SiT and DiT:
     3); unset: on all."""
+    guidance_max: float | None = None
+    """Largest guidance scale that the network is told, from 1 on: it is then guided in one
+    evaluation (mean-flow and alpha-flow train it so); unset: it is told none."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -109,6 +113,14 @@ class DiTConfig:
         if self.guided_channels is not None:
             channels = whole("guided_channels", self.guided_channels, 1, self.channels)
             object.__setattr__(self, "guided_channels", channels)
+        if self.guidance_max is not None:
+            largest = number("guidance_max", self.guidance_max, 1, 1000)
+            object.__setattr__(self, "guidance_max", largest)
+            if largest == 1 or self.num_classes == 1:
+                raise ValueError(
+                    "guidance_max must be above 1, the scale of the labels alone, for a model of"
+                    f" several classes, not {largest:g} for {self.num_classes}"
+                )
         one_of("inner_step", self.inner_step, INNER_STEPS)
         one_of("sampling", self.sampling, SAMPLING_KINDS)
         size = check_size("image_size", self.image_size, _LIMITS["image_size"])

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from odelt_fast.config import LAYER_NORM_EPS, DiTConfig, TrainedOn
 
+Number = float | Tensor  # one, or of each sample (B,)
 FREQUENCIES = 128  # of the time and step-size embeddings: 256 features
 
 
 def _checkpoints(module: str) -> Any:
-    """A module of the room above, which loads, saves and pushes models.
-
-    Looked up by name when it is asked for: the network itself imports nothing from above it.
-    """
+    """A module of the room above, looked up by name: the network imports nothing from above it."""
     return importlib.import_module(f"odelt_fast.checkpoints.{module}")
 
 
@@ -124,14 +122,15 @@ class DiT(nn.Module):
         self.config = config
         self.trained_on = TrainedOn()  # what is known of its data; stored with it
         self.max_depth = config.depth
-        # Whether forward calls the blocks, too, that no row needs: weights sharded over processes
-        # are gathered by all of them together.
+        # Whether blocks that no row needs are called too: sharded weights are gathered by all.
         self.calls_every_block = False
         size = config.hidden_size
         self.patch_embed = nn.Conv2d(config.channels, size, config.patch_size, config.patch_size)
         self.time_embed = ScalarEmbedding(size, config.time_scale, config.time_period)
         self.step_embed = ScalarEmbedding(size)
         self.label_embed = nn.Embedding(config.num_classes + 1, size)  # last row: the null label
+        if config.guidance_max is not None:
+            self.guidance_embed = ScalarEmbedding(size)
         if config.length_conditioned:
             self.length_embed = nn.Embedding(config.depth + 1, size)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
@@ -154,23 +153,23 @@ class DiT(nn.Module):
         for embed in (self.time_embed, self.step_embed):
             nn.init.normal_(embed.linear_in.weight, std=0.02)
             nn.init.normal_(embed.linear_out.weight, std=0.02)
-        for linear in (self.final_layer.modulation, self.final_layer.out):
+        silent = [self.final_layer.modulation, self.final_layer.out]
+        if self.config.guidance_max is not None:
+            nn.init.normal_(self.guidance_embed.linear_in.weight, std=0.02)
+            silent.append(self.guidance_embed.linear_out)
+        for linear in silent:
             nn.init.zeros_(linear.weight)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         table = self.positions
         super()._apply(fn, recurse)
-        # The table is added in float32 whatever the weights' dtype; half precision of its sines
-        # would cost accuracy for nothing.
+        # Added in float32 whatever the weights' dtype: its rounding would gain nothing.
         if self.positions.dtype != torch.float32:
             self.positions = table.to(self.positions.device)
         return self
 
     def truncate(self, depth: int) -> DiT:
-        """Drops, in place, the blocks that no length up to `depth` uses.
-
-        Then depth None means `depth`, and longer ones raise ValueError.
-        """
+        """Drops, in place, the blocks that no length up to `depth` uses, which None then means."""
         self.blocks = self.blocks[: self.config.live_blocks(depth)]
         self.max_depth = depth
         return self
@@ -196,16 +195,10 @@ class DiT(nn.Module):
         **download: Any,
     ) -> DiT:
         """The model of a folder, a bundled name or a Hub id, in eval mode on the device
-        `map_location`.
+        `map_location`. dtype, depth, errors: of `load_model`.
 
-        Args:
-            dtype, depth: as for `load_model`.
-            download: how a Hub id is downloaded, as everywhere in huggingface_hub: revision, token,
-                cache_dir, force_download, local_files_only.
-
-        Raises:
-            TypeError: another keyword.
-            CheckpointError, ValueError: as of `load_model`.
+        download: how a Hub id is downloaded, as everywhere in huggingface_hub: revision, token,
+        cache_dir, force_download, local_files_only; TypeError for another keyword.
         """
         return _checkpoints("folder").load_model(
             pretrained_model_name_or_path, map_location, dtype, depth, download=download
@@ -222,11 +215,9 @@ class DiT(nn.Module):
         **push_to_hub_kwargs: Any,
     ) -> str | None:
         """Writes the model as `save_model` does, and a model card unless the folder has one;
-        returns the commit's URL if it was pushed.
-
-        model_card_kwargs: arguments of `model_card` (measured quality, licence, ...), and picture:
-        the file of a PNG picture. repo_id: where push_to_hub=True pushes it, by default the name of
-        the folder. Errors: of `save_model`; ValueError for another config or an unknown option.
+        returns the commit's URL if it was pushed. model_card_kwargs: of `model_card`, and picture,
+        a PNG file. repo_id: where push_to_hub=True pushes it, by default the folder's name. Errors:
+        of `save_model`; ValueError for another config or an unknown option.
         """
         if config is not None and config != self.config:
             raise ValueError("config must be the model's own: the weights belong to it")
@@ -238,8 +229,8 @@ class DiT(nn.Module):
         return self.push_to_hub(repo, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Uploads what `save_pretrained` writes to the Hub, to a new repository if there is none;
-        returns the commit's URL. options: those of PyTorchModelHubMixin.push_to_hub."""
+        """Uploads what `save_pretrained` writes, to a new repository if there is none; returns the
+        commit's URL. options: those of PyTorchModelHubMixin.push_to_hub."""
         return _checkpoints("hub").push(self, repo_id, **options)
 
     @property
@@ -253,15 +244,14 @@ class DiT(nn.Module):
     def forward(
         self,
         x: Tensor,
-        t: float | Tensor,
-        log2_steps: float | Tensor,
+        t: Number,
+        log2_steps: Number,
         y: Tensor,
         depth: int | Sequence[int] | Tensor | None = None,
+        guidance: Number | None = None,
     ) -> Tensor:
-        """Velocity at x.
-
-        Rows of a batch of mixed depths are sorted by depth and run as shrinking prefixes: no block
-        is computed for a row that does not use it.
+        """Velocity at x. Rows of mixed depths are sorted by depth and run as shrinking prefixes: no
+        block is computed for a row that does not use it.
 
         Args:
             x: (B, C, H, W) state; H and W are multiples of the patch size (the position table
@@ -272,6 +262,8 @@ class DiT(nn.Module):
             y: (B,) integer labels; num_classes is the null label.
             depth: number of active blocks l; None (all), a number, or one per sample (a list, or a
                 (B,) integer tensor, best on the CPU).
+            guidance: guidance scale from 1 (None) to `config.guidance_max`, a number or (B,), of
+                networks that are told it; rows with the null label have none.
 
         Returns:
             (B, C, H, W) in the dtype of the weights.
@@ -280,7 +272,7 @@ class DiT(nn.Module):
             ValueError: a shape that does not fit, a depth that is not one of `config.depths`.
         """
         tokens = self.embed_patches(x)
-        condition = self.condition(t, log2_steps, y)
+        condition = self.condition(t, log2_steps, y, guidance)
         if not self.config.length_conditioned:
             if depth is not None and not isinstance(depth, int):
                 raise ValueError(
@@ -299,8 +291,7 @@ class DiT(nn.Module):
             lengths = [self.check_depth(length) for length in wanted]
             if len(lengths) != len(x):
                 raise ValueError(f"{len(lengths)} depths for a batch of {len(x)}")
-            # A stable order, longest first, and its inverse: made on the host, which needs the
-            # schedule of the prefixes.
+            # A stable order, longest first, and its inverse: the host needs the prefixes.
             order = sorted(range(len(x)), key=lambda row: -lengths[row])
             inverse = sorted(range(len(x)), key=order.__getitem__)
             lengths = [lengths[row] for row in order]
@@ -372,14 +363,19 @@ class DiT(nn.Module):
             positions = table.to(x.device)
         return (tokens + positions).to(self.dtype)
 
-    def condition(self, t: float | Tensor, log2_steps: float | Tensor, y: Tensor) -> Tensor:
-        """Time + label + step-size embedding (B, D); blocks see it plus the length embedding."""
+    def condition(
+        self, t: Number, log2_steps: Number, y: Tensor, guidance: Number | None = None
+    ) -> Tensor:
+        """Time + label + step-size (+ guidance) embedding (B, D); blocks see it plus the length
+        embedding."""
         index = log2_steps if self.config.step_conditioned else 0
         time, step = (as_vector(value, y.device) for value in (t, index))
-        # Summed in float32 at least, as in the reference: rounding it would shift every token of a
-        # sample the same way.
+        # Summed in float32 at least, as in the reference: rounding shifts all tokens of a sample.
         wide = torch.promote_types(self.dtype, torch.float32)
-        return self.time_embed(time).to(wide) + self.label_embed(y) + self.step_embed(step)
+        known = self.time_embed(time).to(wide) + self.label_embed(y) + self.step_embed(step)
+        if self.config.guidance_max is None:
+            return known
+        return known + self.guidance_embed(guidance_share(guidance, y == self.config.num_classes))
 
     def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
         """(B, N, p*p*C) -> (B, C, H, W); each patch holds its pixels row by row, channels last."""
@@ -389,11 +385,16 @@ class DiT(nn.Module):
         return grid.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, height, width)
 
 
-def as_vector(value: float | Tensor, device: torch.device) -> Tensor:
-    """A number or (B,) tensor as a (1,) or (B,) float32 tensor.
+def guidance_share(scale: Number | None, null: Tensor) -> Tensor:
+    """What a network is told of the guidance scale w, 1 - 1/w as improved MeanFlow tells it, and 0
+    in rows with the null label: float32, of both arguments' shape."""
+    vector = scale if isinstance(scale, Tensor) else as_vector(scale or 1.0, null.device)
+    return torch.where(null, 0.0, 1 - 1 / vector.float())
 
-    Numbers are filled in on the device, without a copy from the host.
-    """
+
+def as_vector(value: float | Tensor, device: torch.device) -> Tensor:
+    """A number or (B,) tensor as (1,) or (B,) float32; numbers are filled in on the device, without
+    a copy from the host."""
     if isinstance(value, Tensor):
         return value.reshape(-1).to(device, torch.float32)
     return torch.full((1,), value, dtype=torch.float32, device=device)

@@ -10,7 +10,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from odelt_fast.checks import is_finite, number, shown, whole
@@ -33,7 +33,8 @@ class Operation(SolverOptions):
     solver then needs error_norm "batch", since the images of a batch must agree on the time.
     guidance_scale w: None or 1 use the labels alone, 0 the null label alone, otherwise the velocity
     is v_null + w (v_label - v_null). guidance_interval (t_lo, t_hi): only at times from t_lo to
-    t_hi, and at others by the labels alone; None: at all times. The rest: `SolverOptions`.
+    t_hi, and at others by the labels alone; None: at all times. told: the network is told the
+    scale, and mixes nothing (`for_model` sets it). The rest: `SolverOptions`.
 
     Raises:
         ValueError: for a value that cannot be used, alone or with the others. What a model cannot
@@ -44,6 +45,7 @@ class Operation(SolverOptions):
     guidance_scale: float | None = None
     depth_schedule: DepthSchedule | None = None
     guidance_interval: tuple[float, float] | None = None
+    told: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +56,7 @@ class Operation(SolverOptions):
             object.__setattr__(self, "guidance_scale", float(scale))
         if self.guidance_interval is not None:
             interval = check_interval(self.guidance_interval)
-            if self.mixing_scale is None:
+            if not self.is_guided:
                 raise ValueError(
                     "guidance_interval needs guidance: set guidance_scale, to another value than 0"
                     " and 1"
@@ -76,9 +78,15 @@ class Operation(SolverOptions):
         """This operation with the depth that it means for `model`.
 
         Raises:
-            ValueError: for a depth that the model does not have, and for solvers and time grids
-                that do not go with the way in which it is sampled.
+            ValueError: for a depth that the model does not have, a guidance scale that it cannot be
+                told, and solvers and time grids that do not go with the way in which it is sampled.
         """
+        most, told = model.config.guidance_max, model.config.guidance_max is not None
+        if most is not None and self.guidance_scale and not 1 <= self.guidance_scale <= most:
+            raise ValueError(
+                f"guidance_scale {self.guidance_scale:g}: this model is told scales from 1 to"
+                f" {most:g}, or 0 for the null label alone"
+            )
         if model.config.sampling == "consistency" and (self.solver != "euler" or self.shift != 1):
             raise ValueError(
                 "a consistency model predicts the data and adds noise anew, in equal steps: solver"
@@ -86,12 +94,12 @@ class Operation(SolverOptions):
             )
         schedule = self.depth_schedule
         if schedule is None:
-            return replace(self, depth=model.check_depth(self.depth))
+            return replace(self, depth=model.check_depth(self.depth), told=told)
         if callable(schedule):
-            return replace(self, depth_schedule=lambda t: model.check_depth(schedule(t)))
+            return replace(self, depth_schedule=lambda t: model.check_depth(schedule(t)), told=told)
         for _, depth in schedule:
             model.check_depth(depth)
-        return self
+        return replace(self, told=told)
 
     @property
     def length(self) -> int | Callable[[float], int] | None:
@@ -114,9 +122,14 @@ class Operation(SolverOptions):
         return self.rtol if self.adaptive else None
 
     @property
+    def is_guided(self) -> bool:
+        """Whether velocities are others than those of one label."""
+        return self.guidance_scale not in (None, 0, 1)
+
+    @property
     def mixing_scale(self) -> float | None:
         """The guidance scale, where velocities of label and null label are mixed; else None."""
-        return None if self.guidance_scale in (None, 0, 1) else self.guidance_scale
+        return self.guidance_scale if self.is_guided and not self.told else None
 
     @property
     def rows_per_image(self) -> int:
@@ -130,7 +143,7 @@ class Operation(SolverOptions):
             return None
         stages = 1 if self.torchdiffeq else self.tableau.stages - self.tableau.fsal
         rows = (self.steps or 0) * stages * self.rows_per_image
-        if self.guidance_interval is None or self.torchdiffeq:
+        if self.guidance_interval is None or self.torchdiffeq or self.told:
             return rows
         asked = [
             start if c == 0 else end if c == 1 else start + c * (end - start)
@@ -148,9 +161,16 @@ class Operation(SolverOptions):
         return round(evaluations * each / ((self.steps or 1) * stages))
 
     def guides(self, t: float) -> bool:
-        """Whether velocities of label and null label are mixed at time t."""
+        """Whether velocities at time t are guided."""
         first, last = self.guidance_interval or (-math.inf, math.inf)
-        return self.mixing_scale is not None and first <= t <= last
+        return self.is_guided and first <= t <= last
+
+    def told_scale(self, t: Any) -> Any:
+        """The guidance scale that a network is told at time t, a number or a tensor of them."""
+        if not self.is_guided:
+            return 1.0
+        first, last = self.guidance_interval or (-math.inf, math.inf)
+        return 1 + ((t >= first) & (t <= last)) * ((self.guidance_scale or 1) - 1)
 
     def step_index(self, sampling: str) -> float:
         """Step index that a network of `DiTConfig.sampling` is fed (`step_index`)."""

@@ -30,6 +30,7 @@ STREAMS = (
     "pair_drop",
     "time2",
     "pair_kind",
+    "guidance",
 )
 
 

@@ -62,7 +62,8 @@ def _without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
         conventional = "without an inner ODE (--model.no-length-conditioned)"
         yield "length_consistency_every depth_sampling teacher_depth", conventional
         yield "model.depth_min model.depth_group model.inner_step", conventional
-    guided = name in MEAN_VELOCITY and config.guidance_scale is not None
+    told = config.model.guidance_max is not None
+    guided = name in MEAN_VELOCITY and (told or config.guidance_scale is not None)
     if not (time or guided or name in _WITH_TEACHERS):
         yield "teacher_depth", f"{by_name}, which has no teacher in the method itself"
     frozen = config.length_teacher == "init"

@@ -63,15 +63,15 @@ def build_optimizer(model: torch.nn.Module, config: TrainConfig) -> torch.optim.
 
 
 def zero_gradients(parameters: Iterable[Tensor]) -> None:
-    """Gradients start at zero, not None: as in the reference, a parameter that no row used is still
-    decayed."""
+    """Gradients start at zero, not None: as in the reference, unused parameters still decay."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
 
 
 def row_losses(model: Model, targets: Targets) -> Tensor:
     """Squared error of each row (B,), float32: its mean over all rows is the loss (equation 5)."""
-    velocity = model(targets.x_t, targets.t, targets.log2_steps, targets.y, depth=targets.depth)
+    inputs = targets.x_t, targets.t, targets.log2_steps, targets.y
+    velocity = model(*inputs, depth=targets.depth, **targets.told())
     return (velocity.float() - targets.velocity.float()).square().flatten(1).mean(1)
 
 

@@ -27,6 +27,9 @@ class MeanVelocityOptions:
     deviation 1 (MeanFlow's -0.4, whose time runs the other way)."""
     grid_share: float = 0.5
     """Share of the pairs that lie on the grids of 1, 2, 4, .. equal steps; the others are any."""
+    cfg_beta: float = 1.0
+    """beta of the guidance scales w that a network of --model.guidance-max is told, with density
+    w^-beta from 1 to it."""
     alpha_min: float = 0.05
     """alpha-flow: the smallest alpha, to which it falls from 1 along a sigmoid."""
     alpha_fall: tuple[float, float] = (0.0, 0.7)
@@ -38,13 +41,14 @@ class MeanVelocityOptions:
     def __post_init__(self) -> None:
         for name in ("grid_share", "time_share"):
             number(name, getattr(self, name), 0, 1)
+        number("cfg_beta", self.cfg_beta, 0, 10)
         number("alpha_min", self.alpha_min, 1e-4, 1)
         number("difference_step", self.difference_step, 1e-6, 0.1)
         first, last = (number("each of alpha_fall", share, 0, 1) for share in self.alpha_fall)
         if not first < last:
             raise ValueError(f"alpha_fall must rise, not {first:g} {last:g}")
 
-    def check(self, objective: str, compiled: bool) -> None:
+    def check(self, objective: str, compiled: bool, told: bool) -> None:
         """ValueError for what has no effect with an objective, or fails with compiled blocks."""
         used = {
             "mean-flow": ("tangent", "derivative", "difference_step"),
@@ -58,6 +62,7 @@ class MeanVelocityOptions:
             * (not self.time_share),
             "derivative jvp": ["difference_step"] * (self.derivative == "jvp"),
             "grid_share 1": ["times"] * (self.grid_share == 1),
+            "model.guidance_max unset": ["cfg_beta"] * (not told),
         }
         if objective not in MEAN_VELOCITY:
             unused = {f"objective {objective}": [""]}

@@ -46,5 +46,12 @@ WITH_TIME_ROWS = ("shortcut", "shortcut-models", "live-reflow", *MEAN_VELOCITY)
 DISTILLATIONS = ("reflow", "progressive", "consistency-distillation")
 Precision = Literal["no", "bf16", "fp16"]
 RecipeName = Literal[
-    "digits", "mnist", "cifar10", "celebahq256-b", "imagenet256-b", "imagenet256-xl"
+    "digits",
+    "mnist",
+    "cifar10",
+    "celebahq256-b",
+    "imagenet256-b",
+    "imagenet256-xl",
+    "imagenet256-b-meanflow",
+    "imagenet256-xl-meanflow",
 ]

@@ -24,13 +24,13 @@ from odelt_fast.sampling.pictures import image_grid
 
 from .settings import (
     GUIDANCE_STEP,
-    LARGEST_GUIDANCE,
     LONGEST_TEXT,
     STEPS,
     TOLERANCES,
     Dials,
     Setting,
     check_setting,
+    guidance_range,
     solvers,
     time_label,
 )
@@ -154,12 +154,12 @@ def _sliders(gr: Any, config: DiTConfig) -> list[Any]:
         elem_id="steps",
         elem_classes="odelt-power",
     )
+    told = config.guidance_max is not None
     guidance = gr.Slider(
-        0,
-        LARGEST_GUIDANCE,
+        *guidance_range(config),
         value=1,
         step=GUIDANCE_STEP,
-        label="Guidance w (1: labels alone; others cost twice)",
+        label=f"Guidance w (1: labels alone; others cost {'nothing' if told else 'twice'})",
         buttons=[],
         visible=config.num_classes > 1,
         elem_id="guidance",

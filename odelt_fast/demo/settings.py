@@ -57,6 +57,13 @@ def solvers(config: DiTConfig) -> tuple[str, ...]:
     return ("euler",) if config.sampling == "consistency" else _FIXED + _ADAPTIVE
 
 
+def guidance_range(config: DiTConfig) -> tuple[float, float]:
+    """Guidance scales that the page offers: of a model that is told them, those it knows."""
+    if config.guidance_max is None:
+        return 0.0, LARGEST_GUIDANCE
+    return 1.0, min(LARGEST_GUIDANCE, config.guidance_max)
+
+
 def offered(
     depth: int, steps: int | None, solver: str, tolerance: float | None, guidance: float | None
 ) -> Operation:
@@ -89,8 +96,9 @@ def check_setting(
         allowed = ", ".join(f"{value:g}" for value in TOLERANCES)
         raise _wrong("tolerance", f"one of {allowed}", dials.tolerance)
     scale, seed = _number(dials.guidance), _number(dials.seed)
-    if not 0 <= scale <= LARGEST_GUIDANCE or scale % GUIDANCE_STEP:
-        allowed = f"from 0 to {LARGEST_GUIDANCE:g} in steps of {GUIDANCE_STEP:g}"
+    least, most = guidance_range(config)
+    if not least <= scale <= most or scale % GUIDANCE_STEP:
+        allowed = f"from {least:g} to {most:g} in steps of {GUIDANCE_STEP:g}"
         raise _wrong("guidance", allowed, dials.guidance)
     if not 0 <= seed <= LARGEST_SEED or seed % 1:
         raise _wrong("seed", f"a whole number from 0 to {LARGEST_SEED}", dials.seed)

@@ -32,8 +32,12 @@ class AdaptiveTrajectory:
         self.tableau, self.limits = operation.tableau, operation.limits
         self.log2_steps = operation.step_index(engine.config.sampling)
         self.depth = engine.max_depth if operation.depth is None else operation.depth
+        self.scales: Tensor | None = None  # (1,), of a network that is told the guidance scale
         with torch.inference_mode(False), torch.no_grad():
             self.null = torch.tensor([engine.config.num_classes], device=engine.device)
+            if operation.told:
+                scale = operation.guidance_scale if operation.is_guided else None
+                self.scales = torch.full((1,), scale or 1.0, device=engine.device)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -42,15 +46,19 @@ class AdaptiveTrajectory:
         interval = self.operation.guidance_interval
         return (self.tableau.name, self.limits, self.log2_steps, self.depth, interval)
 
-    def __call__(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
-        solve = self.prepare(x, labels)
+    def __call__(
+        self, x: Tensor, labels: Tensor | None = None, scales: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        solve = self.prepare(x, labels, scales)
         solve.start()
         repeat(solve.attempt, solve.flag)
         return solve.x, solve.counters
 
-    def prepare(self, x: Tensor, labels: Tensor | None = None) -> DeviceAdaptive:
-        """The solve from x, which is not copied: filled anew it can be solved again. labels are
-        read at every evaluation, too."""
+    def prepare(
+        self, x: Tensor, labels: Tensor | None = None, scales: Tensor | None = None
+    ) -> DeviceAdaptive:
+        """The solve from x, which is not copied: filled anew it can be solved again. labels and
+        scales are read at every evaluation, too."""
         engine, depth = self.engine, self.depth
         guidance = self.guidance if labels is not None else None
         chosen = self.null if labels is None else labels
@@ -62,7 +70,11 @@ class AdaptiveTrajectory:
             condition = engine.condition(t[:1].float() if shared else t.float(), log2_steps)
             if guidance is not None and len(condition) > 1:
                 condition = torch.cat([condition, condition])
-            final = condition + engine.weights.label_embed(chosen)
+            told = scales
+            if told is not None and interval is not None:
+                told = torch.where((t >= interval[0]) & (t <= interval[1]), told, 1.0)
+                told = told[:1] if shared else told
+            final = condition + engine.labels(chosen, told)
             tables = engine.modulations(final + engine.length_rows(depth), final, depth)
             if guidance is None or interval is None:
                 output = engine.velocity(state, tables, depth, guidance)

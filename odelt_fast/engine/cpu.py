@@ -83,7 +83,13 @@ class CpuNetwork:
         self._lock = threading.Lock()
 
     def __call__(
-        self, x: Tensor, t: float | Tensor, log2_steps: float | Tensor, y: Tensor, depth: Any = None
+        self,
+        x: Tensor,
+        t: float | Tensor,
+        log2_steps: float | Tensor,
+        y: Tensor,
+        depth: Any = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
         model = self.model
         patch = model.config.patch_size
@@ -96,10 +102,10 @@ class CpuNetwork:
         usual = isinstance(depth, int | None) and not torch.is_grad_enabled() and not model.training
         length = model.check_depth(depth) if usual else 0
         if not usual or not fits or not model.config.live_blocks(length):
-            return model(x, t, log2_steps, y, depth)
+            return model(x, t, log2_steps, y, depth, guidance)
         with self._lock:
             work = self._memory(x)
-            final = condition = model.condition(t, log2_steps, y)
+            final = condition = model.condition(t, log2_steps, y, guidance)
             if model.config.length_conditioned:
                 condition = final + model.length_embed.weight[length]
             if not model.config.has_inner_ode:

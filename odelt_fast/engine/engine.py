@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast.checks import one_of
-from odelt_fast.model import DiT, position_table
+from odelt_fast.model import DiT, guidance_share, position_table
 
 from .availability import (
     attention_unavailable,
@@ -136,13 +136,22 @@ class Engine:
         return self._positions[height, width]
 
     def condition(self, t: Tensor, log2_steps: Tensor | float) -> Tensor:
-        """Time + step-size embedding (S, D), in float32 at least; t (S,) float32. The label's row
-        is added to it."""
+        """Time + step-size embedding (S, D), in float32 at least; t (S,) float32. That of the label
+        (`labels`) is added to it."""
         index = log2_steps if self.config.step_conditioned else 0
         if not isinstance(index, Tensor):
             index = torch.full((1,), float(index), device=self.device)
         time = self.weights.time_embed(t).to(torch.promote_types(self.dtype, torch.float32))
         return time + self.weights.step_embed(index)
+
+    def labels(self, y: Tensor, guidance: float | Tensor | None = None) -> Tensor:
+        """Label embedding (..., D) of y; with that of the guidance scale, of any shape that
+        broadcasts with y, where the network is told it."""
+        label, embed = self.weights.label_embed(y), self.weights.guidance_embed
+        if embed is None:
+            return label
+        share = guidance_share(guidance, y == self.config.num_classes)
+        return label + embed(share.flatten()).unflatten(0, share.shape)
 
     def length_rows(self, depths: int | Sequence[int]) -> Tensor | float:
         """Length embedding of a depth (D,) or of each depth (len, D), which the blocks see; 0 for
@@ -170,6 +179,7 @@ class Engine:
         log2_steps: float | Tensor,
         y: Tensor,
         depth: int | None = None,
+        guidance: float | Tensor | None = None,
     ) -> Tensor:
         """Velocity (B, C, H, W) in x's dtype; the arguments are those of `DiT.forward`, with one
         depth for all samples."""
@@ -178,7 +188,7 @@ class Engine:
             t = torch.full((1,), float(t), device=self.device)
         if isinstance(log2_steps, Tensor):
             log2_steps = log2_steps.reshape(-1).float()
-        final = self.condition(t.reshape(-1).float(), log2_steps) + self.weights.label_embed(y)
+        final = self.condition(t.reshape(-1).float(), log2_steps) + self.labels(y, guidance)
         tables = self.modulations(final + self.length_rows(depth), final, depth)
         return self.velocity(x, tables, depth)
 

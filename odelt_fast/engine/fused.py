@@ -158,6 +158,7 @@ class Fused:
         count = 0 if inputs[1] is None else len(inputs[1])
         key = ("trajectory", trajectory.key, guidance, tuple(x.shape), count)
         if isinstance(trajectory, AdaptiveTrajectory):
+            inputs = (*inputs, trajectory.scales)
             end, counters = self._run(key, trajectory, inputs, samples, CapturedSolve)
             # All in one: each wait for the GPU takes longer than the copy.
             solution = Solution(end, *counters.cpu())
@@ -169,7 +170,8 @@ class Fused:
             noise = None
             if trajectory.tableau is None and steps > 1:
                 noise = torch.stack([fresh(i) for i in range(steps - 1)])
-            x, finite = self._run(key, trajectory, (*inputs, noise), samples)
+            inputs = (*inputs, noise, trajectory.scales)
+            x, finite = self._run(key, trajectory, inputs, samples)
             status = [DONE if each else NON_FINITE for each in finite.tolist()]
             # Lists at once: by way of tensors they would take as long as a small sample.
             taken, evaluations = [steps] * len(status), [trajectory.evaluations] * len(status)
@@ -181,18 +183,27 @@ class Fused:
         return result
 
     def network(
-        self, x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, depth: int | None = None
+        self,
+        x: Tensor,
+        t: Tensor,
+        log2_steps: Tensor,
+        y: Tensor,
+        depth: int | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """The velocity as the model gives it, with its signature: one evaluation as one graph."""
         engine, depth = self.engine, self.engine.max_depth if depth is None else depth
 
         # Kept with its graph: it must not hold the model.
-        def function(x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor) -> tuple[Tensor]:
-            return (engine(x, t, log2_steps, y, depth),)
+        def function(
+            x: Tensor, t: Tensor, log2_steps: Tensor, y: Tensor, guidance: Tensor | None
+        ) -> tuple[Tensor]:
+            return (engine(x, t, log2_steps, y, depth, guidance),)
 
         t = t.reshape(-1).float()
-        key = ("network", depth, tuple(x.shape), len(t), len(log2_steps), len(y))
-        return self._run(key, function, (x, t, log2_steps, y), len(x))[0]
+        scales = 0 if guidance is None else len(guidance)
+        key = ("network", depth, tuple(x.shape), len(t), len(log2_steps), len(y), scales)
+        return self._run(key, function, (x, t, log2_steps, y, guidance), len(x))[0]
 
     def _run(
         self,

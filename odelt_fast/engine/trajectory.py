@@ -44,7 +44,8 @@ class Trajectory:
     x (B, C, H, W) float32; labels (B,) integer, (1,) for one label on all samples, or None for the
     null label alone, whose modulations are made once and kept. With guidance labels are (2B,):
     first the samples', then as many null labels, which evaluations outside the guidance interval
-    leave out. Consistency models follow a rule of their own in
+    leave out. A network that is told the guidance scale wants `scales` (evaluations,): an input, so
+    that one graph serves all. Consistency models follow a rule of their own in
     place of a tableau, which wants their fresh noise (T - 1, B, C, H, W).
     """
 
@@ -56,7 +57,7 @@ class Trajectory:
         times = evaluation_times(self.tableau, self.times)
         longest = length or engine.max_depth
         self.depths = tuple(longest(t) if callable(longest) else longest for t in times)
-        everywhere = operation.guidance_interval is None
+        everywhere = operation.guidance_interval is None or self.guidance is None
         self.guided = tuple(everywhere or operation.guides(t) for t in times)
         self.evaluation_times = torch.tensor(times, dtype=torch.float32, device=engine.device)
         with torch.inference_mode(False), torch.no_grad():
@@ -64,6 +65,10 @@ class Trajectory:
             # (2, evaluations, D): of the blocks, and of the final layer.
             self.conditions = torch.stack([final + engine.length_rows(self.depths), final])
             self.null = torch.tensor([engine.config.num_classes], device=engine.device)
+            self.scales = None
+            if operation.told:
+                told = [operation.told_scale(t) for t in times]
+                self.scales = torch.tensor(told, dtype=torch.float32, device=engine.device)
             fits = self._steps_at_once(1) >= len(times)
             self.null_table = list(self._modulations(self.null)) if fits else None
 
@@ -79,11 +84,15 @@ class Trajectory:
         return (rule, self.times, self.log2_steps, self.depths, self.guided)
 
     def __call__(
-        self, x: Tensor, labels: Tensor | None = None, fresh: Tensor | None = None
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        fresh: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         engine, predicts_noise = self.engine, self.engine.config.sampling == "diffusion"
         guidance = self.guidance if labels is not None else None
-        modulations = iter(self._modulations(self.null if labels is None else labels))
+        modulations = iter(self._modulations(self.null if labels is None else labels, scales))
         if labels is None and self.null_table is not None:
             modulations = iter(self.null_table)
         if guidance is not None:  # of the samples alone where there is none
@@ -91,8 +100,8 @@ class Trajectory:
                 tables if guided else (tables[0][: len(x)], tables[1][: len(x)])
                 for tables, guided in zip(modulations, self.guided, strict=True)
             )
-        scales = [guidance if guided else None for guided in self.guided]
-        evaluations = enumerate(zip(modulations, self.depths, scales, strict=True))
+        mixed = [guidance if guided else None for guided in self.guided]
+        evaluations = enumerate(zip(modulations, self.depths, mixed, strict=True))
 
         def field(t: float, state: Tensor, log2_steps: float) -> Tensor:
             i, (tables, depth, scale) = next(evaluations)
@@ -120,12 +129,14 @@ class Trajectory:
         columns = 6 * self.engine.config.hidden_size * blocks
         return max(1, TABLE_BYTES // (rows * columns * self.engine.dtype.itemsize))
 
-    def _modulations(self, labels: Tensor) -> Iterator[Tables]:
+    def _modulations(self, labels: Tensor, scales: Tensor | None = None) -> Iterator[Tables]:
         """Modulation of the blocks (R, live*6*D) and of the final layer (R, 2*D) at each
-        evaluation, for labels (R,)."""
+        evaluation, for labels (R,), with the guidance scales that a network is told."""
         rows, count, depth = len(labels), self._steps_at_once(len(labels)), max(self.depths)
-        embedded = self.engine.weights.label_embed(labels)
+        embedded = self.engine.labels(labels)
         for start in range(0, self.evaluations, count):
+            if scales is not None:
+                embedded = self.engine.labels(labels, scales[start : start + count, None])
             conditions = self.conditions[:, start : start + count, None] + embedded
             both = conditions.flatten(1, 2)  # (2, steps*R, D)
             blocks, final = self.engine.modulations(both[0], both[1], depth)

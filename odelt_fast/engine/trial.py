@@ -131,7 +131,9 @@ def operations(
     for depth in dict.fromkeys((way.config.depths[0], way.config.depths[-1])):
         for scale in scales:
             name = f"depth {depth}, {'unguided' if scale is None else 'guided'}"
-            yield name, Operation(depth=depth, steps=steps, guidance_scale=scale, **solver)
+            told = way.config.guidance_max is not None
+            solver |= {"steps": steps, "guidance_scale": scale, "told": told}
+            yield name, Operation(depth=depth, **solver)
 
 
 def noise_and_labels(way: Way, count: int) -> tuple[Tensor, Tensor]:
@@ -154,7 +156,8 @@ def on_host(
         time = torch.as_tensor(t, dtype=torch.float32, device=state.device).reshape(-1)
         step = torch.full((1,), float(log2_steps), device=state.device)
         if scale is None:
-            return network(state, time, step, y, depth=operation.depth).to(state.dtype)
+            told = {"guidance": operation.told_scale(t)} if operation.told else {}
+            return network(state, time, step, y, depth=operation.depth, **told).to(state.dtype)
         time = time.repeat(2) if len(time) > 1 else time
         output = network(state.repeat(2, 1, 1, 1), time, step, both, depth=operation.depth)
         said, null = output.to(state.dtype).chunk(2)
@@ -199,14 +202,15 @@ class Runner:
             trajectory = Trajectory(self.engine, operation)
         guided = trajectory.guidance is not None
         null = torch.full_like(y, way.config.num_classes)
-        inputs = x, torch.cat([y, null]) if guided else y
+        labels = torch.cat([y, null]) if guided else y
+        rest: tuple[Any, ...] = (None, trajectory.scales)[operation.adaptive :]
         if not self.engine.on_gpu:
-            return lambda: trajectory(*inputs)[0], None
+            return lambda: trajectory(x, labels, *rest)[0], None
         key = trajectory.key, trajectory.guidance, len(x)
         # Launched, x is written by an adaptive solve: it begins with a copy.
         return (
-            lambda: trajectory(x.clone(), inputs[1])[0],
-            lambda: self.graphs.run(key, trajectory, inputs, True, kind)[0],
+            lambda: trajectory(x.clone(), labels, *rest)[0],
+            lambda: self.graphs.run(key, trajectory, (x, labels, *rest), True, kind)[0],
         )
 
 

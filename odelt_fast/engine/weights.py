@@ -77,6 +77,7 @@ class PreparedWeights:
         self.modulation = stack_modulations(blocks, self.final_modulation)
         self.time_embed, self.step_embed = model.time_embed, model.step_embed
         self.label_embed = model.label_embed
+        self.guidance_embed = None if config.guidance_max is None else model.guidance_embed
         self.length_embed: Tensor | None = None
         if config.length_conditioned:
             self.length_embed = model.length_embed.weight.detach()
@@ -107,6 +108,7 @@ class PreparedWeights:
         each = sum(layer.nbytes for block in self.blocks[:1] for layer in block.values())
         ends = [
             *self.time_embed.parameters(), *self.step_embed.parameters(), self.label_embed.weight,
+            *(self.guidance_embed.parameters() if self.guidance_embed else ()),
             self.length_embed, self.patch, self.final, self.final_modulation,
         ]  # fmt: skip
         return {

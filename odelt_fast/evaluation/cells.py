@@ -76,7 +76,8 @@ class Cell:
 
     def cost(self, config: DiTConfig) -> float:
         """Blocks to run for an image, for the time left; adaptive solvers: 60 evaluations."""
-        evaluations = (self.operation.steps or 60) * self.operation.rows_per_image
+        rows = 1 if config.guidance_max is not None else self.operation.rows_per_image
+        evaluations = (self.operation.steps or 60) * rows
         return self.live_blocks(config) * evaluations
 
 

@@ -59,7 +59,7 @@ class Sampler:
             torchdiffeq:NAME is torchdiffeq's, with one error for the whole batch. Consistency
             models have a rule of their own in euler's place and take no other.
         guidance_scale: w; None = labels alone, 0 = null label alone, otherwise v_null + w (v_label
-            - v_null).
+            - v_null), two evaluations; one of a model that is told w (`DiTConfig.guidance_max`).
         backend: "fused" runs our kernels, as CUDA graphs (NVIDIA GPUs); "eager" the model,
             "compile" its torch.compile form. "auto" is fused where it can run and else eager, which
             on a GPU warns once with the reason; a backend that was asked for by name raises
@@ -154,7 +154,8 @@ class Sampler:
     @classmethod
     def of(cls, model: DiT, operation: Operation, **options: Any) -> Sampler:
         """The sampler of an operation; options: the other arguments, by name."""
-        return cls(model, **vars(operation), **options)
+        dials = {name: value for name, value in vars(operation).items() if name != "told"}
+        return cls(model, **dials, **options)
 
     def __call__(
         self,

@@ -20,7 +20,8 @@ class VelocityField:
     Guidance scale w: None or 1 uses the labels alone, 0 the null label alone; otherwise v_null + w
     (v_label - v_null), both from one doubled batch, in the channels that the configuration has
     guided. Outside the operation's guidance interval the labels alone: of a time that is a number
-    nothing else is computed. A diffusion model predicts the noise: its
+    nothing else is computed. A network that is told its guidance scale gives the guided velocity
+    itself, in one evaluation. A diffusion model predicts the noise: its
     velocity is that of the probability-flow ODE. `evaluations` counts the network evaluations of
     every image so far: a call adds 1, a guided call 2.
 
@@ -61,11 +62,14 @@ class VelocityField:
         if callable(depth):
             depth = depth(float(t.reshape(-1)[0] if isinstance(t, Tensor) else t))
         state, labels = x, self.labels
+        told = {}
+        if self.operation.told:
+            told["guidance"] = as_vector(self.operation.told_scale(t), x.device)
         guided = self.both is not None and (isinstance(t, Tensor) or self.operation.guides(t))
         if self.both is not None and guided:
             state, labels = torch.cat([x, x]), self.both
             time = time if len(time) == 1 else torch.cat([time, time])
-        output = self.network(state, time, step, labels, depth=depth).to(x.dtype)
+        output = self.network(state, time, step, labels, depth=depth, **told).to(x.dtype)
         self.evaluations += 1
         if self.scale is not None and guided:
             self.evaluations += 1

@@ -13,7 +13,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cpu_rate, measure, report, solver_speed
+from benchmarks import cpu_rate, measure, report, solver_speed, training_speed
 from benchmarks.ceilings import evaluation_bytes, evaluation_flops, floor_seconds
 from benchmarks.jax_peer import JaxPeer
 from benchmarks.kernel_speed import measure_kernel
@@ -21,7 +21,9 @@ from benchmarks.kernel_table import KernelCase
 from benchmarks.measure import summary, take_turns, write_json
 from benchmarks.sampling import CONFIGS, Workload, check, measure_memory, random_model
 from benchmarks.steps import MissingError
+from odelt_fast.config import DiTConfig
 from odelt_fast.operation import Operation
+from tests.helpers.small_model import SMALL
 
 CPU = torch.device("cpu")
 
@@ -334,3 +336,20 @@ def test_cpu_rate_divides_an_evaluation_between_operators(native_cache: Path) ->
     assert any(row[0].startswith("odelt_native::gated_residual 2x") for row in rows)
     assert rows[-1][0] == "all else"
     assert times[:-1] == sorted(times[:-1], reverse=True)
+
+
+def test_steps_of_objectives_are_compared_with_those_of_shortcuts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("shortcuts", "mean-flow, forward mode")
+    some = {name: training_speed.OBJECTIVES[name] for name in names}
+    monkeypatch.setattr(training_speed, "OBJECTIVES", some)
+    options = training_speed.Options(batch=24, rounds=1)
+    rows = training_speed.compare_objectives(options, "cpu", DiTConfig(**SMALL))
+    assert [row["objective"] for row in rows] == list(names)
+    assert [row["time_rows"] for row in rows] == [3, 9]
+    for row in rows:
+        (mine,), (base,) = row["seconds"], row["shortcut_seconds"]
+        assert row["ratio"] == mine / base
+        assert min(row["peak_bytes"], row["shortcut_peak_bytes"]) > 0
+    assert "9 of 24 rows are time rows" in capsys.readouterr().out

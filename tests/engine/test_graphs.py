@@ -287,6 +287,26 @@ def test_every_shape_and_guidance_has_its_own_graph(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.filterwarnings("ignore:the GPU cannot repeat")
+def test_one_graph_serves_every_scale_that_a_network_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = GraphCache(CPU, capture=replayed)
+    run_fused_on_the_cpu(monkeypatch, lambda: cache)
+    model = random_model(sampling="mean_flow", guidance_max=8.0)
+    for solver in ("euler", "dopri5"):
+        for guidance in (None, 1.5, 8.0):
+            fused, eager = (
+                Sampler(model, solver=solver, steps=2, guidance_scale=guidance, backend=backend)
+                for backend in ("fused", "eager")
+            )
+            for seed in (0, 1):
+                expected = eager(3, labels=[4, 1, 10], seed=seed)
+                found = fused(3, labels=[4, 1, 10], seed=seed)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert len(cache.graphs) == 2
+
+
+@pytest.mark.filterwarnings("ignore:the GPU cannot repeat")
 def test_graphs_do_not_keep_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, model = GraphCache(CPU, capture=replayed), random_model()
     run_fused_on_the_cpu(monkeypatch, lambda: cache)

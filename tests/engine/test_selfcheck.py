@@ -88,6 +88,7 @@ def test_an_engine_that_is_right_is_found_right(changes: dict) -> None:
         {"length_conditioned": False},
         {"step_conditioned": False, "num_classes": 1},
         {"time_scale": 1000.0, "sampling": "diffusion"},
+        {"guidance_max": 8.0, "sampling": "mean_flow"},
     ],
     ids=str,
 )

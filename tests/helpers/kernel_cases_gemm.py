@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 from odelt_fast.kernels.attention import attention, attention_reference
+from odelt_fast.kernels.attention_tangent import (
+    attention_tangent,
+    attention_tangent_reference,
+)
 from odelt_fast.kernels.linear import Epilogue, launch_linear, linear, linear_reference
 from odelt_fast.kernels.quantize import FP8, quantize_rows, quantize_rows_reference
 from odelt_fast.kernels.tiles import SPLITS, TILES, Tile, workspace_elements
@@ -217,7 +221,20 @@ def attention_case(rng: random.Random, device: torch.device, dtype: torch.dtype)
     )
     with watched(qkv):
         got = attention(qkv, heads)
-    features = {
+    check_error(
+        "attention",
+        got,
+        packed_axes(qkv, heads, 1).plain(rng, attention_reference, qkv, heads),
+        attention_reference(qkv.double(), heads),
+    )
+    return got
+
+
+def packed_axes(qkv: Tensor, heads: int, copies: int) -> Axes:
+    """The axes of a function of so many packed (B, N, 3*D) and as many results (B, N, D)."""
+    batch, tokens, width = qkv.shape
+    head_dim = width // (3 * heads)
+    features: dict[str, Any] = {
         "d": lambda order: (order["h"][:, None] * head_dim + order["e"]).flatten(),
         "k": (
             lambda order: (
@@ -227,15 +244,37 @@ def attention_case(rng: random.Random, device: torch.device, dtype: torch.dtype)
             ).flatten()
         ),
     }
-    axes = Axes(
-        ("bnk", None), ("bnd",), {"b": batch, "n": tokens, "h": heads, "e": head_dim}, features
+    sizes = {"b": batch, "n": tokens, "h": heads, "e": head_dim}
+    return Axes((*["bnk"] * copies, None), ["bnd"] * copies, sizes, features)
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """q, k, v (B, heads, N, head_dim) of packed (B, N, 3*D), as views."""
+    return tuple(qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4))
+
+
+def attention_tangent_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
+    """Values and tangents of packed projections, as a network has them."""
+    heads = rng.randint(1, 3)
+    head_dim = rng.choice([64, 64, 72, 72, 24, 32, rng.randint(1, 40), rng.randint(65, 128)])
+    batch, tokens = token_shape(rng, heads * head_dim)
+    if batch == 1 and rng.random() < 0.2:
+        tokens, heads, head_dim = rng.randint(60, 270), 1, rng.choice([64, 72])
+    shape = batch, tokens, 3 * heads * head_dim
+    qkv, dqkv = (
+        guarded(rng, shape, dtype, device, rng.choice([0.1, 1.0, most])) for most in (8.0, 3.0)
     )
-    check_error(
-        "attention",
-        got,
-        axes.plain(rng, attention_reference, qkv, heads),
-        attention_reference(qkv.double(), heads),
-    )
+    with watched(qkv, dqkv):
+        got = attention_tangent(*split_heads(qkv, heads), *split_heads(dqkv, heads))
+
+    def plain(qkv: Tensor, dqkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        return attention_tangent_reference(*split_heads(qkv, heads), *split_heads(dqkv, heads))
+
+    results = packed_axes(qkv, heads, 2).results(rng, plain, qkv, dqkv, heads)
+    for name, mine, theirs, exact in zip(
+        ("y", "dy"), got, zip(*results, strict=True), plain(qkv.double(), dqkv.double(), heads)
+    ):
+        check_error(f"attention_tangent {name}", mine, theirs, exact)
     return got
 
 
@@ -295,6 +334,7 @@ CASES = [
     ("linear_split", linear_split_case),
     ("linear_float8", linear_float8_case),
     ("attention", attention_case),
+    ("attention_tangent", attention_tangent_case),
     ("quantize", quantize_case),
 ]
 
@@ -311,5 +351,6 @@ def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
         (product, (x, weight, bias, "gelu", *[None] * 6)),
         (product, (x, weight, None, "none", gate, residual, None, None, None, workspace)),
         (attention, (torch.randn(2, 5, 48), 2)),
+        (attention_tangent, tuple(torch.randn(2, 2, 5, 8) for _ in range(6))),
         (quantize_rows, (x,)),
     ]

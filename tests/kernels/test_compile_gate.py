@@ -52,6 +52,7 @@ def test_one_configuration_of_every_kernel_compiles_well_for_hopper() -> None:
     for operator in (
         "linear/",
         "attention/",
+        "attention_tangent/",
         "quantize/",
         "norm_modulate/",
         "gated_residual/",

@@ -16,11 +16,20 @@ import torch
 from torch import Tensor
 
 from odelt_fast.kernels.attention import attention, head_parts
+from odelt_fast.kernels.attention_tangent import attention_tangent
 from odelt_fast.kernels.linear import FP8, TILES, choose_tile, linear, workspace_elements
 from odelt_fast.kernels.quantize import quantize_rows, quantize_rows_reference
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ("linear", "linear_tiles", "linear_split", "linear_float8", "attention", "quantize")
+KERNELS = (
+    "linear",
+    "linear_tiles",
+    "linear_split",
+    "linear_float8",
+    "attention",
+    "attention_tangent",
+    "quantize",
+)
 CASES = 8
 # The registry alone, so that a fault elsewhere does not hide here.
 RUN = (
@@ -127,6 +136,22 @@ def test_linear_refuses(arguments: dict[str, object], message: str) -> None:
 def test_attention_refuses(qkv: Tensor, heads: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention(qkv, heads)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([torch.randn(2, 2, 5, 8)] * 5 + [torch.randn(2, 2, 6, 8)], "must be of one shape"),
+        ([torch.randn(2, 5, 8)] * 6, "must be of one shape"),
+        ([torch.randn(2, 2, 5, 8)] * 5 + [torch.randn(2, 2, 5, 8).half()], "must be float32"),
+        ([torch.randn(1, 1, 1, 129)] * 6, "head dimensions up to 128 in torch.float32"),
+        ([torch.randn(1, 1, 1, 257).half()] * 6, "head dimensions up to 256 in torch.float16"),
+        ([torch.randn(2, 2, 5, 8)] * 6, "runs on CUDA tensors"),
+    ],
+)
+def test_attention_tangent_refuses(inputs: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention_tangent(*inputs)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from odelt_fast.config import DiTConfig
+from odelt_fast.model import DiT
 from odelt_fast.operation import step_index
 from odelt_fast.sampling.sampler import Sampler
 from odelt_fast.train.config import TrainConfig
+from odelt_fast.train.effects import check_effects
 from odelt_fast.train.loop import Trainer, row_losses, weighted
 from odelt_fast.train.mean_velocity import MeanVelocityOptions
 from odelt_fast.train.objectives.targets import Targets
+from odelt_fast.train.objectives.teacher import start_from
+from odelt_fast.train.recipes import RECIPES
 from tests.helpers.small_model import random_model
-from tests.helpers.training import small_run
+from tests.helpers.training import SMALL, small_run
 
 
 def test_adaptive_weights_carry_no_gradient() -> None:
@@ -44,6 +48,7 @@ def test_any_number_of_steps_is_told(steps: int) -> None:
     assert Sampler(model, steps=min(steps, 10))(2).isfinite().all()
 
 
+TOLD = replace(SMALL, guidance_max=4.0)
 RUN = {"length_consistency_every": 8, "train_batch_size": 16, "checkpointing_steps": 2}
 
 
@@ -59,6 +64,11 @@ RUN = {"length_consistency_every": 8, "train_batch_size": 16, "checkpointing_ste
             ),
         },
         {"objective": "alpha-flow", "target_network": "fast-ema", "guidance_scale": 1.5},
+        {
+            "objective": "alpha-flow",
+            "target_network": "live",
+            "model": TOLD,
+        },
         {"objective": "shortcut", "target_network": "fast-ema", "time_consistency_every": 4},
     ],
     ids=lambda options: f"{options['objective']}-{options.get('target_network', 'ema')}",
@@ -95,6 +105,19 @@ def test_a_run_resumes_bit_by_bit(options: dict[str, Any], tmp_path: Path) -> No
             "mean_velocity.alpha_min has no effect",
         ),
         (
+            {"objective": "alpha-flow", "mean_velocity": MeanVelocityOptions(cfg_beta=2.0)},
+            "mean_velocity.cfg_beta has no effect with model.guidance_max unset",
+        ),
+        ({"objective": "shortcut", "model": TOLD}, "tells the network no guidance scale"),
+        (
+            {"objective": "mean-flow", "model": TOLD, "guidance_scale": 1.5},
+            "the network is told scales from 1 to 4",
+        ),
+        (
+            {"objective": "mean-flow", "model": TOLD, "label_dropout": 0.0},
+            "needs the null label",
+        ),
+        (
             {"objective": "alpha-flow", "mean_velocity": MeanVelocityOptions(tangent="data")},
             "mean_velocity.tangent has no effect",
         ),
@@ -113,8 +136,31 @@ def test_options_without_an_effect_are_refused(options: dict[str, Any], message:
         TrainConfig(**options)
 
 
+@pytest.mark.parametrize(("name", "depths"), [("b", (4, 8, 12)), ("xl", (12, 20, 28))])
+def test_recipes_are_the_papers(name: str, depths: tuple[int, ...]) -> None:
+    recipe = RECIPES[f"imagenet256-{name}-meanflow"]
+    assert recipe.model.depths == depths
+    assert recipe.model_config().sampling == "mean_flow"
+    assert recipe.row_sizes() == {"time": 128, "flow": 96, "length": 32}  # half at d = 0
+    assert (recipe.weight_power, recipe.loss_weight_eps) == (1, 0.01)
+    assert recipe.model.guidance_max == 8
+    # 240 epochs of ImageNet's 1 281 167 images
+    assert recipe.steps * recipe.train_batch_size == pytest.approx(240 * 1_281_167, rel=1e-3)
+    check_effects(replace(recipe, seed=1), recipe)
+
+
 def test_values_that_cannot_be() -> None:
     for options in ({"time_share": 1.5}, {"alpha_fall": (0.5, 0.5)}, {"difference_step": 0.0}):
         with pytest.raises(ValueError, match=next(iter(options))):
             MeanVelocityOptions(**options)  # type: ignore[arg-type]
     assert DiTConfig(sampling="mean_flow").sampling == "mean_flow"
+
+
+def test_a_network_that_is_told_scales_starts_as_what_it_was() -> None:
+    plain = random_model(sampling="mean_flow")
+    told = DiT(replace(plain.config, guidance_max=4.0))
+    start_from(told, plain)
+    x, y = torch.randn(2, 1, 8, 8), torch.tensor([1, 10])
+    assert torch.equal(told(x, 0.5, 1.5, y, guidance=3.0), plain(x, 0.5, 1.5, y))
+    with pytest.raises(ValueError, match=r"set --model\.guidance-max 4"):
+        start_from(plain, told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -145,6 +146,70 @@ def test_targets_are_those_of_automatic_differentiation(
 
 
 @every_kind
+def test_targets_of_a_network_that_is_told_its_guidance_scale(kind: str) -> None:
+    """Improved MeanFlow's: v + (1 - 1/w)(u(label, w) - u(null)), w of each row; the length rows'
+    teacher is told the same."""
+    plain = network()
+    model = DiT(replace(plain.config, guidance_max=6.0)).double()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    for weight in model.guidance_embed.parameters():
+        nn.init.normal_(weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    batch = double(batch_of(4))
+    objective = replace(objective_of(kind), guidance_max=6.0)
+    networks = Networks(live=refused, ema=refused, chosen=model)
+    targets = LengthConsistency(objective, (2, 4, 6), 4, "student")(networks, batch)
+    w, depth, x, t, y = targets.guidance, targets.depth, targets.x_t, targets.t, targets.y
+    assert w is not None
+    assert depth is not None
+    assert bool(((w >= 1) & (w <= 6)).all())
+    null = torch.full_like(y, CLASSES)
+    with torch.no_grad():
+        own, without = (model(x, t, 7.0, label, depth=depth, guidance=w) for label in (y, null))
+    # The null label's row is the same whatever it is told.
+    assert torch.equal(without, model(x, t, 7.0, null, depth=depth).detach())
+    v = batch.images - batch.noise().double()
+    v = v + (1 - 1 / w.double())[:, None, None, None] * (own - without)
+    n, last = ROWS, slice(BATCH - 4, BATCH)
+    assert relative_error(targets.velocity[n:-4], v[n:-4]) < 1e-6
+    other = [(2, 4, 6)[i] for i in batch.draws.integers("teacher_depth", last, 3).tolist()]
+    taught = model(x[last], t[last], 7.0, y[last], depth=other, guidance=w[last])
+    assert relative_error(targets.velocity[last], taught.detach()) < 1e-6
+
+    def told(x: Tensor, t: Tensor, k: Tensor, y: Tensor, depth: Any) -> Tensor:
+        return model(x, t, k, y, depth=depth, guidance=w[:n])
+
+    _, s = objective.drawn_pairs(batch)
+    x, t, y, v, depth = x[:n], t[:n], y[:n], v[:n], depth[:n]
+    if kind == "alpha-flow":
+        alpha = objective.alpha(batch.step)  # type: ignore[attr-defined]
+        leap = (s - t)[:, None, None, None].double() * alpha
+        with torch.no_grad():
+            later = u(told, x + leap * v, t + alpha * (s - t), s, y, depth)
+        expected = alpha * v + (1 - alpha) * later
+    else:
+        expected = mean_velocity(told, kind, v, x, t, s, y, depth)
+    bound = 2e-2 if kind == "mean-flow-difference" else 1e-6
+    assert relative_error(targets.velocity[:n], expected) < bound
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+def test_told_scales_have_their_density(beta: float) -> None:
+    """w^-beta between 1 and the largest: P(w < 2) by its integral."""
+    objective = replace(objective_of("alpha-flow", cfg_beta=beta), guidance_max=8.0)
+    drawn = [objective.drawn_guidance(batch_of(step)) for step in range(200)]
+    scales = torch.cat([each for each in drawn if each is not None])
+    assert len(scales) == 200 * BATCH
+    assert 1 <= scales.min() < 1.05
+    assert scales.max() <= 8
+
+    def integral(largest: float) -> float:
+        return math.log(largest) if beta == 1 else (largest ** (1 - beta) - 1) / (1 - beta)
+
+    share = (scales < 2).float().mean().item()
+    assert share == pytest.approx(integral(2) / integral(8), abs=0.02)
+
+
+@every_kind
 def test_targets_at_real_times(kind: str) -> None:
     """The same where times are float64, so that a small difference is a derivative."""
     model, batch = Smooth(), double(batch_of(4))
@@ -249,8 +314,8 @@ class Gaussians:
     """Noise N(0, 1), data N(m, c^2), independent: velocity and mean velocity in closed form, as a
     network that is told -log2 d. Every label has its own m; the null label another.
 
-    Guidance moves m alone: with scale w it is the flow to m_null + w (m - m_null), and `scale` is
-    that of the network's labels.
+    Guidance moves m alone: with scale w it is the flow to m_null + w (m - m_null). w is `scale`, or
+    what the network is told.
     """
 
     c = 0.4
@@ -258,7 +323,7 @@ class Gaussians:
     def __init__(self, scale: float | None = None) -> None:
         self.scale = 1.0 if scale is None else scale
 
-    def mean_of(self, y: Tensor, scale: float | Tensor) -> Tensor:
+    def mean_of(self, y: Tensor, scale: Any) -> Tensor:
         """Mean of the data (B, 1, 1, 1)."""
         null, label = -0.2, 0.7 - 0.1 * y
         mean = torch.where(y == CLASSES, null, null + scale * (label - null))
@@ -269,8 +334,10 @@ class Gaussians:
         slope = (t * (1 + self.c**2) - 1) / ((1 - t) ** 2 + (t * self.c) ** 2)  # std'/std
         return m + slope * (x - t * m)
 
-    def __call__(self, x: Tensor, t: Tensor, k: Tensor, y: Tensor, depth: Any = None) -> Tensor:
-        m, d = self.mean_of(y, self.scale), torch.exp2(-k)
+    def __call__(
+        self, x: Tensor, t: Tensor, k: Tensor, y: Tensor, depth: Any = None, guidance: Any = None
+    ) -> Tensor:
+        m, d = self.mean_of(y, self.scale if guidance is None else guidance), torch.exp2(-k)
         instant = self.velocity(x, t, m)
         t, d = t[:, None, None, None], d[:, None, None, None]
         std, later = (((1 - s) ** 2 + (s * self.c) ** 2).sqrt() for s in (t, t + d))
@@ -278,11 +345,15 @@ class Gaussians:
         return torch.where((k == 7)[:, None, None, None], instant, leap)
 
 
-@pytest.mark.parametrize("scale", [None, 2.5])
+@pytest.mark.parametrize("scale", [None, 2.5, "told"])
 @every_kind
-def test_a_flow_in_closed_form_is_a_fixed_point(kind: str, scale: float | None) -> None:
-    """The expected target is u itself; of alpha-flow up to alpha, which divides its errors."""
-    oracle, generator = Gaussians(scale), torch.Generator().manual_seed(0)
+def test_a_flow_in_closed_form_is_a_fixed_point(kind: str, scale: Any) -> None:
+    """The expected target is u itself; of alpha-flow up to alpha, which divides its errors. Scales
+    that the network is told differ from row to row."""
+    generator, told = torch.Generator().manual_seed(0), None
+    if scale == "told":
+        scale, told = None, 1 + 3 * torch.rand(ROWS, generator=generator).double()
+    oracle = Gaussians(scale)
     t = 0.9 * torch.rand(ROWS, generator=generator).double()
     s = t + (1 - t) * (0.05 + 0.95 * torch.rand(ROWS, generator=generator).double())
     x = torch.randn(ROWS, 1, 2, 2, generator=generator).double()
@@ -290,14 +361,14 @@ def test_a_flow_in_closed_form_is_a_fixed_point(kind: str, scale: float | None) 
     # The conditional velocity, of which what is drawn, data less noise, is the mean.
     rows = Targets(x, t, torch.zeros(ROWS), y, oracle.velocity(x, t, oracle.mean_of(y, 1.0)))
     batch = replace(batch_of(), step=12)  # after alpha's fall
-    exact = oracle(x, t, -torch.log2(s - t), y)
+    exact = oracle(x, t, -torch.log2(s - t), y, guidance=told)
+    rows = replace(rows, guidance=told)
 
     def taught(**options: Any) -> Tensor:
         objective = objective_of(kind, scale, **options)
         pairs = rows
-        if scale is not None:
-            v = objective._guided_velocity(oracle, rows, None, scale)
-            pairs = replace(rows, velocity=v)
+        if scale is not None or told is not None:
+            pairs = replace(rows, velocity=objective.guided_velocity(oracle, rows, None))
         return objective.taught(oracle, pairs, s, None, batch)
 
     if kind != "alpha-flow":

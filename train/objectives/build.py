@@ -44,21 +44,21 @@ def _method(config: TrainConfig) -> Objective:
         "guided_channels": config.model.guided_channels,
         "compat": config.compat == "reference",
     }
+    velocities: dict[str, Any] = {
+        "time_rows": rows,
+        "options": config.mean_velocity,
+        "guidance_max": config.model.guidance_max,
+    }
     match config.objective:
         case "shortcut":
             return Shortcut(time_rows=rows, **common)
         case "shortcut-models":
             return ShortcutModels(time_rows=rows, **common)
         case "mean-flow":
-            return MeanFlow(time_rows=rows, options=config.mean_velocity, **common)
+            return MeanFlow(**velocities, **common)
         case "alpha-flow":
-            return AlphaFlow(
-                time_rows=rows,
-                options=config.mean_velocity,
-                total_steps=config.steps,
-                weight_power=config.weight_power,
-                **common,
-            )
+            power = config.weight_power
+            return AlphaFlow(total_steps=config.steps, weight_power=power, **velocities, **common)
         case "live-reflow":
             return LiveReflow(reflow_rows=rows, **common)
         case "flow":

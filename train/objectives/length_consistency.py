@@ -47,7 +47,8 @@ class LengthConsistency:
                 taught = networks.teacher(x_t, t, torch.full_like(index, NUM_STEP_INDICES - 1), y)
             else:
                 other = self._drawn_depths(batch, "teacher_depth", first)
-                taught = networks.target(x_t, t, index, y, depth=other)
+                told = targets.told(slice(first, None))
+                taught = networks.target(x_t, t, index, y, depth=other, **told)
             velocity = torch.cat([velocity[:first], taught.to(velocity.dtype)])
         return replace(targets, depth=depth, velocity=velocity)
 

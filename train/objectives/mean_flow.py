@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from odelt_fast.train.draws import to_device
+from odelt_fast.train.forward_mode import derivative
 from odelt_fast.train.mean_velocity import MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
 from odelt_fast.train.paths import as_rows
 
@@ -32,10 +32,15 @@ class MeanVelocity(Method):
     others two sorted times. Velocity rows: t a multiple of 1/T, target v. v is x1 - x0, or with
     a guidance scale w, in rows with a label, u(null) + w (x1 - x0 - u(null)) with the teacher's
     u(x_t, t, t) of the null label (MeanFlow, equation 19 with kappa = 0): one step is then guided.
+
+    guidance_max: the network is told a scale w from 1 to it, of density w^-cfg_beta, in each row,
+    and v is x1 - x0 + (1 - 1/w) (u(label, w) - u(null)) (improved MeanFlow): the same in the mean,
+    with the variance of x1 - x0 whatever the scale.
     """
 
     time_rows: int
     options: MeanVelocityOptions = MEAN_VELOCITY_DEFAULTS
+    guidance_max: float | None = None
 
     @torch.no_grad()
     def __call__(self, networks: Networks, batch: StepBatch) -> Targets:
@@ -48,15 +53,14 @@ class MeanVelocity(Method):
         x_t = torch.lerp(noise, batch.images, as_rows(t, noise).to(noise.dtype))
         v = batch.images - noise
         index = self.index_of(t, s)
-        targets = Targets(x_t, t, index, y, v)
+        targets = Targets(x_t, t, index, y, v, guidance=self.drawn_guidance(batch))
         # bfloat16 would drown the derivative in rounding.
         with torch.autocast(v.device.type, enabled=False):
-            if self.guidance_scale is not None:
-                v = self._guided_velocity(
-                    networks.target, targets, networks.depths, self.guidance_scale
-                )
+            if self.guidance_scale is not None or self.guidance_max is not None:
+                v = self.guided_velocity(networks.target, targets, networks.depths)
             if n:
-                pairs = Targets(x_t[rows], t[rows], index[rows], y[rows], v[rows])
+                told = targets.told(rows).get("guidance")
+                pairs = Targets(x_t[rows], t[rows], index[rows], y[rows], v[rows], guidance=told)
                 taught = self.taught(networks.target, pairs, s[rows], networks.depth(rows), batch)
                 v = torch.cat([taught, v[n:]])
         return replace(targets, velocity=v, weight=self.weights(batch, n))
@@ -90,13 +94,27 @@ class MeanVelocity(Method):
         s = torch.where(on_grid, start + 1 / sections, last)
         return to_device(t, batch.images.device), to_device(s, batch.images.device)
 
-    def _guided_velocity(
-        self, teacher: Model, rows: Targets, depth: Depths, scale: float
-    ) -> Tensor:
-        """v_null + w (v - v_null) in rows with a label, v in the others."""
+    def drawn_guidance(self, batch: StepBatch) -> Tensor | None:
+        """The scales (B,) that the network is told; None where it is not."""
+        if self.guidance_max is None:
+            return None
+        uniform = batch.draws.uniform("guidance", batch.rows).double()
+        largest, power = math.log(self.guidance_max), 1 - self.options.cfg_beta
+        if power:  # log(1 + u (max^power - 1)) / log(max^power), which is u as power falls to 0
+            uniform = torch.log1p(uniform * math.expm1(power * largest)) / (power * largest)
+        return to_device(torch.exp(uniform * largest).float(), batch.images.device)
+
+    def guided_velocity(self, teacher: Model, rows: Targets, depth: Depths) -> Tensor:
+        """v with guidance in rows with a label, v in the others."""
         null, index = torch.full_like(rows.y, self.num_classes), self._finest(rows.t)
-        without = teacher(rows.x_t, rows.t, index, null, depth=depth)
-        mixed = torch.lerp(without, rows.velocity, scale)
+        without = teacher(rows.x_t, rows.t, index, null, depth=depth, **rows.told())
+        if rows.guidance is None:
+            assert self.guidance_scale is not None
+            mixed = torch.lerp(without, rows.velocity, self.guidance_scale)
+        else:
+            own = teacher(rows.x_t, rows.t, index, rows.y, depth=depth, **rows.told())
+            share = as_rows(1 - 1 / rows.guidance, own)
+            mixed = rows.velocity + share * (own - without)
         if self.guided_channels is not None:
             mixed[:, self.guided_channels :] = rows.velocity[:, self.guided_channels :]
         return torch.where(as_rows(rows.y == null, mixed), rows.velocity, mixed)
@@ -118,23 +136,20 @@ class MeanFlow(MeanVelocity):
     ) -> Tensor:
         x, t, y, tangent = pairs.x_t, pairs.t, pairs.y, pairs.velocity
         if self.options.tangent == "network":
-            tangent = teacher(x, t, self._finest(t), y, depth=depth)
-        derivative = self.difference if self.options.derivative == "difference" else self.jvp
+            tangent = teacher(x, t, self._finest(t), y, depth=depth, **pairs.told())
+        along = self.difference if self.options.derivative == "difference" else self.jvp
         d = as_rows(s - t, x)
-        return pairs.velocity + d * derivative(teacher, pairs, s, tangent, depth)
+        return pairs.velocity + d * along(teacher, pairs, s, tangent, depth)
 
     def jvp(
         self, teacher: Model, pairs: Targets, s: Tensor, tangent: Tensor, depth: Depths
     ) -> Tensor:
-        """Forward-mode: exact, without a graph; attention in its math form, the only one that has
-        it."""
+        """Forward-mode: exact, without a graph."""
 
         def u(x: Tensor, t: Tensor) -> Tensor:
-            return teacher(x, t, self.index_of(t, s), pairs.y, depth=depth)
+            return teacher(x, t, self.index_of(t, s), pairs.y, depth=depth, **pairs.told())
 
-        with sdpa_kernel(SDPBackend.MATH):
-            inputs, tangents = (pairs.x_t, pairs.t), (tangent, torch.ones_like(pairs.t))
-            return torch.func.jvp(u, inputs, tangents)[1]
+        return derivative(u, (pairs.x_t, pairs.t), (tangent, torch.ones_like(pairs.t)))
 
     def difference(
         self, teacher: Model, pairs: Targets, s: Tensor, tangent: Tensor, depth: Depths
@@ -144,7 +159,9 @@ class MeanFlow(MeanVelocity):
         sides = [(pairs.x_t + sign * e * tangent, pairs.t + sign * e) for sign in (1.0, -1.0)]
         x, t = (torch.cat(values) for values in zip(*sides, strict=True))
         index = self.index_of(t, torch.cat([s, s]))
-        both = teacher(x, t, index, torch.cat([pairs.y] * 2), depth=depth and depth * 2)
+        y = torch.cat([pairs.y, pairs.y])
+        told = {name: torch.cat([value, value]) for name, value in pairs.told().items()}
+        both = teacher(x, t, index, y, depth=depth and depth * 2, **told)
         after, before = both.chunk(2)
         return (after - before) / (2 * e)
 
@@ -179,7 +196,8 @@ class AlphaFlow(MeanVelocity):
             return v
         leap = alpha * (s - pairs.t)
         x, t = pairs.x_t + as_rows(leap, v) * v, pairs.t + leap
-        return torch.lerp(teacher(x, t, self.index_of(t, s), pairs.y, depth=depth), v, alpha)
+        later = teacher(x, t, self.index_of(t, s), pairs.y, depth=depth, **pairs.told())
+        return torch.lerp(later, v, alpha)
 
     def weights(self, batch: StepBatch, rows: int) -> Tensor | None:
         weight = torch.ones(len(batch), device=batch.images.device)

@@ -99,6 +99,11 @@ class Targets:
     velocity: Tensor  # (B, C, H, W); for the diffusion baseline, the noise
     depth: Depths = None  # on the host, where the schedule of shrinking prefixes is made
     weight: Tensor | None = None  # (B,), of the rows' squared errors; None: 1
+    guidance: Tensor | None = None  # (B,), scales that a network is told; None: it is not
+
+    def told(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """What networks are told of these rows beside their other inputs."""
+        return {} if self.guidance is None else {"guidance": self.guidance[rows]}
 
 
 Objective = Callable[[Networks, StepBatch], Targets]  # a training method; builds no graph

@@ -62,6 +62,8 @@ def start_from(model: DiT, source: DiT, wiring: Wiring | None = None) -> str | N
         )
     if has.length_conditioned and has.has_inner_ode != wanted.has_inner_ode:
         check_same(what, has, wanted, "inner_step")
+    if has.guidance_max is not None:  # a network that is told scales anew starts silent
+        check_same(what, has, wanted, "guidance_max")
     conventional = wanted.length_conditioned and not has.length_conditioned
     state, remarks = {**model.state_dict(), **source.state_dict()}, list[str]()
     if has.num_classes != wanted.num_classes:
