@@ -65,7 +65,11 @@ def operators(heads: int, patch: int, suffix: str = "") -> dict[str, Operator]:
     norm, residual, linear = load("norm_modulate"), load("gated_residual"), load("linear")
     group, last_group = load("group_end"), load("group_end", "last_group_end")
     attention, patch_embed = load("attention"), load("patch", "patch_embed")
+    tangent = load("attention_tangent")
     final_euler = load("final_layer", "final_euler")
+
+    def split(qkv: Tensor) -> Tensor:
+        return qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
 
     def inner(x: Tensor, y: Tensor, table: Tensor) -> Any:
         size = x.shape[2]
@@ -88,6 +92,7 @@ def operators(heads: int, patch: int, suffix: str = "") -> dict[str, Operator]:
             x, weight, bias, activation, None, None, x_scale, weight_scale, torch.bfloat16
         ),
         "attention": lambda qkv: attention(qkv, heads),
+        "attention_tangent": lambda qkv, dqkv: tangent(*split(qkv), *split(dqkv)),
         "modulation": load("modulation"),
         "patch_embed": lambda *tensors: patch_embed(*tensors, patch),
         "final_euler": lambda *tensors: final_euler(*tensors, patch, 0.25),
@@ -156,6 +161,10 @@ def cases(config: DiTConfig, batch: int, dtype: torch.dtype, cuda: bool) -> Iter
         "attention", 4 * passed, 4.0 * rows * tokens * size,
         lambda draw: [draw(batch, tokens, 3 * size)], f"{batch}x{heads}x{tokens}",
         others={name: attention_by(name, plain["attention"]) for name in names},
+    )  # fmt: skip
+    yield case(  # of training's forward mode: three products each for scores and values
+        "attention_tangent", 8 * passed, 12.0 * rows * tokens * size,
+        lambda draw: [draw(batch, tokens, 3 * size) for _ in range(2)], f"{batch}x{heads}x{tokens}",
     )  # fmt: skip
     columns = 6 * size * config.depth
     for labels in sorted({1, min(batch, 16), batch}):

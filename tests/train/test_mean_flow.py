@@ -18,7 +18,7 @@ from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.effects import check_effects
 from odelt_fast.train.loop import Trainer, row_losses, weighted
 from odelt_fast.train.mean_velocity import MeanVelocityOptions
-from odelt_fast.train.objectives.targets import Targets
+from odelt_fast.train.objectives.targets import Networks, StepBatch, Targets
 from odelt_fast.train.objectives.teacher import start_from
 from odelt_fast.train.recipes import RECIPES
 from tests.helpers.small_model import random_model
@@ -164,3 +164,30 @@ def test_a_network_that_is_told_scales_starts_as_what_it_was() -> None:
     assert torch.equal(told(x, 0.5, 1.5, y, guidance=3.0), plain(x, 0.5, 1.5, y))
     with pytest.raises(ValueError, match=r"set --model\.guidance-max 4"):
         start_from(plain, told)
+
+
+@pytest.mark.parametrize("name", ["ema", "live", "fast-ema"])
+def test_the_chosen_network_makes_a_runs_targets(name: str, tmp_path: Path) -> None:
+    trainer = Trainer(small_run(tmp_path, objective="mean-flow", target_network=name, **RUN))
+    objective, seen = trainer.objective, list[Any]()
+
+    def watched(networks: Networks, batch: StepBatch) -> Targets:
+        seen.append(networks.target)
+        return objective(networks, batch)
+
+    trainer.objective = watched
+    trainer.step()
+    networks = {"ema": trainer.ema, "live": trainer.model, "fast-ema": trainer.fast}
+    assert [id(each) for each in seen] == [id(networks[name])]
+
+
+def test_the_fast_average_keeps_its_share(tmp_path: Path) -> None:
+    """Of itself (1 + n)/(10 + n) at step n, at most fast_ema_decay."""
+    options = {"objective": "mean-flow", "target_network": "fast-ema", "fast_ema_decay": 0.2}
+    trainer = Trainer(small_run(tmp_path, **RUN, **options))
+    assert trainer.fast is not None
+    average = trainer.weights["patch_embed.weight"].detach().clone()
+    for keep in (1 / 10, 2 / 11, 0.2):
+        trainer.step()
+        average = keep * average + (1 - keep) * trainer.weights["patch_embed.weight"].detach()
+        torch.testing.assert_close(trainer.fast.patch_embed.weight, average)
