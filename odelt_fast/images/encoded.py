@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from odelt_fast.checks import Size
 
-from .pixels import Store, check_images, decode_image, num_threads
+from .pixels import Store, check_images, decode_image, num_threads, reading
 from .sources import (
     Batch,
     Flips,
@@ -92,15 +92,18 @@ class EncodedImages(ImageSource):
         return flip_rows(images, flips), labels
 
     def _decode_all(self, indices: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        if not len(indices):
+            return []
+        read = reading(self._store, self._rows[indices])
         if self._small or len(indices) < 2 or num_threads() == 1:
-            return [self._decode(int(index)) for index in indices]
+            return [self._decode(int(index), read) for index in indices]
         # Made for each batch: a pool kept over a fork would wait for ever.
         with ThreadPoolExecutor(num_threads()) as pool:
-            return list(pool.map(lambda index: self._decode(int(index)), indices))
+            return list(pool.map(lambda index: self._decode(int(index), read), indices))
 
-    def _decode(self, index: int) -> tuple[np.ndarray, int]:
+    def _decode(self, index: int, read: Callable[[int], bytes | str]) -> tuple[np.ndarray, int]:
         def decode(index: int) -> np.ndarray:
-            encoded = self._store.encoded(int(self._rows[index]))
+            encoded = read(int(self._rows[index]))
             pixels = decode_image(encoded, self._resize, self.channels)
             if pixels.shape[1:] != self.image_shape[1:]:
                 raise ValueError("its size has changed")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from odelt_fast.files import one_line
+from odelt_fast.storage.places import Place
 
 _SPLITS = {
     "train": "train|training",
@@ -79,6 +80,24 @@ def files_of_split(folder: Path, kind: str, split: str, left_out: Counter[str]) 
     """
     ending = f".{kind.lower()}"
     files = files_below(folder, "", lambda path: path.lower().endswith(ending), left_out)
+    return [os.path.join(folder, path) for path in _of_split(folder, files, kind, split, left_out)]
+
+
+def urls_of_split(folder: str, kind: str, split: str, left_out: Counter[str]) -> list[str]:
+    """`files_of_split` of a folder behind a URL."""
+    place, ending = Place(folder), f".{kind.lower()}"
+    files = []
+    for path in place.files():
+        if path.lower().endswith(ending):
+            files.append(path)
+        else:
+            left_out[one_line(os.path.splitext(path)[1].lower(), 20) or "without ending"] += 1
+    return [place.full(path) for path in _of_split(folder, files, kind, split, left_out)]
+
+
+def _of_split(
+    folder: str | Path, files: list[str], kind: str, split: str, left_out: Counter[str]
+) -> list[str]:
     splits = {path: split_of(path) for path in files}
     if not any(splits.values()):
         splits = dict.fromkeys(files, "train")
@@ -88,8 +107,8 @@ def files_of_split(folder: Path, kind: str, split: str, left_out: Counter[str]) 
         raise ValueError(
             f"{folder} has no {kind} file of the split {split!r}; it has {', '.join(sorted(known))}"
         )
-    left_out[f"{ending} of no split"] += sum(name is None for name in splits.values())
-    return [os.path.join(folder, path) for path in chosen]
+    left_out[f".{kind.lower()} of no split"] += sum(name is None for name in splits.values())
+    return chosen
 
 
 def check_split(file: str, split: str) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from odelt_fast.checks import Size, check_size, whole
 from odelt_fast.files import one_line
+from odelt_fast.storage.places import Place, is_url
 
 from .arrays import ArrayImages
 from .digits import DigitsSource
 from .encoded import EncodedImages
 from .folders import open_folder
 from .foreign_latents import is_repa, open_fast_dit, open_repa
+from .lance_tables import open_lance
 from .latents import LatentSource
 from .listing import files_below
 from .parquet import open_parquet
@@ -22,10 +24,11 @@ from .pixels import Opened, image_endings
 from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from .sources import ImageSource
 from .tables import SAVED_MARKS, Choice, open_dataset
-from .webdataset import is_url, open_shards
+from .webdataset import open_shards
 
 _FILES = {".parquet": "parquet", ".npz": "arrays", ".tar": "shards"}
-_TABLES = ("dataset", "parquet", "shards")
+_TABLES = ("dataset", "parquet", "shards", "lance")
+_TABLES_BY_ENDING = ((".parquet", "parquet"), (".tar", "shards"))
 
 
 def open_source(
@@ -46,8 +49,11 @@ def open_source(
               of train/ and test/ with class folders, or of images (one class)
             - a Parquet file, or a folder of them, with columns of images and labels as Hugging
               Face `datasets` writes them
-            - WebDataset shards: a .tar file, a folder of them, or their names or URLs (of any file
-              system of fsspec) with braces, shard-{000..011}.tar
+            - WebDataset shards: a .tar file, a folder of them, or their names or URLs with braces,
+              shard-{000..011}.tar
+            - a Lance table (x.lance), or the folder of one
+            - a URL, of any file system of fsspec, of a Parquet file, a Lance table, shards, or a
+              folder of these
             - the id of a data set on the Hugging Face Hub (user/name, user/name:config), or a
               folder made by its `save_to_disk`
             - a .npz file with images as arr_0 (`ArrayImages`)
@@ -122,10 +128,22 @@ def _open_store(data: str, path: Path, kind: str, split: str, choice: Choice) ->
     if kind == "dataset":
         return open_dataset(str(path) if path.exists() else data, split, choice)
     if kind == "parquet":
-        return open_parquet(path, split, choice)
+        return open_parquet(data if is_url(data) else path, split, choice)
+    if kind == "lance":
+        return open_lance(_table_of(data, path), split, choice)
     if kind == "shards":
         return open_shards(data if is_url(data) else str(path), split, choice)
     return open_folder(path, split)
+
+
+def _table_of(data: str, path: Path) -> str:
+    """The path or URL of the Lance table that data are, or that lies in them."""
+    place = Place(data if is_url(data) else path)
+    names = place.names()
+    if "_versions" in names:
+        return place.name
+    (table,) = (name for name in names if name.endswith(".lance"))
+    return place.full(table)
 
 
 def _open_latents(folder: Path, image_size: Size | None, channels: int | None) -> LatentSource:
@@ -172,7 +190,7 @@ def _kind(path: Path, data: str) -> str:
     if re.search(r"\.tar($|[?#])", data) and (is_url(data) or re.search(r"[{*]", data)):
         return "shards"
     if is_url(data):
-        raise ValueError(f"{data} is a URL of no known kind: give those of .tar files")
+        return _kind_behind(data)
     if not path.is_dir() or not data:
         files = {*_FILES, ".npy", ".json", *image_endings()}
         is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data)
@@ -193,7 +211,26 @@ def _kind(path: Path, data: str) -> str:
         return "dataset"
     if "dataset.json" in names and files_below(path, "", is_repa, Counter()):
         return "latents"
-    for ending, kind in ((".parquet", "parquet"), (".tar", "shards")):
+    if "_versions" in folders or sum(name.endswith(".lance") for name in folders) == 1:
+        return "lance"
+    for ending, kind in _TABLES_BY_ENDING:
         if any(any(path.glob(pattern)) for pattern in (f"*{ending}", f"*/*{ending}")):
             return kind
     return "folder"
+
+
+def _kind_behind(url: str) -> str:
+    """parquet, shards or lance; ValueError for URLs of anything else."""
+    if url.lower().endswith(".parquet"):
+        return "parquet"
+    names = Place(url).names()
+    if "_versions" in names or sum(name.endswith(".lance") for name in names) == 1:
+        return "lance"
+    endings = {os.path.splitext(path)[1].lower() for path in names and Place(url).files()}
+    for ending, kind in _TABLES_BY_ENDING:
+        if ending in endings:
+            return kind
+    raise ValueError(
+        f"{url} is a URL of no known kind: give those of .tar or .parquet files, a .lance table, or"
+        " of a folder of them that is there"
+    )

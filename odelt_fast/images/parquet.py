@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from odelt_fast.files import cache_folder, locked, one_line, problem_of, write_atomically
+from odelt_fast.storage.places import fetched, is_url
 
-from .listing import check_split, files_of_split
+from .listing import check_split, files_of_split, urls_of_split
 from .pixels import Opened, image_endings
 from .tables import (
     NO_CHOICE,
@@ -33,8 +35,9 @@ from .tables import (
 _IN_MEMORY, _IN_COPIES = 1 << 30, 64 << 20
 
 
-def open_parquet(place: Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
-    """A Parquet file, or those of a split below a folder, with the same columns.
+def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
+    """A Parquet file, or those of a split below a folder, with the same columns. Behind URLs they
+    are copied into the cache folder.
 
     Returns:
         The images, labels (N,) int64 and class names.
@@ -48,11 +51,16 @@ def open_parquet(place: Path, split: str, choice: Choice = NO_CHOICE) -> Opened:
     except ImportError:
         raise ValueError("reading Parquet needs pyarrow: pip install 'odelt-fast[eval]'") from None
     left_out: Counter[str] = Counter()
-    if place.is_dir():
-        files = files_of_split(place, "Parquet", split, left_out)
+    if is_url(str(place)):
+        alone = str(place).lower().endswith(".parquet")
+        urls = [str(place)] if alone else urls_of_split(str(place), "Parquet", split, left_out)
+        files = [str(fetched(url)) for url in urls]
+    elif os.path.isdir(place):
+        files = files_of_split(Path(place), "Parquet", split, left_out)
     else:
-        check_split(str(place), split)
         files = [str(place)]
+    if len(files) == 1:
+        check_split(files[0], split)
     columns: Columns | None = None
     labels = []
     for file in files:

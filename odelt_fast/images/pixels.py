@@ -8,9 +8,10 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -303,7 +304,7 @@ def _check_all(store: Store, one_size: bool) -> Check:
         total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False
     )
     with ThreadPoolExecutor(num_threads()) as pool, progress:
-        inspected = pool.map(lambda chunk: [_inspect(store, row) for row in chunk], chunks)
+        inspected = pool.map(partial(_inspect_all, store), chunks)
         for chunk, results in zip(chunks, inspected):
             for row, result in zip(chunk, results):
                 if isinstance(result, str):
@@ -321,10 +322,22 @@ def _check_all(store: Store, one_size: bool) -> Check:
     return Check(len(store), skipped, size, other, grey)
 
 
-def _inspect(store: Store, row: int) -> tuple[int, int, bool] | str:
+def reading(store: Store, rows: Sequence[int] | np.ndarray) -> Callable[[int], bytes | str]:
+    """`store.encoded`, for which a store that can (`together`) has fetched these rows at once."""
+    together = getattr(store, "together", None)
+    read: Callable[[int], bytes | str] = together(rows) if together else store.encoded
+    return read
+
+
+def _inspect_all(store: Store, rows: range) -> list[tuple[int, int, bool] | str]:
+    read = reading(store, rows)
+    return [_inspect(read, row) for row in rows]
+
+
+def _inspect(read: Callable[[int], bytes | str], row: int) -> tuple[int, int, bool] | str:
     encoded: bytes | str = b""
     try:
-        encoded = store.encoded(row)
+        encoded = read(row)
         return inspect_image(encoded)
     except Unreachable:
         raise

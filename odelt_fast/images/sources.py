@@ -15,7 +15,7 @@ from odelt_fast.checks import Size, show_size, sides
 from odelt_fast.config import Latents
 
 from .listing import listed
-from .pixels import decode_failure
+from .pixels import Unreachable, decode_failure
 
 T = TypeVar("T")
 Indices = Sequence[int] | np.ndarray
@@ -99,12 +99,15 @@ def first_readable(
     `source.skipped` and in a warning.
 
     Raises:
-        ValueError: 8 neighbours are unreadable: then the data are gone.
+        ValueError: 8 neighbours are unreadable, or the place where they lie cannot be reached: then
+            the data are gone.
     """
     for offset in range(8):
         used = (index + offset) % len(source)
         try:
             return read(used), used
+        except Unreachable:  # no image is to blame: another in its place would change the run
+            raise
         except Exception as error:  # readers of images raise most kinds
             reason, lost = decode_failure(error), name(used)
         if lost not in source.skipped:

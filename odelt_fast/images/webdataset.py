@@ -10,7 +10,6 @@ import json
 import os
 import re
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,16 @@ import numpy as np
 
 from odelt_fast.checks import shown
 from odelt_fast.files import cache_folder, locked, one_line, read_object, write_atomically
+from odelt_fast.storage.places import (
+    fingerprint,
+    is_url,
+    patiently,
+    read_part,
+    reason,
+    system_of,
+)
 
-from .listing import check_split, files_of_split
+from .listing import check_split, files_of_split, urls_of_split
 from .pixels import Opened, Unreachable, image_endings, num_threads
 from .tables import LABEL_COLUMNS, NO_CHOICE, Choice, check_labels, number_labels, text_labels
 
@@ -31,9 +38,6 @@ _TEXTS = (*LABEL_COLUMNS, "json", "txt")  # endings of members that may be label
 _MOST_TEXT, _MOST_IMAGE, _MOST_INDEX = 1 << 20, 1 << 30, 1 << 31  # bytes
 _MOST_SHARDS = 1_000_000
 _INDEX_VERSION = 1
-_PAUSES = (1.0, 4.0)  # seconds before a file behind a URL is tried again
-# What file systems call that which changes with a file.
-_VERSIONS = ("size", "ETag", "etag", "mtime", "created", "LastModified", "last_modified", "blob_id")
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -47,10 +51,6 @@ class Index:
     sizes: list[int]
     texts: dict[str, str]
     no_files: int
-
-
-def is_url(data: str) -> bool:
-    return "://" in data or "::" in data
 
 
 def expand(data: str) -> list[str]:
@@ -78,7 +78,7 @@ def expand(data: str) -> list[str]:
 def _found(pattern: str) -> list[str]:
     """Names of the files that match, sorted; ValueError if there are none."""
     if is_url(pattern):
-        system, path = _system(pattern)
+        system, path = system_of(pattern)
         found = [system.unstrip_protocol(name) for name in system.glob(path)]
     else:
         found = glob.glob(pattern)
@@ -106,6 +106,8 @@ def open_shards(data: str, split: str, choice: Choice = NO_CHOICE) -> Opened:
     left_out: Counter[str] = Counter()
     if os.path.isdir(data):
         shards = files_of_split(Path(data), "tar", split, left_out)
+    elif is_url(data) and not re.search(r"\.tar($|[?#])", data):
+        shards = urls_of_split(data, "tar", split, left_out)
     else:
         shards = expand(data)
         for shard in shards:
@@ -159,7 +161,7 @@ class ShardStore:
         return f"{self._names[row]} of {os.path.basename(self.shards[self._places[row]])}"
 
     def fingerprint(self) -> str:
-        facts = [[_fingerprint(shard) for shard in self.shards], self._names]
+        facts = [[fingerprint(shard) for shard in self.shards], self._names]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def encoded(self, row: int) -> bytes:
@@ -167,45 +169,15 @@ class ShardStore:
         size = int(self._sizes[row])
         if size > _MOST_IMAGE:
             raise ValueError(f"{size} bytes, more than {_MOST_IMAGE}")
-        content = _fetched(shard, offset, size) if is_url(shard) else _read(shard, offset, size)
+        try:
+            content = read_part(shard, offset, size)
+        except Exception as error:  # file systems raise most kinds
+            if not is_url(shard):
+                raise
+            raise Unreachable(f"{shard} cannot be reached: {reason(error)}") from None
         if len(content) != size:
             raise ValueError("the shard has become shorter")
         return content
-
-
-def _read(shard: str, offset: int, size: int) -> bytes:
-    with open(shard, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-
-def _fetched(shard: str, offset: int, size: int) -> bytes:
-    """As `_read`, over a network: what fails is tried again, and then an error, not a bad image."""
-    for pause in (*_PAUSES, None):
-        try:
-            system, path = _system(shard)
-            return bytes(system.cat_file(path, start=offset, end=offset + size))
-        except Exception as error:  # file systems raise most kinds
-            if pause is None:
-                raise Unreachable(f"{shard} cannot be reached: {one_line(error)}") from None
-            time.sleep(pause)
-    raise AssertionError
-
-
-def _system(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    system, path = url_to_fs(url)
-    return system, path
-
-
-def _fingerprint(shard: str) -> str:
-    if is_url(shard):
-        system, path = _system(shard)
-        info = system.info(path)
-        return f"{shard} {[(name, str(info[name])) for name in _VERSIONS if name in info]}"
-    facts = os.stat(shard)
-    return f"{os.path.realpath(shard)} {facts.st_size} {facts.st_mtime_ns}"
 
 
 def index_of(shard: str) -> Index:
@@ -215,24 +187,18 @@ def index_of(shard: str) -> Index:
         ValueError: in one line, for a shard that cannot be opened or is no whole tar file.
     """
     try:
-        key = hashlib.sha256(f"{_INDEX_VERSION} {_fingerprint(shard)}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(f"{_INDEX_VERSION} {fingerprint(shard)}".encode()).hexdigest()[:32]
         path = cache_folder() / f"shard-{key}.json"
         with locked(path.with_suffix(".lock")):
             if (remembered := _remembered(path)) is not None:
                 return remembered
-            if is_url(shard):
-                system, place = _system(shard)
-                with system.open(place, "rb") as file:
-                    index = _read_index(file)
-            else:
-                with open(shard, "rb") as file:
-                    index = _read_index(file)
+            index = patiently(lambda: _indexed(shard)) if is_url(shard) else _indexed(shard)
             content = json.dumps(asdict(index)).encode()
             with contextlib.suppress(OSError):  # it is made again the next time
                 write_atomically(path, lambda file: file.write(content))
             return index
     except Exception as error:  # file systems and tarfile raise most kinds
-        raise ValueError(f"the shard {shard} cannot be read: {one_line(error)}") from None
+        raise ValueError(f"the shard {shard} cannot be read: {reason(error)}") from None
 
 
 def _remembered(path: Path) -> Index | None:
@@ -240,6 +206,15 @@ def _remembered(path: Path) -> Index | None:
         return Index(**read_object(path, _MOST_INDEX))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _indexed(shard: str) -> Index:
+    if not is_url(shard):
+        with open(shard, "rb") as file:
+            return _read_index(file)
+    system, place = system_of(shard)
+    with system.open(place, "rb") as file:
+        return _read_index(file)
 
 
 def _read_index(file: BinaryIO) -> Index:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import shutil
 import tempfile
 import time
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from odelt_fast.files import PARTIAL, one_line, write_atomically
+from odelt_fast.files import PARTIAL, cache_folder, locked, one_line, write_atomically
 
 T = TypeVar("T")
 
@@ -21,6 +23,8 @@ _OBJECT_STORES = {*_EXTRAS, "abfs", "abfss", "az", "adl", "oci", "oss", "hf", "m
 # What trying again does not mend, by the names that botocore and google-auth give it, too.
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, ImportError)
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+# What file systems call that which changes with a file.
+_VERSIONS = ("size", "ETag", "etag", "mtime", "created", "LastModified", "last_modified", "blob_id")
 
 
 def is_url(name: str) -> bool:
@@ -65,6 +69,65 @@ def reason(error: BaseException) -> str:
     if isinstance(error, FileNotFoundError):
         return f"it is not there ({one_line(error)})"
     return one_line(error)
+
+
+def fingerprint(file: str) -> str:
+    """What changes with a file, which is a path or a URL; any exception: it cannot be reached."""
+    if not is_url(file):
+        facts = os.stat(file)
+        return f"{os.path.realpath(file)} {facts.st_size} {facts.st_mtime_ns}"
+    system, path = system_of(file)
+    info = patiently(lambda: system.info(path))
+    return f"{file} {[(name, str(info[name])) for name in _VERSIONS if name in info]}"
+
+
+def read_part(file: str, start: int, size: int) -> bytes:
+    """`size` bytes of a file, which is a path or a URL, from `start` on; fewer where it ends.
+
+    Any exception: it cannot be reached. Over a network answers that are cut short are asked for
+    again.
+    """
+    if not is_url(file):
+        with open(file, "rb") as opened:
+            opened.seek(start)
+            return opened.read(size)
+    system, path = system_of(file)
+
+    def ask() -> bytes:
+        content = bytes(system.cat_file(path, start=start, end=start + size))
+        if len(content) < size:
+            raise OSError(f"{len(content)} of {size} bytes came")
+        return content
+
+    return patiently(ask)
+
+
+def fetched(url: str) -> Path:
+    """A copy of a file behind a URL, in the cache folder, made once while the file stays as it is.
+
+    Raises:
+        ValueError: it cannot be read, or the copy not be written.
+    """
+    try:
+        key = hashlib.sha256(fingerprint(url).encode()).hexdigest()[:32]
+        name = url.rstrip("/").rpartition("/")[2]
+        copy = cache_folder() / f"fetched-{key}" / name
+        with locked(copy.parent / ".lock"):
+            if not copy.is_file():
+                system, path = system_of(url)
+                write_atomically(copy, lambda file: patiently(lambda: _copy(system, path, file)))
+        return copy
+    except Exception as error:  # file systems raise most kinds
+        raise ValueError(f"{url} cannot be read: {reason(error)}") from None
+
+
+def _copy(system: Any, path: str, file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()
+    size = system.info(path)["size"]
+    system.get_file(path, file.name)
+    if os.path.getsize(file.name) != size:
+        raise OSError(f"{os.path.getsize(file.name)} of {size} bytes came")
 
 
 class Place:
@@ -113,6 +176,13 @@ class Place:
         except Exception as error:  # file systems raise most kinds
             raise ValueError(f"{self.name} cannot be listed: {reason(error)}") from None
         return {name.rstrip("/").rpartition("/")[2] for name in found}
+
+    def files(self) -> list[str]:
+        """The files in it and below, sorted, as paths from it; of URLs only."""
+        assert self.path is None
+        root = f"{self._root}/"
+        found = self._remote(lambda: self._system.find(self._root), "", "listed")
+        return sorted(name.partition(root)[2] for name in found)
 
     def open(self, file: str) -> BinaryIO:
         """A file, to be read at any place."""

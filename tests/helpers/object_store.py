@@ -36,6 +36,14 @@ class Faults:
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
 
+    @contextlib.contextmanager
+    def having(self, **shares: float) -> Iterator[None]:
+        """These shares for a while."""
+        before = dict(self.__dict__)
+        self.__dict__.update(shares)
+        yield
+        self.__dict__.update({name: before[name] for name in shares})
+
     def around(self, application: Any) -> Callable[..., Iterable[bytes]]:
         """The application with these faults."""
 
@@ -62,7 +70,7 @@ class Faults:
 @contextlib.contextmanager
 def object_store(faults: Faults | None = None) -> Iterator[str]:
     """The URL of an empty bucket; clients of this process, and those that it starts, find it by
-    their environment."""
+    their environment. One at a time."""
     pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     import boto3

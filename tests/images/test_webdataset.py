@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from odelt_fast.images import open_source, webdataset
+from odelt_fast.storage import places
 from odelt_fast.train.data import Loader
 from tests.images.test_images import as_pixels, encode, picture
 
@@ -277,7 +278,7 @@ def test_shards_that_are_not_there_are_told(tmp_path, data, message):
 def test_a_file_system_that_fails_is_tried_again_and_costs_no_image(tmp_path, monkeypatch):
     system = fsspec.filesystem("memory")
     system.pipe(f"/{tmp_path.name}/x.tar", shard(samples(range(6))))
-    monkeypatch.setattr(webdataset, "_PAUSES", (0, 0))
+    monkeypatch.setattr(places, "PAUSES", (0, 0))
     cat, failures = type(system).cat_file, iter([1, 1, 0, 1, 0] + [0] * 99)
 
     def cat_file(self, *arguments, **options):
