@@ -7,6 +7,7 @@ from pathlib import Path
 
 from odelt_fast.checks import whole
 from odelt_fast.config import describe_classes
+from odelt_fast.storage.places import is_url
 
 from .options import Device, Dtype, Text, Whole, choose_dtype, device_of
 
@@ -19,8 +20,9 @@ class Command:
     data: str
     """Images: a folder of class folders, a Parquet file or a folder of them, or the id of a Hugging
     Face data set."""
-    out: Path
-    """Folder of the shards and their manifest."""
+    out: str
+    """Folder of the shards and their manifest; or a Lance table, whose name or URL ends in .lance
+    (extra lance)."""
     vae: str = "stabilityai/sd-vae-ft-mse"
     """AutoencoderKL of diffusers: a Hub id or a folder."""
     image_size: Whole = 256
@@ -45,7 +47,12 @@ class Command:
 def run(options: Command) -> None:
     """Runs it; mistakes are raised."""
     whole("--batch-size", options.batch_size)
-    if options.out.exists() and not options.out.is_dir():
+    path = Path(options.out)
+    if is_url(options.out) and not options.out.endswith(".lance"):
+        raise ValueError(
+            f"--out {options.out}: behind a URL latents are a Lance table: let it end in .lance"
+        )
+    if path.exists() and not path.is_dir():
         raise ValueError(
             f"--out {options.out} is not a folder: give a new folder, or one of an earlier run"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,9 @@ import numpy as np
 from odelt_fast.checks import whole
 from odelt_fast.config import Latents
 from odelt_fast.files import locked, one_line, problem_in
+from odelt_fast.storage.places import is_url
 
+from .lance_latents import LanceLatentWriter
 from .latents import SCALE
 from .shards import LatentWriter
 from .sources import Batch, ImageSource
@@ -34,7 +37,7 @@ def encode_images(
     encoder_name: str = "",
     shard_length: int = 2048,
     progress: bool = True,
-) -> Path:
+) -> str | Path:
     """Encodes every image of a source, and its mirror image if the source may be flipped.
 
     Run again after a kill, it continues at the last complete shard; on a finished folder it does
@@ -43,7 +46,7 @@ def encode_images(
     Args:
         encoder: images (B, C, H, W) float32 in [-1, 1], on the CPU -> mean and standard deviation
             (B, c, s, s) of the posterior.
-        folder: where the shards are written.
+        folder: where the shards are written, or a Lance table by its ending .lance, a URL too.
         encoder_name: of an encoder without the attribute `latents`. Both are kept in the manifest;
             another encoder does not continue a folder.
 
@@ -57,7 +60,7 @@ def encode_images(
     from tqdm import tqdm
 
     whole("batch_size", batch_size)
-    folder, count = Path(folder), len(source)
+    table, count = str(folder).endswith(".lance"), len(source)
     # One image tells the shape, before the folder is touched.
     _, _, channels, size, _ = _encode(source.read_many([0])[0], encoder, copies=1).shape[1:]
     facts = {
@@ -67,9 +70,11 @@ def encode_images(
     }
     copies = 2 if source.flippable else 1
     bar = tqdm(total=count, desc="encoding", unit="image", disable=not progress, dynamic_ncols=True)
-    with bar, locked(folder / ".lock"), ThreadPoolExecutor(1) as reader:
+    lock = Path(f"{folder}.lock") if table else Path(folder) / ".lock"
+    alone = contextlib.nullcontext() if is_url(str(folder)) else locked(lock)
+    with bar, alone, ThreadPoolExecutor(1) as reader:
         try:
-            writer = LatentWriter(
+            writer = (LanceLatentWriter if table else LatentWriter)(
                 folder,
                 channels,
                 size,

@@ -28,12 +28,18 @@ from .tables import (
 _ROWS = 1 << 16  # labels that are read at once
 
 
-def open_table(name: str) -> Any:
-    """A `lance.LanceDataset`; ValueError in one line where there is none, or pylance is missing."""
+def need_lance(name: str) -> Any:
+    """The package; ValueError where it is missing."""
     try:
         import lance
     except ImportError:
-        raise ValueError(f"reading {name} needs pylance: pip install 'odelt-fast[lance]'") from None
+        raise ValueError(f"{name} needs pylance: pip install 'odelt-fast[lance]'") from None
+    return lance
+
+
+def open_table(name: str) -> Any:
+    """A `lance.LanceDataset`; ValueError in one line where there is none, or pylance is missing."""
+    lance = need_lance(name)
     try:
         return lance.dataset(name)
     except Exception as error:  # its errors come from many packages

@@ -16,6 +16,7 @@ from .digits import DigitsSource
 from .encoded import EncodedImages
 from .folders import open_folder
 from .foreign_latents import is_repa, open_fast_dit, open_repa
+from .lance_latents import LanceLatents, is_latents_table
 from .lance_tables import open_lance
 from .latents import LatentSource
 from .listing import files_below
@@ -89,7 +90,7 @@ def open_source(
         if kind in ("digits", "latents", "arrays") and split != "train":
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
         if kind == "latents":
-            return _open_latents(path, image_size, channels)
+            return _open_latents(name, path, image_size, channels)
         if channels not in (None, 1, 3):
             raise ValueError(
                 f"channels must be 1 or 3 for images such as {name}, not {channels}: models of"
@@ -130,28 +131,35 @@ def _open_store(data: str, path: Path, kind: str, split: str, choice: Choice) ->
     if kind == "parquet":
         return open_parquet(data if is_url(data) else path, split, choice)
     if kind == "lance":
-        return open_lance(_table_of(data, path), split, choice)
+        return open_lance(str(_table_in(data, path)), split, choice)
     if kind == "shards":
         return open_shards(data if is_url(data) else str(path), split, choice)
     return open_folder(path, split)
 
 
-def _table_of(data: str, path: Path) -> str:
-    """The path or URL of the Lance table that data are, or that lies in them."""
+def _table_in(data: str, path: Path) -> str | None:
+    """The path or URL of the Lance table that data are, or that lies in them alone."""
     place = Place(data if is_url(data) else path)
     names = place.names()
     if "_versions" in names:
         return place.name
-    (table,) = (name for name in names if name.endswith(".lance"))
-    return place.full(table)
+    tables = [name for name in names if name.endswith(".lance")]
+    return place.full(tables[0]) if len(tables) == 1 else None
 
 
-def _open_latents(folder: Path, image_size: Size | None, channels: int | None) -> LatentSource:
-    source = _latents_of(folder)
+def _kind_of_table(table: str) -> str:
+    return "latents" if is_latents_table(table) else "lance"
+
+
+def _open_latents(
+    data: str, folder: Path, image_size: Size | None, channels: int | None
+) -> LatentSource:
+    table = _table_in(data, folder)
+    source = _latents_of(folder) if table is None else LanceLatents(table)
     for name, wanted in (("image_size", image_size), ("channels", channels)):
         if wanted is not None and wanted != getattr(source, name):
             raise ValueError(
-                f"the latents in {folder} have {name} {getattr(source, name)}, which cannot be"
+                f"the latents in {data} have {name} {getattr(source, name)}, which cannot be"
                 f" changed to {wanted}"
             )
     return source
@@ -211,8 +219,8 @@ def _kind(path: Path, data: str) -> str:
         return "dataset"
     if "dataset.json" in names and files_below(path, "", is_repa, Counter()):
         return "latents"
-    if "_versions" in folders or sum(name.endswith(".lance") for name in folders) == 1:
-        return "lance"
+    if (table := _table_in(data, path)) is not None:
+        return _kind_of_table(table)
     for ending, kind in _TABLES_BY_ENDING:
         if any(any(path.glob(pattern)) for pattern in (f"*{ending}", f"*/*{ending}")):
             return kind
@@ -223,10 +231,9 @@ def _kind_behind(url: str) -> str:
     """parquet, shards or lance; ValueError for URLs of anything else."""
     if url.lower().endswith(".parquet"):
         return "parquet"
-    names = Place(url).names()
-    if "_versions" in names or sum(name.endswith(".lance") for name in names) == 1:
-        return "lance"
-    endings = {os.path.splitext(path)[1].lower() for path in names and Place(url).files()}
+    if (table := _table_in(url, Path())) is not None:
+        return _kind_of_table(table)
+    endings = {os.path.splitext(path)[1].lower() for path in Place(url).files()}
     for ending, kind in _TABLES_BY_ENDING:
         if ending in endings:
             return kind

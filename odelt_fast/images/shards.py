@@ -185,7 +185,7 @@ class LatentWriter:
         shard_length: int = 2048,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder, self.class_names = Path(folder), tuple(class_names)
+        self.name, self.folder, self.class_names = str(folder), Path(folder), tuple(class_names)
         self.shard_length = whole("shard_length", shard_length)
         self._shape = (copies, 2, channels, size, size)
         settings = {"format": _FORMAT, "version": 1, "channels": channels, "size": size}
@@ -196,27 +196,21 @@ class LatentWriter:
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
         self._lengths: list[int] = []
+        self.finished = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Opens the folder and finds out what is there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left in self.folder.glob(f"{PARTIAL}*"):  # by a kill
             left.unlink()
         self.finished = (self.folder / MANIFEST_NAME).is_file()
         started = self.folder / (MANIFEST_NAME if self.finished else SETTINGS_NAME)
-        if started.is_file():
-            self._continue(started)
-        else:
+        if not started.is_file():
             self._write(SETTINGS_NAME, self._settings)
-
-    def _continue(self, started: Path) -> None:
-        # Folders of earlier versions know neither.
-        before = {name: self._settings[name] for name in ("shift", "encoder_sha256")}
-        before |= _read(started, dict)
-        for name, value in self._settings.items():
-            if before.get(name) != value:
-                there, here = (one_line(json.dumps(v)) for v in (before.get(name), value))
-                raise ValueError(
-                    f"{self.folder} holds other latents (its {name} is {there}, here it is {here}):"
-                    " choose another folder or remove it"
-                )
+            return
+        before = _read(started, dict)
+        self._check(before)
         if self.finished:
             self._lengths = [shard["length"] for shard in before["shards"]]
             return
@@ -230,6 +224,18 @@ class LatentWriter:
                 map_array(moments, np.float16, (length, *self._shape))
                 map_array(labels, np.int64, (length,))
                 self._lengths.append(length)
+
+    def _check(self, there: Mapping[str, Any]) -> None:
+        """ValueError unless latents with the settings `there` are those that are written."""
+        # Folders of earlier versions know neither.
+        before = {name: self._settings[name] for name in ("shift", "encoder_sha256")} | dict(there)
+        for name, value in self._settings.items():
+            if before.get(name) != value:
+                found, here = (one_line(json.dumps(v)) for v in (before.get(name), value))
+                raise ValueError(
+                    f"{self.name} holds other latents (its {name} is {found}, here it is {here}):"
+                    " choose another folder or remove it"
+                )
 
     @property
     def completed(self) -> int:
@@ -276,6 +282,11 @@ class LatentWriter:
             self._write_shard(self._waiting)
         if not self._lengths:
             raise ValueError("no latents were written")
+        self._end()
+        self.finished = True
+
+    def _end(self) -> None:
+        """Makes what was written readable."""
         shards = [
             {"moments": _file("moments", i), "labels": _file("labels", i), "length": length}
             for i, length in enumerate(self._lengths)
@@ -283,15 +294,17 @@ class LatentWriter:
         manifest = self._settings | {"count": self.completed, "shards": shards}
         self._write(MANIFEST_NAME, manifest, indent=1)
         (self.folder / SETTINGS_NAME).unlink(missing_ok=True)
-        self.finished = True
 
     def _write_shard(self, length: int) -> None:
         shard = len(self._lengths)
         moments, labels = (np.concatenate(parts) for parts in zip(*self._pending))
-        for kind, array in (("labels", labels), ("moments", moments)):
-            write_atomically(self.folder / _file(kind, shard), partial(np.save, arr=array[:length]))
+        self._put(shard, moments[:length], labels[:length])
         self._lengths.append(length)
         self._pending = [(moments[length:].copy(), labels[length:])] if len(labels) > length else []
+
+    def _put(self, shard: int, moments: np.ndarray, labels: np.ndarray) -> None:
+        for kind, array in (("labels", labels), ("moments", moments)):
+            write_atomically(self.folder / _file(kind, shard), partial(np.save, arr=array))
 
     def _write(self, name: str, values: dict[str, Any], indent: int | None = None) -> None:
         text = json.dumps(values, indent=indent).encode()

@@ -181,7 +181,12 @@ class Place:
         """The files in it and below, sorted, as paths from it; of URLs only."""
         assert self.path is None
         root = f"{self._root}/"
-        found = self._remote(lambda: self._system.find(self._root), "", "listed")
+        try:
+            found = patiently(lambda: self._system.find(self._root))
+        except FileNotFoundError:
+            return []
+        except Exception as error:  # file systems raise most kinds
+            raise ValueError(f"{self.name} cannot be listed: {reason(error)}") from None
         return sorted(name.partition(root)[2] for name in found)
 
     def open(self, file: str) -> BinaryIO:

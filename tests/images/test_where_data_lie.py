@@ -115,9 +115,8 @@ def test_a_network_with_faults_changes_nothing_but_time(
     FAULTS.counts.clear()
     with FAULTS.having(failing=0.05, truncated=0.01, stalled=0.02, stall=0.1):
         check_same(open_source(data), in_folder(tmp_path / "folder"))
-        for _ in range(100):  # however few requests a reader makes
+        while FAULTS.counts.get("failing", 0) < 3:  # however few requests a reader makes
             Place(data).names()
-    assert FAULTS.counts["failing"] >= 3
 
 
 def run(folder: Path, data: str) -> list[torch.Tensor]:
