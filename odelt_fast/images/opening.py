@@ -231,12 +231,13 @@ def _kind_behind(url: str) -> str:
     """parquet, shards or lance; ValueError for URLs of anything else."""
     if url.lower().endswith(".parquet"):
         return "parquet"
-    if (table := _table_in(url, Path())) is not None:
-        return _kind_of_table(table)
-    endings = {os.path.splitext(path)[1].lower() for path in Place(url).files()}
-    for ending, kind in _TABLES_BY_ENDING:
-        if ending in endings:
-            return kind
+    if os.path.splitext(url)[1].lower() not in {".npz", ".npy", ".json", *image_endings()}:
+        if (table := _table_in(url, Path())) is not None:
+            return _kind_of_table(table)
+        endings = {os.path.splitext(path)[1].lower() for path in Place(url).files()}
+        for ending, kind in _TABLES_BY_ENDING:
+            if ending in endings:
+                return kind
     raise ValueError(
         f"{url} is a URL of no known kind: give those of .tar or .parquet files, a .lance table, or"
         " of a folder of them that is there"

@@ -263,7 +263,7 @@ def test_formats_of_tar_with_long_names_are_read(tmp_path):
         ("{base}/*.tar", r"no file matches .*\*.tar"),
         ("memory://nowhere/*.tar", r"no file matches memory://nowhere/\*.tar"),
         ("nonsense://host/x.tar", "cannot be read: .*nonsense"),
-        ("https://host/x.png", "is a URL of no known kind: give those of .tar files"),
+        ("https://host/x.png", "is a URL of no known kind: give those of .tar or .parquet files"),
         ("{base}/{{0..99999999999}}.tar", "too many shards"),
         ("{base}/x.tar.gz", "is a file of no known kind"),
     ],
