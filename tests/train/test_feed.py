@@ -37,7 +37,7 @@ from odelt_fast.train.objectives.targets import Networks, StepBatch
 from odelt_fast.train.run import train
 from tests.helpers.serving import HANG
 from tests.helpers.training import ALONE, SMALL, SMALLER, small_run
-from tests.images.test_images import class_folders, picture, rows, write_parquet
+from tests.images.test_images import class_folders, encode, picture, rows, write_parquet
 from tests.images.test_webdataset import samples, written
 
 ROWS = slice(0, 6)
@@ -74,10 +74,20 @@ def arrays(path: Path) -> str:
     return str(path)
 
 
+def lance_table(path: Path) -> str:
+    import pyarrow as pa
+
+    images, labels = [encode(picture(i)) for i in range(7)], [i % 3 for i in range(7)]
+    table = pa.table({"image": images, "label": labels})
+    pytest.importorskip("lance").write_dataset(table, str(path))
+    return str(path)
+
+
 SOURCES: dict[str, Callable[[Path], str | ImageSource]] = {
     "digits": lambda folder: "digits",
     "folder": lambda folder: str(class_folders(folder, {"a": 9, "b": 8})),
     "table": lambda folder: str(write_parquet(folder / "x.parquet", rows(7), [0] * 7, ["a"])),
+    "lance": lambda folder: lance_table(folder / "x.lance"),
     "shards": lambda folder: written(folder / "x.tar", samples(range(6))),
     "saved": lambda folder: saved(folder / "saved"),
     "arrays": lambda folder: arrays(folder / "x.npz"),
