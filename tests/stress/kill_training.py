@@ -1,5 +1,5 @@
 """Kills training at random moments and checks that nothing is lost: `python -m
-tests.stress.kill_training --kills 300 --seed 0 [--processes 2] [--workers 2]`.
+tests.stress.kill_training --kills 300 --seed 0 [--processes 2] [--workers 2] [--store shards]`.
 
 A run of 200 steps saves every 7 steps, is killed with SIGKILL at random moments, saves included,
 and resumed until it is finished; then the next run starts, until there were `kills` kills. Among
@@ -8,7 +8,7 @@ second run in the same folder, which must be refused; and a resume from an older
 later ones must be set aside. After every kill the newest checkpoint must load and be at least as
 new as the last one whose save returned. A finished run must equal the uninterrupted one bitwise:
 weights, EMA, optimizer, and the loss of every step; it makes its batches itself, the others may
-have workers.
+have workers. --store: the data lie in an object store on this machine, as shards, Parquet or Lance.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import accelerate  # noqa: F401  (once, before the forks)
@@ -38,7 +39,9 @@ from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import RunStopped, train
 from tests.helpers import forked
 from tests.helpers.forked import wait
+from tests.helpers.object_store import object_store
 from tests.helpers.training import SMALL
+from tests.images.test_where_data_lie import laid
 
 STEPS = 200
 MODEL = replace(SMALL, dropout=0.1)
@@ -199,7 +202,7 @@ def terminate(run: Path, children: list[int], until: float) -> None:
 
 
 def torture(
-    kills: int, seed: int, processes: int, folder: Path, workers: int = 0
+    kills: int, seed: int, processes: int, folder: Path, workers: int = 0, data: str = "digits"
 ) -> dict[str, int]:
     """Does it all in `folder`; returns counts. Raises AssertionError for the first thing that is
     lost or differs."""
@@ -207,6 +210,7 @@ def torture(
     chance = random.Random(seed)
     base = replace(
         RECIPES["digits"],
+        data=data,
         model=MODEL,
         steps=STEPS,
         train_batch_size=16,
@@ -288,11 +292,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--store", choices=("shards", "parquet", "lance"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        counts = torture(
-            options.kills, options.seed, options.processes, Path(folder), options.workers
-        )
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        data, log = "digits", Path(folder, "log")
+        if options.store:
+            root = stack.enter_context(object_store())
+            # In a process of its own: what it starts would not survive the next fork.
+            laying = forked.start(partial(laid, options.store, root), 1, log)
+            assert wait(laying, time.monotonic() + 600, log)
+            data = f"{root}/{options.store}"
+        wanted = options.kills, options.seed, options.processes
+        counts = torture(*wanted, Path(folder), options.workers, data)
     print(
         ", ".join(f"{value} {name}" for name, value in counts.items())
         + ": nothing lost, every finished run bitwise the same"
