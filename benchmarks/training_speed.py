@@ -136,6 +136,7 @@ def make_trainer(
         depth_sampling="stratified",
         mixed_precision=precision,
         gradient_checkpointing=checkpointing,
+        dataloader_num_workers=0,  # steps are taken twice, and not in order
         **{**METHODS, **OBJECTIVES}[method],
     )
     return Trainer(config)

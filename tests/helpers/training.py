@@ -36,5 +36,6 @@ def small_run(folder: Path, **changes: Any) -> TrainConfig:
         "warmup_steps": 2,
         "sampling_steps": 0,
         "log_with": (),
+        "dataloader_num_workers": 0,  # on a GPU, too
     }
     return replace(RECIPES["digits"], **(values | changes))

@@ -324,6 +324,22 @@ def test_no_worker_outlives_its_run(end: str, tmp_path: Path) -> None:
         log.close()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_batches_lie_pinned_for_a_gpu(tmp_path: Path) -> None:
+    trainer = Trainer(run_of(tmp_path / "run", dataloader_num_workers=2))
+    assert trainer.config.dataloader_num_workers == 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(6):
+            (batch,) = trainer.feed.parts(step)
+            drawn = numbers(batch)
+            assert all(tensor.is_pinned() for tensor in (drawn if step > 4 else drawn[:2]))
+            assert batch.to(trainer.accelerator.device).images.is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.feed.close()
+
+
 def test_what_a_worker_finds_is_said_as_if_the_run_had_found_it(tmp_path: Path) -> None:
     """A latent that has become unreadable is a warning, ten neighbours a mistake."""
     source = open_source(latents(tmp_path / "latents"))
