@@ -179,6 +179,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "flow": {"objective": "flow", "path": "independent"},
     "flow of one class": {"objective": "flow", "model": replace(SMALL, num_classes=1)},
     "mean-flow": {"objective": "mean-flow"},
+    "mean-flow that is told a scale": {
+        "objective": "mean-flow",
+        "model": replace(SMALL, guidance_max=4.0),
+    },
     "alpha-flow": {"objective": "alpha-flow", "guidance_scale": 1.5},
     "live-reflow": {"objective": "live-reflow", "depth_sampling": "stratified"},
     "reflow": {"objective": "reflow", "pairs": Path("pairs")},
@@ -198,7 +202,7 @@ def test_a_step_draws_nothing_that_the_steps_before_drew(name: str, tmp_path: Pa
     loader = Loader(open_source("digits"), 0, 16)
     share = Share(loader, tuple(config.row_sizes().values()), 0, 1, 1, stratified)
 
-    def network(x: torch.Tensor, *others: Any, depth: object = None) -> torch.Tensor:
+    def network(x: torch.Tensor, *others: Any, **told: Any) -> torch.Tensor:
         return x / 2
 
     networks = Networks(network, network, network)
