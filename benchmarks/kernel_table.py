@@ -18,6 +18,8 @@ from torch import Tensor
 
 from odelt_fast.config import DiTConfig
 
+from .kernel_peers import kernel_peers
+
 Operator = Callable[..., Any]
 Draw = Callable[..., Tensor]  # (*shape, scale=1.0, dtype=the case's) -> normal values
 FP8 = torch.float8_e4m3fn
@@ -121,7 +123,7 @@ def cases(config: DiTConfig, batch: int, dtype: torch.dtype, cuda: bool) -> Iter
         name: str, traffic: float, flops: float, make: Any, label: str = "", **options: Any
     ) -> KernelCase:
         others = {"triton": triton[name]} if triton else {}
-        others |= options.pop("others", {})
+        others |= (kernel_peers(name, dtype) if triton else {}) | options.pop("others", {})
         options = {"plain": plain[name], "others": others, "rate": dtype, **options}
         return KernelCase(f"{name} {label or f'{rows}x{size}'}", traffic, flops, make, **options)
 

@@ -154,7 +154,8 @@ class Studio:
                 )
 
         sampler = self._sampler(operation)
-        sample = partial(sampler, count, labels, setting.seed, progress=give_up_in_time)
+        prepared = sampler.prepare(count)
+        sample = partial(prepared, None, labels, setting.seed, progress=give_up_in_time)
         # The second call of a shape captures its graph.
         for _ in range(2 if self.model.device.type == "cuda" and not sampler.stats else 0):
             sample()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from odelt_fast.engine import availability, selfcheck
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
-from odelt_fast.solvers.solution import BatchResult, Hook, Noise, Solution
+from odelt_fast.solvers.solution import BatchResult, Counts, Hook, Noise, Solution
 from odelt_fast.solvers.step_control import DONE, NON_FINITE
 
 from .adaptive import AdaptiveTrajectory, CapturedSolve
@@ -67,6 +68,22 @@ def shared_engine(
     return engines[key]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What the labels and the shape of a batch mean for a trajectory.
+
+    key: of its graph. labels: what the graph takes, on the host; None: the null label alone.
+    guidance: None where the labels leave nothing to guide. counts: of equal steps that all samples
+    end.
+    """
+
+    trajectory: Trajectory | AdaptiveTrajectory
+    key: Hashable
+    labels: Tensor | None
+    guidance: float | None
+    counts: Counts | None
+
+
 class Unavailable(RuntimeError):
     """The fused backend cannot run here; the message is the reason."""
 
@@ -103,6 +120,7 @@ class Fused:
             return
         if not operation.adaptive:
             self.trajectory = Trajectory(self.engine, operation)
+            self.calls = operation.network_evaluations(self.trajectory.evaluations)
         elif operation.depth_schedule is None:
             self.trajectory = AdaptiveTrajectory(self.engine, operation)
 
@@ -115,6 +133,14 @@ class Fused:
         """Gives back the memory of all graphs."""
         if self.graphs:
             self.graphs.clear()
+
+    @property
+    def replays(self) -> bool:
+        """Whether a call can be one replay: equal steps, and no fresh noise between them."""
+        return isinstance(self.trajectory, Trajectory) and not self.trajectory.renoises
+
+    def has_graph(self, key: Hashable) -> bool:
+        return self.graphs is not None and key in self.graphs.graphs
 
     @property
     def fallbacks(self) -> list[str]:
@@ -143,22 +169,11 @@ class Fused:
             fresh: the noise of step i (B, C, H, W), for consistency models.
             progress: called with B for each step, at the end.
         """
-        trajectory, operation = self.trajectory, self.operation
-        assert trajectory is not None
-        null, guided = self.engine.config.num_classes, trajectory.guidance is not None
-        nulls = np.full_like(labels, null)
-        if operation.guidance_scale == 0:
-            labels = nulls
-        rows = torch.from_numpy(np.concatenate([labels, nulls]) if guided else labels)
-        inputs: tuple[Tensor | None, ...] = (x, rows)
-        if len(labels) == 1 or (labels == labels[0]).all():
-            inputs = (x, None if labels[0] == null else rows if guided else rows[:1])
-        guidance = None if inputs[1] is None else trajectory.guidance
-        samples = len(x) if guidance is None else 2 * len(x)
-        count = 0 if inputs[1] is None else len(inputs[1])
-        key = ("trajectory", trajectory.key, guidance, tuple(x.shape), count)
+        operation, asked = self.operation, self.asked(tuple(x.shape), labels)
+        key, trajectory, rows = asked.key, asked.trajectory, asked.labels
+        samples = len(x) if asked.guidance is None else 2 * len(x)
         if isinstance(trajectory, AdaptiveTrajectory):
-            inputs = (*inputs, trajectory.scales)
+            inputs: tuple[Tensor | None, ...] = (x, rows, trajectory.scales)
             end, counters = self._run(key, trajectory, inputs, samples, CapturedSolve)
             # All in one: each wait for the GPU takes longer than the copy.
             solution = Solution(end, *counters.cpu())
@@ -168,19 +183,52 @@ class Fused:
         else:
             steps = len(trajectory.times) - 1
             noise = None
-            if trajectory.tableau is None and steps > 1:
+            if trajectory.renoises:
                 noise = torch.stack([fresh(i) for i in range(steps - 1)])
-            inputs = (*inputs, noise, trajectory.scales)
-            x, finite = self._run(key, trajectory, inputs, samples)
-            status = [DONE if each else NON_FINITE for each in finite.tolist()]
-            # Lists at once: by way of tensors they would take as long as a small sample.
-            taken, evaluations = [steps] * len(status), [trajectory.evaluations] * len(status)
-            calls = operation.network_evaluations(trajectory.evaluations)
-            result = BatchResult(x, status, taken, [0] * len(status), evaluations, calls)
+            inputs = (x, rows, noise, trajectory.scales)
+            end, finite = self._run(key, trajectory, inputs, samples)
+            assert asked.counts
+            result = BatchResult(end, asked.counts)
+            if not all(found := finite.tolist()):
+                status = [DONE if each else NON_FINITE for each in found]
+                result = BatchResult(end, replace(asked.counts, status=status))
         if progress:
             for _ in range(steps):
                 progress(len(labels))
         return result
+
+    def asked(self, shape: tuple[int, ...], labels: np.ndarray) -> Asked:
+        """What `solve` runs for images (B, C, H, W) with these labels (B,), which must not change
+        afterwards."""
+        trajectory, operation, batch = self.trajectory, self.operation, shape[0]
+        assert trajectory is not None
+        null, guided = self.engine.config.num_classes, trajectory.guidance is not None
+        nulls = np.full_like(labels, null) if guided or operation.guidance_scale == 0 else labels
+        if operation.guidance_scale == 0:
+            labels = nulls
+        both = torch.from_numpy(np.concatenate([labels, nulls]) if guided else labels)
+        rows: Tensor | None = both
+        if len(labels) == 1 or (labels == labels[0]).all():
+            rows = None if labels[0] == null else both if guided else both[:1]
+        guidance = None if rows is None else trajectory.guidance
+        key = ("trajectory", trajectory.key, guidance, shape, 0 if rows is None else len(rows))
+        counts = None
+        if isinstance(trajectory, Trajectory):
+            steps, evaluations = len(trajectory.times) - 1, trajectory.evaluations
+            counts = Counts.of_fixed_steps(batch, steps, evaluations, self.calls)
+        return Asked(trajectory, key, rows, guidance, counts)
+
+    def replay(self, asked: Asked, x: Tensor) -> Tensor | None:
+        """x at t = 1 as `solve` gives it where `replays`, by a graph that is there. None: there is
+        none, the weights have changed, or something is not finite; `solve` has to be called."""
+        if self.graphs is None or not self.engine.weights.is_current():
+            return None
+        inputs = (x, asked.labels, None, asked.trajectory.scales)
+        results = self.graphs.replay(asked.key, inputs, asked)
+        if results is None or not all(results[1].tolist()):
+            return None
+        self.last_key = asked.key
+        return results[0]
 
     def network(
         self,

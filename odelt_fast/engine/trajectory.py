@@ -8,6 +8,7 @@ reads the modulation weights once (DiT-B/2, 12 blocks: 85 MB in bfloat16) and no
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from odelt_fast.solvers.probability_flow import probability_flow_velocity
 from odelt_fast.solvers.tableau import Tableau
 
 from .engine import Engine, Tables
+from .graphs import Key
 
 TABLE_BYTES = 2**26  # of the modulations that are made at once
 
@@ -77,11 +79,16 @@ class Trajectory:
         return len(self.depths)
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def renoises(self) -> bool:
+        """Whether it takes fresh noise."""
+        return self.tableau is None and len(self.times) > 2
+
+    @cached_property
+    def key(self) -> Key:
         """What two trajectories share that make the same launches for the same shapes and
         guidance."""
         rule = self.tableau.name if self.tableau else "consistency"
-        return (rule, self.times, self.log2_steps, self.depths, self.guided)
+        return Key((rule, self.times, self.log2_steps, self.depths, self.guided))
 
     def __call__(
         self,

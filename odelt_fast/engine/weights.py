@@ -3,7 +3,7 @@ matrix, float8 where asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -64,8 +64,9 @@ class PreparedWeights:
     ) -> None:
         model: Any = given
         config = given.config
-        self._versions = ParameterVersions(given.parameters())
         blocks = model.blocks[: config.live_blocks(given.max_depth)]
+        self._parameters = list(given.parameters())
+        self._versions = ParameterVersions(_copied(model, blocks, quantize is not None))
         self.blocks = [
             {name: _layer(name, getattr(block, name), quantize) for name in LAYERS}
             for block in blocks
@@ -90,15 +91,13 @@ class PreparedWeights:
         self._versions.update()
 
     def is_current(self) -> bool:
-        """Whether the weights are still those they were prepared from, as far as
-        `ParameterVersions` tells."""
+        """Whether what was made from the weights is still what they would give, as far as
+        `ParameterVersions` tells. Those that are read where they lie may change."""
         return self._versions.unchanged()
 
     def are_of(self, model: DiT) -> bool:
         """Whether they were prepared from just this model's parameters as they are now."""
-        own, ours = (
-            list(map(id, each)) for each in (model.parameters(), self._versions.parameters)
-        )
+        own, ours = (list(map(id, each)) for each in (model.parameters(), self._parameters))
         return own == ours and self.is_current()
 
     @property
@@ -115,6 +114,20 @@ class PreparedWeights:
             "per_block": each + self.modulation.nbytes // max(1, len(self.blocks)),
             "ends": sum(part.nbytes for part in ends if part is not None),
         }
+
+
+def _copied(model: Any, blocks: Sequence[Any], quantized: bool) -> Iterator[Tensor]:
+    """The parameters of which something is kept: embeddings and modulations of times and labels
+    that are known beforehand (`Trajectory`), and float8 copies. A launch reads all others where
+    they lie. To look at each of the network's takes as long as the rest of a call."""
+    names = ("time_embed", "step_embed", "label_embed", "guidance_embed", "length_embed")
+    embeds = [getattr(model, name, None) for name in names]
+    modulations = [each.modulation for each in (*blocks, model.final_layer)]
+    for module in (*embeds, *modulations):
+        if module is not None:
+            yield from module.parameters()
+    for block in blocks if quantized else ():
+        yield from (getattr(block, name).weight for name in FLOAT8_LAYERS)
 
 
 def stack_modulations(blocks: Sequence[Any], empty: Layer) -> Layer:

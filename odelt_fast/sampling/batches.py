@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from odelt_fast.model import DiT
-from odelt_fast.solvers.solution import BatchResult, Solution
+from odelt_fast.operation import Operation
+from odelt_fast.solvers.solution import BatchResult, Counts, Solution
 from odelt_fast.solvers.step_control import DONE, MAX_STEPS, NON_FINITE, STATUSES
 
 if TYPE_CHECKING:
@@ -54,7 +57,8 @@ class Batches:
     ) -> None:
         size = batch_size or sampler.batch_size or default_batch(sampler, shape)
         self.sampler, self.count, self.size, self.noise = sampler, count, min(size, count), noise
-        self.done, self.end, self.results = 0, end, list[BatchResult]()
+        self.done, self.end, self.counts = 0, end, list[Counts]()
+        self._states = list[Tensor]()  # trajectories
         self._x: Tensor | None = None
         self._out_of_memory = False
         if allocate and not (sampler.fused and self.size == count):
@@ -88,9 +92,9 @@ class Batches:
         Raises:
             ValueError: naming the images that the solver could not finish or that are not finite.
         """
-        self._check(result.status)
+        self._check(result.counts.status)
         x = result.x if images is None else images
-        end = self.done + len(result.status)
+        end = self.done + len(result.counts.status)
         if len(x) == self.count and not x.is_inference():
             self._x = x
         else:
@@ -98,7 +102,9 @@ class Batches:
                 with torch.inference_mode(False):
                     self._x = _allocate((self.count, *x.shape[1:]), x.dtype, x.device)
             self._x[self.done : end] = x
-        self.results.append(result)
+        self.counts.append(result.counts)
+        if result.trajectory is not None:
+            self._states.append(result.trajectory)
         self.done = end
 
     @property
@@ -112,27 +118,10 @@ class Batches:
         """All results in one."""
         names = ("status", "accepted", "rejected", "evaluations")
         device = self.x.device
-        counts = {name: torch.tensor(self._all(name), device=device) for name in names}
-        states = [each.trajectory for each in self.results if each.trajectory is not None]
-        return Solution(self.x, trajectory=torch.cat(states, 1) if states else None, **counts)
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """`Sampler.stats`, but for the seconds."""
-        evaluations = sum(each.calls * len(each.status) for each in self.results)
-        needed = self.sampler.operation.network_evaluations
-        return {
-            "images": self.count,
-            "evaluations": evaluations,
-            "evaluations_per_image": evaluations / self.count,
-            "accepted": self._all("accepted"),
-            "rejected": self._all("rejected"),
-            "evaluations_needed": list(map(needed, self._all("evaluations"))),
-            "status": [STATUSES[status] for status in self._all("status")],
-        }
-
-    def _all(self, name: str) -> list[int]:
-        return [value for each in self.results for value in getattr(each, name)]
+        all_of = {name: chain.from_iterable(map(attrgetter(name), self.counts)) for name in names}
+        counts = {name: torch.tensor([*each], device=device) for name, each in all_of.items()}
+        states = torch.cat(self._states, 1) if self._states else None
+        return Solution(self.x, trajectory=states, **counts)
 
     def _halve(self) -> None:
         if self.sampler.fused:
@@ -167,6 +156,26 @@ class Batches:
             f"{how.solver} {reason} and did not reach t = {self.end:g} at rtol {how.rtol:g}, atol"
             f" {how.atol:g} ({STATUSES[worst]}: images {names}): {advice}"
         )
+
+
+def statistics(operation: Operation, counts: Sequence[Counts], seconds: float) -> dict[str, Any]:
+    """`Sampler.stats` of batches."""
+
+    def all_of(name: str) -> list[int]:
+        return [value for each in counts for value in getattr(each, name)]
+
+    status = [STATUSES[each] for each in all_of("status")]
+    evaluations = sum(each.calls * len(each.status) for each in counts)
+    return {
+        "images": len(status),
+        "evaluations": evaluations,
+        "evaluations_per_image": evaluations / len(status),
+        "accepted": all_of("accepted"),
+        "rejected": all_of("rejected"),
+        "evaluations_needed": list(map(operation.network_evaluations, all_of("evaluations"))),
+        "status": status,
+        "seconds": seconds,
+    }
 
 
 def default_batch(sampler: Sampler, shape: Sequence[int]) -> int:

@@ -15,7 +15,7 @@ from odelt_fast.checks import check_seed, whole
 from odelt_fast.solvers.dispatch import solve
 from odelt_fast.solvers.solution import BatchResult, Hook
 
-from .batches import Batches, evaluating
+from .batches import Batches, evaluating, statistics
 from .host import on_each_step
 from .noise import check_labels, drawn_labels, stack_noise
 from .sampler import Sampler
@@ -71,7 +71,7 @@ def inpaint(
                 images = torch.where(mask, solution.x, image)
                 decoded = sampler.decoder(images) if sampler.decoder else images
                 batches.add(BatchResult.of(solution, drawn.evaluations), decoded)
-    sampler.stats = batches.stats | {"seconds": time.perf_counter() - start}
+    sampler.stats = statistics(operation, batches.counts, time.perf_counter() - start)
     return batches.x
 
 

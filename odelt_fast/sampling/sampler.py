@@ -12,7 +12,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,17 +20,18 @@ from odelt_fast.engine import availability
 from odelt_fast.engine.compiled import compiled
 from odelt_fast.engine.cpu import CpuNetwork, choose
 from odelt_fast.engine.fused import Fused, choose_fused
-from odelt_fast.engine.graphs import is_bug
+from odelt_fast.engine.graphs import MOST_GRAPHS, is_bug
 from odelt_fast.engine.operators import ATTENTIONS, PRECISIONS
 from odelt_fast.engine.plans import PLAN_CHOICES
 from odelt_fast.files import one_line
 from odelt_fast.model import DiT
 from odelt_fast.operation import DepthSchedule, Operation
 
-from .batches import Batches, evaluating
+from .batches import Batches, default_batch, evaluating, statistics
 from .decoder import Decoder, Overlapped
 from .host import Host
 from .noise import check_labels, drawn_labels, stack_noise
+from .prepared import Labels, Prepared, Progress, Shape, check_sizes
 
 BACKENDS = ("auto", "eager", "compile", "fused")
 
@@ -134,7 +134,8 @@ class Sampler:
         one_of("attention", attention, ATTENTIONS)
         one_of("precision", precision, PRECISIONS)
         one_of("plan", plan, PLAN_CHOICES)
-        self.stats: dict[str, Any] = {}
+        self._stats: dict[str, Any] | Callable[[], dict[str, Any]] = {}
+        self._known: dict[Sequence[int], Shape] = {}
         self._batch: tuple[int, ...] | None = None  # shape of the last batch
         self._said = set[str]()
         self.network: Callable[..., Tensor] = model  # what runs where the fused backend does not
@@ -160,12 +161,12 @@ class Sampler:
     def __call__(
         self,
         num_images: int | None = None,
-        labels: int | Sequence[int] | np.ndarray | Tensor | None = None,
+        labels: Labels = None,
         seed: int = 0,
         *,
         noise: Tensor | None = None,
         first_image: int = 0,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress = None,
     ) -> Tensor:
         """Samples (N, C, H, W) float32 on the model's device, as the solver leaves them: data lies
         in [-1, 1], nothing is clipped.
@@ -184,13 +185,59 @@ class Sampler:
             ValueError: for arguments that do not fit, and naming the images that the solver could
                 not finish or that are not finite.
         """
-        config = self.model.config
         seed, first_image = check_seed(seed), whole("first_image", first_image, 0)
-        shape: tuple[int, ...] = config.image_shape
+        if noise is None:
+            count = 16 if num_images is None else whole("num_images", num_images)
+            shape: Sequence[int] = (count, *self.model.config.image_shape)
+        else:
+            noise = torch.as_tensor(noise)
+            if num_images is not None:
+                self._check_shape(noise, num_images)
+            shape = noise.shape
+        known = self._known.get(shape)
+        if known:
+            images = known.replay(self, noise, labels, seed, first_image, progress)
+            if images is not None:
+                return images
+        return self.draw(shape, noise, labels, seed, first_image, progress)
+
+    def prepare(self, num_images: int, *, size: tuple[int, int] | None = None) -> Prepared:
+        """The call for a fixed number and size of images, for servers and loops: it copies, replays
+        and copies (`Prepared`), with the same images.
+
+        Args:
+            num_images: N.
+            size: (H, W), multiples of the patch size; None: the model's own.
+
+        Raises:
+            ValueError: for a number or a size that cannot be.
+        """
+        shape = check_sizes(self.model.config, num_images, size)
+        return Prepared(self, shape, self._at_once(shape))
+
+    def _at_once(self, shape: Sequence[int]) -> Shape | None:
+        """What is known of images (N, C, H, W), if they are one batch of the fused backend."""
+        size = self.batch_size or default_batch(self, shape[1:])
+        if not self.fused or not self.fused.replays or size < shape[0]:
+            return None
+        if len(self._known) >= MOST_GRAPHS:
+            self._known = {}
+        return self._known.setdefault(torch.Size(shape), Shape(shape))
+
+    def draw(
+        self,
+        size: Sequence[int],
+        noise: Tensor | None,
+        labels: Labels,
+        seed: int,
+        first_image: int,
+        progress: Progress,
+    ) -> Tensor:
+        """The call of any number of images (N, C, H, W), batch by batch, where one replay does not
+        do; the arguments are those of a call."""
         if noise is not None:
-            noise = self._check_noise(noise, num_images)
-            num_images, shape = len(noise), tuple(noise.shape[1:])
-        count = 16 if num_images is None else whole("num_images", num_images)
+            noise = self._check_noise(noise)
+        config, (count, *shape) = self.model.config, size
         given = check_labels(labels, count, config.num_classes)
         start = time.perf_counter()
         batches = Batches(self, count, shape, noise=noise, allocate=self.decoder is None)
@@ -201,13 +248,30 @@ class Sampler:
                 chosen = (
                     drawn_labels(seed, owned, config.num_classes) if given is None else given[rows]
                 )
-                self._batch = tuple(x.shape)
                 fresh = partial(stack_noise, seed, owned, shape, "renoise")
                 with batches:
                     result = self.integrator.solve(x, chosen, fresh, progress)
                     batches.add(result, self.decoder(result.x) if self.decoder else None)
-        self.stats = batches.stats | {"seconds": time.perf_counter() - start}
+        seconds = time.perf_counter() - start
+        self.ended(x.shape, partial(statistics, self.operation, batches.counts, seconds))
+        if self.fused and self.fused.has_graph(self.fused.last_key):
+            self._at_once(size)  # the next call of this shape need not look at anything again
         return batches.x
+
+    def ended(self, batch: Sequence[int], stats: Callable[[], dict[str, Any]]) -> None:
+        """Notes the shape of a call's last batch, and what makes its `stats`."""
+        self._batch, self._stats = tuple(batch), stats
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Of the last call; see the class."""
+        if not isinstance(self._stats, dict):
+            self._stats = self._stats()
+        return self._stats
+
+    @stats.setter
+    def stats(self, stats: dict[str, Any]) -> None:
+        self._stats = stats
 
     @property
     def integrator(self) -> Fused | Host:
@@ -290,9 +354,8 @@ class Sampler:
         )
         return True
 
-    def _check_noise(self, noise: Tensor, num_images: int | None) -> Tensor:
-        config = self.model.config
-        noise, patch = torch.as_tensor(noise), config.patch_size
+    def _check_shape(self, noise: Tensor, num_images: int | None = None) -> None:
+        config, patch = self.model.config, self.model.config.patch_size
         fits = noise.dim() == 4 and noise.shape[1] == config.channels and noise.numel() > 0
         if not fits or noise.shape[2] % patch or noise.shape[3] % patch:
             raise ValueError(
@@ -303,6 +366,9 @@ class Sampler:
             raise ValueError(
                 f"num_images is {num_images}, but there is noise for {len(noise)} images"
             )
+
+    def _check_noise(self, noise: Tensor) -> Tensor:
+        self._check_shape(noise)
         noise = noise.detach().float()
         # On a GPU waiting for the answer takes as long as a small sample: there it is asked when
         # samples come out that are not finite.

@@ -186,7 +186,7 @@ class Service:
             if self.pads:
                 rows = np.arange(1 << (count - 1).bit_length()).clip(max=count - 1)
                 noise, labels = noise[rows], labels[rows]
-            images = sampler(noise=noise, labels=labels)[:count]
+            images = sampler.prepare(len(noise))(noise, labels)[:count]
         if "png" in self.formats:
             return to_uint8(images)
         return images.permute(0, 2, 3, 1).cpu().numpy()

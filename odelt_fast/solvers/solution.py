@@ -53,26 +53,38 @@ class Solution:
 
 
 @dataclass(frozen=True)
-class BatchResult:
-    """The `Solution` of a batch with its counts as lists on the host, one entry a sample.
+class Counts:
+    """The counts of a batch's `Solution` as lists on the host, one entry a sample.
 
     calls: evaluations of the velocity that the batch took; `evaluations` of a sample are those that
     it needed.
     """
 
-    x: Tensor
     status: list[int]
     accepted: list[int]
     rejected: list[int]
     evaluations: list[int]
     calls: int
+
+    @classmethod
+    def of_fixed_steps(cls, batch: int, steps: int, evaluations: int, calls: int) -> Counts:
+        """Of samples that are all done."""
+        return cls([DONE] * batch, [steps] * batch, [0] * batch, [evaluations] * batch, calls)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """The `Solution` of a batch with its counts on the host."""
+
+    x: Tensor
+    counts: Counts
     trajectory: Tensor | None = None
 
     @classmethod
     def of(cls, solution: Solution, calls: int) -> BatchResult:
         names = ("status", "accepted", "rejected", "evaluations")
-        counts: dict[str, Any] = {name: getattr(solution, name).tolist() for name in names}
-        return cls(solution.x, calls=calls, trajectory=solution.trajectory, **counts)
+        lists: dict[str, Any] = {name: getattr(solution, name).tolist() for name in names}
+        return cls(solution.x, Counts(calls=calls, **lists), solution.trajectory)
 
 
 def combine(weights: Sequence[float], ks: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from odelt_fast.engine import device_adaptive
 from odelt_fast.engine.adaptive import AdaptiveTrajectory, CapturedSolve
 from odelt_fast.engine.engine import Engine
+from odelt_fast.engine.fused import Fused
 from odelt_fast.engine.graphs import CaptureError, GraphCache, Pool, capture
 from odelt_fast.engine.trajectory import Trajectory
 from odelt_fast.model import DiT
@@ -77,11 +79,13 @@ class Card(TorchDispatchMode):
         self.capturing = False
         self.captured: list[list[str]] = []  # operators of each capture
         self.launches: list[tuple[str, tuple[int, ...]]] = []
+        self.called: list[str] = []
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs, name = kwargs or {}, function._schema.name.split("::")[1]
+        self.called.append(name)
         if self.capturing:
             self.captured[-1].append(name)
             if name in READS:
@@ -207,6 +211,27 @@ def test_a_trajectory_is_captured(
     ends = [programs for name, programs in card.launches if name == "final_layer"]
     assert len(ends) == 2 * 2  # the warm-up's and the capture's
     assert set(ends) == {(2,)}
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_a_prepared_call_copies_replays_and_copies(card: Card) -> None:
+    """Nothing else, and nothing is launched; labels that are known are not copied again."""
+    engine, cache = Engine(on_the_card(torch.bfloat16)), GraphCache(CUDA)
+    fused = Fused(lambda: (engine, cache), Operation(steps=2, guidance_scale=1.5))
+    (x, _), asked = inputs(), fused.asked((2, 2, 8, 8), np.array([1, 2]))
+    assert cache.replay(asked.key, (x, asked.labels, None, None), asked) is None
+    cache.run(asked.key, Trajectory(engine, fused.operation), (x, asked.labels, None, None))
+    cache.graphs[asked.key].labels.clear()  # values cannot be compared here
+    launches, calls = len(card.launches), []
+    for labels in ("new", "known"):
+        card.called.clear()
+        images, finite = cache.replay(asked.key, (x.cpu(), asked.labels, None, None), asked) or ()
+        assert (images.shape, images.dtype, images.device) == ((2, 2, 8, 8), torch.float32, CUDA)
+        assert (finite.shape, finite.dtype) == ((2,), torch.bool)
+        calls.append(list(card.called))
+        assert labels == "new" or calls[-1].count("copy_") == 1
+    assert set(calls[1]) <= {"_to_copy", "copy_", "clone", "device"}  # its own, of a fake tensor
+    assert len(card.launches) == launches
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
