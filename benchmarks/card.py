@@ -11,9 +11,9 @@ permitting or in the next calls, everything else: all kernels, the full grid of 
 throughput, DiT-XL/2, the paper's Table 3, races against torchdiffeq and, with --reference-dir, the
 paper's JAX reference, training. Without a GPU the grid is smaller.
 
-It needs torch, Triton, numpy and tqdm, and pytest for the checks that are tests: a machine with a
-card is often bare, which is why its options are argparse's. Native libraries are built in its first
-seconds where there is a compiler (nvcc); elsewhere carry them (docs/gpu.md).
+It needs torch, Triton, numpy and tqdm, and pytest and safetensors for the checks that are tests: a
+machine with a card is often bare, which is why its options are argparse's. Native libraries are
+built in its first seconds where there is a compiler (nvcc); elsewhere carry them (docs/gpu.md).
 
 Exit code: 0 finished, 1 something failed or was refused, 2 wrong usage, 3 time is up: run again.
 """

@@ -62,14 +62,17 @@ class Tests:
 
 
 GRAPHS = "engine/test_graphs.py"
+FILES = ("safetensors",)  # what reads the recordings needs
 TESTS = {
-    "network": Tests(("test_model.py",), quick="recorded"),
-    "engine": Tests(("engine/test_engine.py",), quick="recorded_velocity"),
-    "graphs": Tests((GRAPHS,), "cuda and not broken and not ten_thousand", "replay"),
+    "network": Tests(("test_model.py",), quick="recorded", modules=FILES),
+    "engine": Tests(("engine/test_engine.py",), quick="recorded_velocity", modules=FILES),
+    "graphs": Tests((GRAPHS,), "cuda and not broken and not ten_thousand", "replay", FILES),
     "broken captures": Tests(
-        (GRAPHS, "engine/test_captures.py"), "cuda and (broken or captures)", cuda=True
+        (GRAPHS, "engine/test_captures.py"), "cuda and (broken or captures)", "", FILES, True
     ),
-    "adaptive": Tests(("engine/test_adaptive.py", "engine/test_device_adaptive.py"), quick="kind"),
+    "adaptive": Tests(
+        ("engine/test_adaptive.py", "engine/test_device_adaptive.py"), quick="kind", modules=FILES
+    ),
     "while graph": Tests(("engine/native/test_while_graph.py",), "counts", cuda=True),
     "training": Tests(
         ("train/test_parity.py", "train/test_objectives_recorded.py"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -452,6 +453,31 @@ RED = """
 from benchmarks import correctness
 correctness.TESTS["engine"] = correctness.Tests(({path!r},))
 """
+
+
+WITHOUT = """
+import os, sys
+for name in {absent!r}:
+    sys.modules[name] = None
+import pytest
+sys.exit(pytest.main(["-q", "-o", "addopts=", "--import-mode=importlib", *sys.argv[1:]]))
+"""
+
+
+def test_checks_need_no_more_than_they_say() -> None:
+    """What a selection needs beyond pytest is named, so that it is missing there and not red: one
+    red selection would refuse every measurement of the engine."""
+    chosen = [each for each in correctness.TESTS.values() if set(each.modules) <= {"safetensors"}]
+    files = sorted({f"tests/{file}" for each in chosen for file in each.files})
+    assert len(files) == 7
+    program = WITHOUT.format(absent=(*BARE, "PIL", "huggingface_hub", "scipy"))
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", program, "-k", "torchdiffeq", *files],
+        capture_output=True, text=True, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert re.search(r"^\d+ skipped, \d+ deselected", found.stdout.splitlines()[-1])
 
 
 def test_a_bare_machine_measures_and_what_is_red_is_refused(tmp_path: Path) -> None:
