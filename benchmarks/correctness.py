@@ -33,7 +33,8 @@ SOLVERS = ("combine_stages", "adaptive_step", "adaptive_solve")
 ENDS = ("patch_embed", "final_layer")
 ROWS = ("norm_modulate", "gated_residual", "group_end", "modulation")
 NETWORK = ("row_kernels_as_network", "faults")
-KERNELS = (*LINEAR, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK)
+BLOCKS = ("block_products", "block_float8", "patch_moments", "plans")
+KERNELS = (*LINEAR, *BLOCKS, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK)
 OF_CASE = {  # beginning of a case's name in the kernel table -> kernels
     "linear": LINEAR,
     "final_euler": ("final_layer",),

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from odelt_fast.engine.plans import DEFAULT, PLANS
 from odelt_fast.operation import Operation
 
 from . import correctness, kernel_table, look
@@ -221,6 +222,7 @@ class Plan:
             "linear triton": correctness.LINEAR,
             "float8 triton": correctness.FLOAT8,
             "attention triton": ("attention",),
+            **{f"plan {name}": correctness.BLOCKS for name in PLANS if name != DEFAULT},
         }
         stands_on = {name: kernel_keys(*names) for name, names in of.items()} if self.cuda else {}
         for network in networks:

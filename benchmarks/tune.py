@@ -1,10 +1,10 @@
-"""Measures the matrix products and attentions that the engine can choose from on this GPU.
+"""Measures the matrix products, attentions and plans that the engine can choose from on this GPU.
 
     python -m benchmarks.tune
 
 Writes odelt_fast/tuning/DEVICE.json, which the engine reads from then on (`tuning.read_tuning`);
-until then it takes cuBLAS and PyTorch's attention. About two minutes a network on an H200. The file
-is written after each shape, and what it holds of this card is not measured again.
+until then it takes cuBLAS, PyTorch's attention and the plan "seven". About two minutes a network on
+an H200. The file is written after each shape, and what it holds of this card is not measured again.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from odelt_fast.config import PRESETS, DiTConfig
 from odelt_fast.engine import availability, operators, tuning
+from odelt_fast.engine.engine import Engine
+from odelt_fast.engine.plans import PLANS
+from odelt_fast.engine.trial import Way, random_model
 
 from .ceilings import token_count
 from .measure import (
@@ -114,6 +118,24 @@ class Tuner:
                 variants[name] = partial(call, function)
         return self.measure(variants, sets, "attention ")
 
+    def plan_times(
+        self, config: DiTConfig, samples: int, precision: str | None
+    ) -> dict[str, float]:
+        """Of an evaluation at the longest depth."""
+        model = random_model(Way.of(config, self.device, self.dtype))
+        kind = "kernels" if self.device.type == "cuda" else "reference"
+        x, depth = self.draw(samples, *config.image_shape), config.depth
+        condition, engines = self.draw(samples, config.hidden_size), dict[str, Any]()
+
+        def call(name: str, _: int) -> Tensor:
+            if name not in engines:
+                engine = Engine(model, "auto", precision, kind, (name,))
+                engines[name] = engine, engine.modulations(condition, condition, depth)
+            engine, tables = engines[name]
+            return engine.velocity(x, tables, depth)
+
+        return self.measure({name: partial(call, name) for name in PLANS}, 1, "plan ")
+
     def measure(self, variants: Variants, sets: int, operator: str) -> dict[str, float]:
         """Median microseconds of each variant; those that cannot run are left out."""
         timers = {}
@@ -143,6 +165,9 @@ class Tuner:
                 "amount": samples,
             }
             yield entry, partial(self.attention_times, config, samples)
+            for precision in (None, "fp8"):
+                entry = entry | {"operator": "plan", "dtype": precision or dtype}
+                yield entry, partial(self.plan_times, config, samples, precision)
             rows = samples * tokens
             for layer in (*layers, (size, hidden, "none")):
                 columns, inner, activation = layer

@@ -59,6 +59,22 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(matrix, o_row, rows, first, columns, LINES: tl.constexpr):
+    """Fetches 128 * LINES bytes of each row of a matrix (rows, columns) into the L2.
+
+    From column `first` on; contiguous; columns beyond the end stand for the last. Safe ahead of
+    `wait_for_inputs`, whatever lies there: nothing is read into registers.
+    """
+    values: tl.constexpr = 1024 // matrix.dtype.element_ty.primitive_bitwidth
+    o_column = tl.minimum(first + tl.arange(0, LINES) * values, columns - 1)
+    o_line = tl.minimum(o_row, rows - 1).to(tl.int64)[:, None] * columns + o_column[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [(matrix + o_line).to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 def require_device(operator: str, *tensors: Tensor | None) -> None:
     """ValueError unless all tensors lie on one device on which Triton can run `operator`."""
     devices = {tensor.device for tensor in tensors if tensor is not None}

@@ -16,6 +16,15 @@ from .device import wait_for_inputs
 
 
 @triton.jit
+def gelu(y):
+    """The tanh form: y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), u = sqrt(2/pi) (y + 0.044715 y^3).
+
+    So there is no cancellation where tanh u is near -1.
+    """
+    return y / (1.0 + tl.exp(-y * tl.fma(y * y, 0.07135481627260025, 1.5957691216057308)))
+
+
+@triton.jit
 def epilogue(
     acc, offs_m, offs_n, mask_m, mask_n,
     bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
@@ -30,11 +39,7 @@ def epilogue(
     if BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     if GELU:
-        # y (1 + tanh u) / 2 = y / (1 + exp(-2 u)), u = sqrt(2/pi) (y + 0.044715 y^3): no
-        # cancellation where tanh u is near -1.
-        acc = acc / (
-            1.0 + tl.exp(-acc * tl.fma(acc * acc, 0.07135481627260025, 1.5957691216057308))
-        )
+        acc = gelu(acc)
     if GATED:
         mask = mask_m[:, None] & mask_n[None, :]
         o_gate = (offs_m // tokens).to(tl.int64) * gate_stride
@@ -61,6 +66,40 @@ def tile_position(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def put_share(acc, partial_ptr, counter_ptr, tile, split, tiles, SPLITS: tl.constexpr):
+    """Adds this program's share of a tile to the others' -> whether it was the last to arrive.
+
+    Into partial (SPLITS, tiles, BLOCK_M, BLOCK_N) float32; counter (tiles,) int32 is zero before,
+    and to be made zero by the last.
+    """
+    p_part = share_pointers(acc, partial_ptr, tile)
+    tl.store(p_part + split.to(tl.int64) * tiles * acc.shape[0] * acc.shape[1], acc)
+    # Every thread's share must be written before the one thread that counts releases it to the
+    # other programs.
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLITS - 1
+
+
+@triton.jit
+def take_shares(acc, partial_ptr, tile, tiles, SPLITS: tl.constexpr):
+    """The sum of all shares like acc, added in a fixed order, so that bits never change."""
+    p_part = share_pointers(acc, partial_ptr, tile)
+    total = tl.load(p_part, cache_modifier=".cg")
+    for other in tl.range(1, SPLITS, num_stages=1):
+        p_other = p_part + other * tiles.to(tl.int64) * (acc.shape[0] * acc.shape[1])
+        total += tl.load(p_other, cache_modifier=".cg")
+    return total
+
+
+@triton.jit
+def share_pointers(acc, partial_ptr, tile):
+    """Of the first share of a tile."""
+    p_part = partial_ptr + tile.to(tl.int64) * (acc.shape[0] * acc.shape[1])
+    p_part += tl.arange(0, acc.shape[0])[:, None] * acc.shape[1]
+    return p_part + tl.arange(0, acc.shape[1])[None, :]
+
+
+@triton.jit
 def pointer_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
     out_ptr, partial_ptr, counter_ptr,
@@ -69,12 +108,7 @@ def pointer_kernel(
     SPLITS: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     SCALED: tl.constexpr, EVEN_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, SPLITS).
-
-    With SPLITS > 1 each program adds up its share of `inner` into partial (SPLITS, tiles, BLOCK_M,
-    BLOCK_N) float32; the last to arrive (counter (tiles,) int32, zero before and after) adds the
-    shares in a fixed order, so bits never change.
-    """
+    """Grid (tiles, SPLITS): with SPLITS > 1 see `put_share`."""
     tile = tl.program_id(0)
     split = tl.program_id(1)
     wait_for_inputs(PDL)
@@ -112,26 +146,14 @@ def pointer_kernel(
             residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
         )  # fmt: skip
         tl.store(p_out, y, mask=mask_m[:, None] & mask_n[None, :])
-    else:
-        area: tl.constexpr = BLOCK_M * BLOCK_N
-        p_part = partial_ptr + tile.to(tl.int64) * area + tl.arange(0, BLOCK_M)[:, None] * BLOCK_N
-        p_part += tl.arange(0, BLOCK_N)[None, :]
-        tl.store(p_part + split.to(tl.int64) * tiles * area, acc)
-        # Every thread's share must be written before the one thread that counts releases it to the
-        # other programs.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            total = tl.load(p_part, cache_modifier=".cg")
-            for other in tl.range(1, SPLITS, num_stages=1):
-                total += tl.load(p_part + other * tiles.to(tl.int64) * area, cache_modifier=".cg")
-            y = epilogue(
-                total, offs_m, offs_n, mask_m, mask_n,
-                bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
-                residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
-            )  # fmt: skip
-            tl.store(p_out, y, mask=mask_m[:, None] & mask_n[None, :])
-            tl.store(counter_ptr + tile, 0)
+    elif put_share(acc, partial_ptr, counter_ptr, tile, split, tiles, SPLITS):
+        y = epilogue(
+            take_shares(acc, partial_ptr, tile, tiles, SPLITS), offs_m, offs_n, mask_m, mask_n,
+            bias_ptr, residual_ptr, gate_ptr, x_scale_ptr, weight_scale_ptr,
+            residual_stride, gate_stride, tokens, GELU, BIAS, GATED, SCALED,
+        )  # fmt: skip
+        tl.store(p_out, y, mask=mask_m[:, None] & mask_n[None, :])
+        tl.store(counter_ptr + tile, 0)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ the H/p x W/p patches, accumulated in float32 and rounded once. Bytes: x read D/
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .compile_case import DTYPES, WIDTHS, CompileCase, kernel_case
 from .device import launch_options, require_device, wait_for_inputs
+from .moments import moments_reference, store_moments
 from .rows import check_layer
 
 _BLOCK_D, _WARPS = 64, 4
@@ -34,7 +36,7 @@ def patch_embed_reference(
 
 @triton.jit
 def _kernel(
-    x, weight, bias, positions, out,
+    x, weight, bias, positions, out, moments,
     total, tokens, columns, x_batch, x_channel, x_row, x_column, K, D,
     PATCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
@@ -64,7 +66,16 @@ def _kernel(
     mask = m_m[:, None] & m_d[None, :]
     b_out += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
     b_out += tl.load(positions + i_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=mask, other=0.0)
+    b_out = b_out.to(out.dtype.element_ty)
     tl.store(out + o_m[:, None] * D + o_d[None, :], b_out, mask=mask)
+    if moments is not None:
+        store_moments(moments, b_out, o_m, m_m, total, o_d, tl.program_id(0) % blocks, D)
+
+
+def patch_embed_moments_reference(*given: Any) -> tuple[Tensor, Tensor]:
+    """The same in plain PyTorch."""
+    tokens = patch_embed_reference(*given)
+    return tokens, moments_reference(tokens)
 
 
 @torch.library.custom_op("odelt_fast::patch_embed", mutates_args=())
@@ -85,6 +96,23 @@ def patch_embed(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    return _launch(x, weight, bias, positions, patch_size)[0]
+
+
+@torch.library.custom_op("odelt_fast::patch_embed_moments", mutates_args=())
+def patch_embed_moments(
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor]:
+    """The same tokens, and their moments (2, B*N, parts) float32 (moments.py)."""
+    tokens, moments = _launch(x, weight, bias, positions, patch_size, True)
+    assert moments is not None
+    return tokens, moments
+
+
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, patch_size: int,
+    moments: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     whole = x.dim() == 4 and patch_size >= 1 and 0 not in x.shape[1:]
     if not whole or x.shape[2] % patch_size or x.shape[3] % patch_size or x.dtype not in DTYPES:
         raise ValueError(
@@ -103,17 +131,19 @@ def patch_embed(
     require_device("patch_embed", x, weight, bias, positions)
     weight, bias, positions = weight.contiguous(), bias.contiguous(), positions.contiguous()
     out = torch.empty((batch, tokens, size), dtype=weight.dtype, device=x.device)
+    parts = 2, batch * tokens, triton.cdiv(size, _BLOCK_D)
+    kept = torch.empty(parts, dtype=torch.float32, device=x.device) if moments else None
     if not out.numel():
-        return out
+        return out, kept
     blocks = _blocks(weight.dtype, patch_size, values)
     tiles = triton.cdiv(batch * tokens, blocks["BLOCK_N"]) * triton.cdiv(size, _BLOCK_D)
     with torch.cuda.device_of(x):
         _kernel[(tiles,)](
-            x, weight, bias, positions, out,
+            x, weight, bias, positions, out, kept,
             batch * tokens, tokens, width // patch_size, *x.stride(), values, size,
             **blocks, **launch_options(x.device, _WARPS),
         )  # fmt: skip
-    return out
+    return out, kept
 
 
 def _blocks(dtype: torch.dtype, patch_size: int, values: int) -> dict[str, int]:
@@ -122,7 +152,14 @@ def _blocks(dtype: torch.dtype, patch_size: int, values: int) -> dict[str, int]:
     return {"PATCH": patch_size, "BLOCK_N": block_n, "BLOCK_D": _BLOCK_D, "BLOCK_K": block_k}
 
 
+def _fake_moments(*given: Any) -> tuple[Tensor, Tensor]:
+    tokens = patch_embed_reference(*given).contiguous()
+    parts = 2, tokens.shape[0] * tokens.shape[1], -(-tokens.shape[2] // _BLOCK_D)
+    return tokens, tokens.new_empty(parts, dtype=torch.float32)
+
+
 patch_embed.register_fake(lambda *given: patch_embed_reference(*given).contiguous())
+patch_embed_moments.register_fake(_fake_moments)
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -130,13 +167,16 @@ def compile_cases() -> Iterator[CompileCase]:
 
     The state is float32 or in the weights' dtype.
     """
-    calls = [(dtype, state, False) for dtype in DTYPES for state in sorted({DTYPES[dtype], "fp32"})]
-    for dtype, state, pdl in (*calls, (torch.bfloat16, "fp32", True)):
+    calls = [(dtype, state) for dtype in DTYPES for state in sorted({DTYPES[dtype], "fp32"})]
+    forms = {"": {"PDL": False, "moments": None}, "overlapped/": {"PDL": True, "moments": None}}
+    forms["moments/"] = {"PDL": False}
+    alone = [(torch.bfloat16, "fp32", form) for form in ("overlapped/", "moments/")]
+    for dtype, state, form in (*((*call, "") for call in calls), *alone):
         kind = DTYPES[dtype]
         types = dict.fromkeys(("weight", "bias", "out"), f"*{kind}")
-        types |= {"x": f"*{state}", "positions": "*fp32"}
+        types |= {"x": f"*{state}", "positions": "*fp32", "moments": "*fp32"}
         for size in WIDTHS:
             yield kernel_case(
-                f"patch_embed/{'overlapped/' * pdl}{kind}/{state}/{size}", _kernel, types,
-                {**_blocks(dtype, 2, 16), "PDL": pdl}, ("x_column", "columns"), num_warps=_WARPS,
+                f"patch_embed/{form}{kind}/{state}/{size}", _kernel, types,
+                {**_blocks(dtype, 2, 16), **forms[form]}, ("x_column", "columns"), num_warps=_WARPS,
             )  # fmt: skip

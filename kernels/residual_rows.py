@@ -93,6 +93,16 @@ def residual_kernel(
     store_rows(out, scales, b_h, o_row, o_d, mask, D)
 
 
+def check_steps(steps: Tensor | None, x: Tensor) -> None:
+    """ValueError unless steps are (B or 1,) float32, or None."""
+    if steps is not None and (
+        steps.dim() != 1 or steps.shape[0] not in (1, len(x)) or steps.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"steps must be ({len(x)} or 1,) float32, not {tuple(steps.shape)} in {steps.dtype}"
+        )
+
+
 def launch_residual(
     x: Tensor, y: Tensor, columns: Columns, end: GroupEnd | None = None, float8: bool = False
 ) -> list[Tensor]:
@@ -104,12 +114,7 @@ def launch_residual(
     gates, gate, modulation, *norm = columns
     check_modulation("gates", gates, x, gate)
     check_modulation("modulation", modulation, x, *norm)
-    if steps is not None and (
-        steps.dim() != 1 or steps.shape[0] not in (1, len(x)) or steps.dtype != torch.float32
-    ):
-        raise ValueError(
-            f"steps must be ({len(x)} or 1,) float32, not {tuple(steps.shape)} in {steps.dtype}"
-        )
+    check_steps(steps, x)
     require_device("gated_residual", x, y, xr, vr, gates, modulation, steps)
     x, y, gates, modulation = rows(x), rows(y), rows(gates), rows(modulation)
     xr, vr = (None if tensor is None else rows(tensor) for tensor in (xr, vr))

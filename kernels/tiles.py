@@ -1,4 +1,4 @@
-"""Which launch configuration `linear` takes for a shape and card."""
+"""Which launch configuration the matrix products take for a shape and card."""
 
 from __future__ import annotations
 
@@ -49,6 +49,9 @@ TILES = MappingProxyType(
     }
 )
 SPLITS = (4, 2)
+# The partial sums of every launch lie behind so many counters, more than any choice below has
+# tiles: those of one with few tiles must leave the counters of one with many at zero.
+COUNTERS = 512
 
 
 def choose_tile(
@@ -85,12 +88,58 @@ def choose_tile(
     return small
 
 
-def workspace_elements(rows: int, columns: int, tile: Tile) -> tuple[int, int]:
-    """(int32 counters, float32 partial sums) that a split-K launch needs.
+# Of the products of a block with what lies beside them (block_products.py): a tile of rows lies in
+# one sample. Tiles that are split have at most 64 * 64 values, for which an engine keeps room.
+BLOCK_TILES = MappingProxyType(
+    {
+        "float32": Tile(32, 32, 32, 4, 3),
+        "large": Tile(128, 64, 64, 8, 3),
+        "small": Tile(64, 64, 64, 4, 4),
+        # few rows: more tiles, each with less to do
+        "short": Tile(32, 64, 64, 4, 4),
+        # A block of scales is 128 values wide, in both dimensions.
+        "fp8_large": Tile(64, 128, 128, 8, 3),
+        "fp8_small": Tile(32, 128, 128, 4, 3),
+    }
+)
+
+
+def choose_block_tile(
+    batch: int, tokens: int, columns: int, inner: int, dtype: torch.dtype, processors: int
+) -> Tile:
+    """The configuration of a block's product: the largest tile of which there is one for each
+    processor, else one that is split or short; `dtype` is that of the weights."""
+    if dtype == torch.float32:
+        return BLOCK_TILES["float32"]
+    prefix = "fp8_" if dtype == FP8 else ""
+    large, small = (BLOCK_TILES[prefix + name] for name in ("large", "small"))
+
+    def count(tile: Tile) -> int:
+        return batch * tile.count(tokens, columns)
+
+    if count(large) >= processors:
+        return large
+    steps = triton.cdiv(inner, small.block_k)
+    for splits in SPLITS if count(small) < processors else ():
+        fits = count(small) * splits <= 2 * processors
+        if fits and steps >= splits * small.num_stages:
+            return split_block_tile(small, splits)
+    return BLOCK_TILES["short"] if not prefix and count(small) < processors else small
+
+
+def split_block_tile(tile: Tile, splits: int) -> Tile:
+    """A tile with split-K: the end of a group spills with four warps on sm_80 (Triton 3.6)."""
+    return replace(tile, splits=splits, num_warps=8)
+
+
+def workspace_elements(rows: int, columns: int, tile: Tile, batch: int = 1) -> tuple[int, int]:
+    """(int32 counters, float32 partial sums) that a split-K launch needs; rows of each sample.
 
     The counters must be zero and are left so.
     """
     if tile.splits == 1:
         return 0, 0
-    tiles = tile.count(rows, columns)
-    return 4 * triton.cdiv(tiles, 4), tiles * tile.splits * tile.block_m * tile.block_n
+    tiles = batch * tile.count(rows, columns)
+    return max(
+        COUNTERS, 4 * triton.cdiv(tiles, 4)
+    ), tiles * tile.splits * tile.block_m * tile.block_n

@@ -27,8 +27,8 @@ Dtypes = Annotated[tuple[Literal["float32", "bfloat16", "float16"], ...], metava
 
 @dataclass(frozen=True)
 class Command:
-    """Try out every backend, attention and precision on this machine, each in a process of its own:
-    right or wrong by how much, microseconds, and what auto takes.
+    """Try out every backend, attention, precision and plan on this machine, each in a process of
+    its own: right or wrong by how much, microseconds, and what auto takes.
 
     Weights are random: only the shape of a model matters. On a GPU the verdicts are those that
     backend fused asks for before it runs.
@@ -111,6 +111,7 @@ def ways(config: DiTConfig, device: str, dtypes: tuple[str, ...]) -> Iterator[tu
     from odelt_fast.engine import availability
     from odelt_fast.engine.native.build import load
     from odelt_fast.engine.operators import ATTENTIONS
+    from odelt_fast.engine.plans import PLANS
     from odelt_fast.engine.trial import Way
 
     place = torch.device(device)
@@ -134,11 +135,14 @@ def ways(config: DiTConfig, device: str, dtypes: tuple[str, ...]) -> Iterator[tu
                 replace(plain, attention=name),
                 availability.attention_unavailable(name, *given) or "",
             )
+        plans = [name for name in PLANS if name != plain.plan]
+        yield from ((replace(plain, plan=name), "") for name in plans)
         yield replace(plain, adaptive=True), ""
         if dtype == "bfloat16":
             capable = torch.cuda.get_device_capability(place) >= (8, 9)
             reason = "" if capable else "it needs compute capability 8.9 or newer"
-            yield replace(plain, precision="fp8"), reason
+            for name in (plain.plan, *plans):
+                yield replace(plain, precision="fp8", plan=name), reason
 
 
 def diagnose(
@@ -178,7 +182,10 @@ def marked(rows: list[Row], dtype: str) -> tuple[list[Row], dict[str, str]]:
     taken = "native" if native else told["backend"]
     plain = replace(mine, backend=taken)
     reasons = {name: without_paths(why) for name, why in told["not_taken"].items() if name != taken}
-    attention = f", attention {told['attention']}" if taken == "fused" else ""
+    attention = ""
+    if taken == "fused":
+        attention = f", attention {told['attention']}, plan {told['plan']}"
+        plain = replace(plain, plan=told["plan"])
     rows = [replace(row, taken=row.taken or row.way == plain) for row in rows]
     return rows, {"takes": taken + attention, **reasons}
 

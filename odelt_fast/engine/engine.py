@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -106,8 +107,9 @@ class Engine:
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.on_gpu else 0
         if stream not in self._workspaces:
             from odelt_fast.kernels.device import architecture
+            from odelt_fast.kernels.tiles import COUNTERS
 
-            size = 2 * architecture(self.device)[1] * (64 * 64 + 1) + 4
+            size = COUNTERS + 2 * architecture(self.device)[1] * 64 * 64
             with torch.inference_mode(False):
                 made = torch.zeros(size, dtype=torch.int32, device=self.device)
             self._workspaces[stream] = made
@@ -168,9 +170,18 @@ class Engine:
         final = final if self.config.has_inner_ode else blocks
         columns = 6 * self.config.hidden_size * self.config.live_blocks(depth)
         stacked, last = self.weights.modulation, self.weights.final_modulation
-        if columns:
-            blocks = self.ops.modulation(blocks, stacked.weight[:columns], stacked.bias[:columns])
-        return blocks, self.ops.modulation(final, last.weight, last.bias)
+        with self._launching(*self.plans):
+            if columns:
+                weight, bias = stacked.weight[:columns], stacked.bias[:columns]
+                blocks = self.ops.modulation(blocks, weight, bias)
+            return blocks, self.ops.modulation(final, last.weight, last.bias)
+
+    def _launching(self, *plans: str) -> AbstractContextManager[None]:
+        """Overlapped launches, if one of the plans has them: they change no result."""
+        from odelt_fast.kernels.device import overlapped_launches
+
+        overlapped = any(PLANS[name].overlapped for name in plans)
+        return overlapped_launches() if overlapped else nullcontext()
 
     def __call__(
         self,
@@ -197,19 +208,25 @@ class Engine:
     ) -> Tensor:
         """v (B, C, H, W) in x's dtype, from modulations of B rows or 1; with guidance of 2B rows,
         labels first, or 1."""
-        h = self._hidden(x, tables, depth, guidance)
-        return self.ops.final_velocity(
-            h, *self._projection, *x.shape[2:], x.dtype, guidance, self.config.guided_channels
-        )
+        with self._launching(self._plan_of(x, guidance)):
+            h = self._hidden(x, tables, depth, guidance)
+            return self.ops.final_velocity(
+                h, *self._projection, *x.shape[2:], x.dtype, guidance, self.config.guided_channels
+            )
 
     def euler_step(
         self, x: Tensor, tables: Tables, depth: int, step: float, guidance: float | None = None
     ) -> Tensor:
         """x + step*v in x's dtype; for the rest see `velocity`."""
-        h = self._hidden(x, tables, depth, guidance)
-        return self.ops.final_euler(
-            x, h, *self._projection, step, guidance, self.config.guided_channels
-        )
+        with self._launching(self._plan_of(x, guidance)):
+            h = self._hidden(x, tables, depth, guidance)
+            return self.ops.final_euler(
+                x, h, *self._projection, step, guidance, self.config.guided_channels
+            )
+
+    def _plan_of(self, x: Tensor, guidance: float | None) -> str:
+        tokens = math.prod(x.shape[2:]) // self.config.patch_size**2
+        return self.plan_choice(len(x) * (1 if guidance is None else 2), tokens)
 
     @property
     def _projection(self) -> tuple[Tensor, Tensor, int]:
@@ -219,13 +236,13 @@ class Engine:
     def _hidden(self, state: Tensor, tables: Tables, depth: int, guidance: float | None) -> Tensor:
         """What the final projection sees: (B or 2B, N, D), the inner ODE's vr after the final
         layer's LayerNorm + modulate."""
+        plan = PLANS[self._plan_of(state, guidance)]
         if guidance is not None:
             state = torch.cat([state, state])
         if not self.config.live_blocks(depth):  # no whole group: the inner ODE stays at 0
-            x = torch.zeros_like(self.embed(state))
+            x = torch.zeros_like(self.ops.patch_embed(*self.patches(state)))
             return self.ops.norm_modulate(x, tables[1], 0, self.config.hidden_size)
-        tokens = math.prod(state.shape[2:]) // self.config.patch_size**2
-        return PLANS[self.plan_choice(len(state), tokens)].hidden(self, state, tables, depth)
+        return plan.hidden(self, state, tables, depth)
 
     def plan_choice(self, samples: int, tokens: int) -> str:
         """Which of the engine's plans runs on that many samples of that many tokens."""
@@ -238,21 +255,29 @@ class Engine:
             self._choices[key] = choice or self.plans[0]
         return self._choices[key]
 
-    def embed(self, state: Tensor) -> Tensor:
-        """The patches of a state as tokens (B, N, D)."""
+    def patches(self, state: Tensor) -> tuple[Any, ...]:
+        """What `patch_embed` makes tokens (B, N, D) of."""
         patch, positions = self.weights.patch, self.positions(*state.shape[2:])
-        return self.ops.patch_embed(
-            state, patch.weight, patch.bias, positions, self.config.patch_size
-        )
+        return state, patch.weight, patch.bias, positions, self.config.patch_size
 
-    def product(self, h: Any, layer: Layer, activation: str = "none") -> Tensor:
-        """act(h W^T + b) of h (B, N, inner); where the layer's weight is float8, h is a pair (q,
-        scales)."""
+    def product(
+        self,
+        h: Any,
+        layer: Layer,
+        activation: str = "none",
+        residual: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor:
+        """act(h W^T + b) of h (B, N, inner), or residual + gate * that; where the layer's weight is
+        float8, h is a pair (q, scales)."""
         x, x_scale = h if layer.scale is not None else (h, None)
         weights = layer.weight, layer.bias
-        if self.linear_choice(x.shape[0] * x.shape[1], layer, activation) == "triton":
-            scales = {"x_scale": x_scale, "weight_scale": layer.scale, "out_dtype": self.dtype}
-            return self.ops.linear(x, *weights, activation, **scales, workspace=self.workspace())
+        choice = self.linear_choice(x.shape[0] * x.shape[1], layer, activation)
+        if choice == "triton" or residual is not None:
+            return self.ops.linear(
+                x, *weights, activation, gate, residual, x_scale, layer.scale, self.dtype,
+                workspace=self.workspace(),
+            )  # fmt: skip
         if x_scale is None or layer.scale is None:
             return cublas_linear(x, *weights, activation)
         return cublas_float8(x, x_scale, layer.weight, layer.scale, layer.bias)
@@ -322,14 +347,15 @@ class Engine:
             "attention": self._attention_told(samples, tokens),
             "precision": self.precision or _name(self.dtype),
         }
+        facts["plan"] = name = self.plan_choice(samples, tokens)
+        plan = PLANS[name]
         if self.weights.blocks:
             facts["matrix_products"] = products = {}
             for name, layer in self.weights.blocks[0].items():
                 choice = self.linear_choice(rows, layer, "gelu" if name == "mlp_in" else "none")
+                choice = "triton" if name in plan.own else choice
                 products[name] = f"{choice} {_name(layer.weight.dtype)}"
-        facts["plan"] = plan = self.plan_choice(samples, tokens)
-        float8 = self.precision is not None
-        facts["launches_per_evaluation"] = PLANS[plan].launches(live, float8)
+        facts["launches_per_evaluation"] = plan.launches(live, self.precision is not None)
         facts["weight_bytes"] = self.weights.nbytes | {"live_blocks": live}
         return facts
 

@@ -36,14 +36,18 @@ _NAMES = {  # by module of odelt_fast.kernels
     "group_end": ("group_end", "last_group_end"),
     "row_float8": ("norm_modulate_float8", "gated_residual_float8", "group_end_float8"),
     "modulation": ("modulation",),
-    "patch": ("patch_embed",),
+    "patch": ("patch_embed", "patch_embed_moments"),
     "final_layer": ("final_euler", "final_velocity"),
     "quantize": ("quantize_rows",),
     "linear": ("linear",),
+    "block_products": (
+        "norm_linear", "norm_linear_float8", "residual_linear", "group_end_linear",
+        "last_group_end_linear",
+    ),
     "attention": ("attention",),
     "solver_update": ("combine_stages",),
     "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),
-}
+}  # fmt: skip
 
 
 def load_operators(kind: str) -> SimpleNamespace:

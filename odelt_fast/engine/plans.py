@@ -6,6 +6,14 @@ residual, the group-end Euler update of xr and vr, the next LayerNorm + modulate
 more, the quantisation of the MLP's hidden values. Patch embedding, the first LayerNorm and the
 final layer (with unpatchify, guidance and the Euler update in time) are three more.
 
+"five": [LayerNorm + modulate + qkv] [attention] [output projection + gate*y + residual] [LayerNorm
++ modulate + MLP in + GELU] [MLP out + gate*y + residual, or the group-end update]; all products are
+our kernels, and with fp8 they quantise what they take and make. Patch embedding, the final
+LayerNorm and the final layer are three more.
+
+"gated": seven, in which the gated residual is part of the product before it (our kernel), so that
+y is not written; but at the end of a group.
+
 A plan is a function from a state to what the final projection sees, and what is to be known of it
 beforehand. Which one runs is said by name, or by what was measured on a card (`tuning`); where
 nothing was, the first of the engine's plans runs.
@@ -13,15 +21,19 @@ nothing was, the first of the engine's plans runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .weights import LAYERS
+
 if TYPE_CHECKING:
     from .engine import Engine, Tables
+    from .weights import Layer
 
 # (engine, state (B, C, H, W), modulations, depth) -> h (B, N, D): the inner ODE's vr, or the last
 # block's x, after the final layer's LayerNorm + modulate. At least one block is live.
@@ -36,42 +48,64 @@ class Plan:
         hidden: makes them all but that of the final projection.
         launches: their number, that of the final projection included, by live blocks and whether
             products run on float8.
+        overlapped: whether each of our kernels starts while the one before it ends (kernels/
+            device.py); from Hopper on, elsewhere it is the same.
+        own: layers of a block whose products are always our kernel's.
         unavailable: the reason why an engine cannot run it, or None.
     """
 
     hidden: Hidden
     launches: Callable[[int, bool], int]
+    overlapped: bool = False
+    own: Collection[str] = ()
     unavailable: Callable[[Engine], str | None] = lambda engine: None
 
 
-def seven(engine: Engine, state: Tensor, tables: Tables, depth: int) -> Tensor:
-    """The plan of that name."""
+def seven(engine: Engine, state: Tensor, tables: Tables, depth: int, gated: bool = False) -> Tensor:
+    """The plan of that name, or "gated"."""
     config, ops, size = engine.config, engine.ops, engine.config.hidden_size
     modulation, final_modulation = tables
-    x, vr, live = engine.embed(state), None, config.live_blocks(depth)
+    x, vr, live = ops.patch_embed(*engine.patches(state)), None, config.live_blocks(depth)
     (h,) = _rows(engine, "norm_modulate", x, modulation, 0, size)
     for index, block in enumerate(engine.weights.blocks[:live]):
         before, last = x, index + 1 == live
         # Shift, scale and gate of the attention, those of the MLP, and the next block's first.
         column = [size * (6 * index + part) for part in range(8)]
         attended = engine.attend(engine.product(h, block["qkv"]))
-        y = engine.product(attended, block["attention_out"])
+        add = _add_in_product if gated else _add
         columns: Any = modulation, column[2], modulation, column[3], column[4]
-        x, h = _rows(engine, "gated_residual", x, y, *columns)
-        mlp = engine.product(h, block["mlp_in"], "gelu")
+        x, h = add(engine, x, attended, block["attention_out"], columns)
+        mlp: Any = engine.product(h, block["mlp_in"], "gelu")
         if block["mlp_out"].scale is not None:
             mlp = ops.quantize_rows(mlp)
-        mlp = engine.product(mlp, block["mlp_out"])
         following = (final_modulation, 0, size) if last else (modulation, *column[6:])
         columns = modulation, column[5], *following
         if not config.ends_group(index):
-            x, h = _rows(engine, "gated_residual", x, mlp, *columns, last=last)
-        elif last:
-            _, h = ops.last_group_end(x, mlp, vr, *columns, engine.weights.group_steps[depth])
+            x, h = add(engine, x, mlp, block["mlp_out"], columns, last)
+            continue
+        mlp, step = engine.product(mlp, block["mlp_out"]), engine.weights.group_steps[depth]
+        if last:
+            _, h = ops.last_group_end(x, mlp, vr, *columns, step)
         else:
-            step = engine.weights.group_steps[depth]
             x, vr, h = _rows(engine, "group_end", x, mlp, before, vr, *columns, step)
     return h
+
+
+def _add(
+    engine: Engine, x: Tensor, y: Any, layer: Layer, columns: Any, last: bool = False
+) -> tuple[Any, ...]:
+    """(x + gate * (y W^T + b), h): a product and a row kernel."""
+    y = engine.product(y, layer)
+    return _rows(engine, "gated_residual", x, y, *columns, last=last)
+
+
+def _add_in_product(
+    engine: Engine, x: Tensor, y: Any, layer: Layer, columns: Any, last: bool = False
+) -> tuple[Any, ...]:
+    """The same, the sum in the product's epilogue."""
+    gates, column, *norm = columns
+    x = engine.product(y, layer, residual=x, gate=gates[:, column : column + x.shape[2]])
+    return x, *_rows(engine, "norm_modulate", x, *norm, last=last)
 
 
 def _rows(engine: Engine, name: str, *arguments: Any, last: bool = False) -> tuple[Any, ...]:
@@ -84,6 +118,49 @@ def _rows(engine: Engine, name: str, *arguments: Any, last: bool = False) -> tup
     return results if isinstance(results, tuple) else (results,)
 
 
-PLANS = MappingProxyType({"seven": Plan(seven, lambda live, float8: (7 + float8) * live + 3)})
+def five(engine: Engine, state: Tensor, tables: Tables, depth: int) -> Tensor:
+    """The plan of that name."""
+    config, ops, size = engine.config, engine.ops, engine.config.hidden_size
+    modulation, final_modulation = tables
+    (x, moments), vr = ops.patch_embed_moments(*engine.patches(state)), None
+    live, step = config.live_blocks(depth), engine.weights.group_steps[depth]
+    space = engine.workspace()
+    for index, block in enumerate(engine.weights.blocks[:live]):
+        before, column = x, [size * (6 * index + part) for part in range(6)]
+        normed = modulation, column[0], column[1]
+        qkv = ops.norm_linear(x, moments, *normed, *block["qkv"], "none", space)
+        attended, layer = engine.attend(qkv), block["attention_out"]
+        x, moments = ops.residual_linear(attended, None, *layer, x, modulation, column[2], space)
+        given = x, moments, modulation, column[3], column[4], *block["mlp_in"], "gelu", space
+        layer = block["mlp_out"]
+        float8 = layer.scale is not None
+        mlp, scales = ops.norm_linear_float8(*given) if float8 else (ops.norm_linear(*given), None)
+        added = mlp, scales, *layer, x, modulation, column[5]
+        if not config.ends_group(index):
+            x, moments = ops.residual_linear(*added, space)
+        elif index + 1 < live:
+            x, vr, moments = ops.group_end_linear(*added, before, vr, step, space)
+        else:
+            x = ops.last_group_end_linear(*added, vr, step, space)
+    return ops.norm_modulate(x, final_modulation, 0, size)
+
+
+def _seven_launches(live: int, float8: bool) -> int:
+    return (7 + float8) * live + 3
+
+
+_SEQUENCES: tuple[tuple[str, Hidden, Callable[[int, bool], int], Collection[str]], ...] = (
+    ("seven", seven, _seven_launches, ()),
+    ("gated", partial(seven, gated=True), _seven_launches, ("attention_out", "mlp_out")),
+    ("five", five, lambda live, float8: 5 * live + 3, LAYERS),
+)
+# With overlapped launches: "+pdl", programmatic dependent launch.
+PLANS = MappingProxyType(
+    {
+        name + "+pdl" * overlapped: Plan(hidden, launches, overlapped, own)
+        for name, hidden, launches, own in _SEQUENCES
+        for overlapped in (False, True)
+    }
+)
 DEFAULT = "seven"
 PLAN_CHOICES = ("auto", *PLANS)

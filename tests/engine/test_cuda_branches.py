@@ -80,6 +80,7 @@ class Card(TorchDispatchMode):
         self.captured: list[list[str]] = []  # operators of each capture
         self.launches: list[tuple[str, tuple[int, ...]]] = []
         self.called: list[str] = []
+        self.alone: list[str] = []  # kernels launched without overlap
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -114,6 +115,8 @@ class Card(TorchDispatchMode):
         tensors = [each for each in given if isinstance(each, Tensor)]
         assert {each.device for each in tensors} <= {CUDA}
         self.launches.append((kernel.fn.__module__.split(".")[-1], programs))
+        if not named.get("launch_pdl"):
+            self.alone.append(self.launches[-1][0])
 
 
 @pytest.fixture
@@ -232,6 +235,36 @@ def test_a_prepared_call_copies_replays_and_copies(card: Card) -> None:
         assert labels == "new" or calls[-1].count("copy_") == 1
     assert set(calls[1]) <= {"_to_copy", "copy_", "clone", "device"}  # its own, of a fake tensor
     assert len(card.launches) == launches
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("precision", [None, "fp8"])
+@pytest.mark.parametrize(("plan", "count"), [("seven", 87), ("gated", 87), ("five", 63)])
+def test_launches_of_an_evaluation(
+    card: Card, plan: str, count: int, precision: str | None
+) -> None:
+    """Twelve blocks of DiT-B/2 at batch 1; all of ours overlapped where the plan says so."""
+    sizes = {"hidden_size": 768, "num_heads": 12, "depth": 12, "image_size": 32, "channels": 4}
+    model = on_the_card(torch.bfloat16, depth_min=4, depth_group=4, **sizes)
+    x = torch.zeros(1, 4, 32, 32, device=CUDA)
+    for overlapped in (False, True):
+        engine = Engine(model, "triton", precision, plans=(plan + "+pdl" * overlapped,))
+        condition = torch.zeros(1, 768, device=CUDA)
+        card.alone.clear()
+        tables = engine.modulations(condition, condition, 12)
+        card.captured.append([])
+        card.capturing, before = True, len(card.launches)
+        engine.velocity(x, tables, 12)
+        card.capturing = False
+        products = ("addmm", "_addmm_activation", "_scaled_mm")
+        of_pytorch = sum(map(card.captured[-1].count, products))
+        launches = len(card.launches) - before + of_pytorch
+        assert launches == count + 12 * (plan != "five" and precision is not None)
+        assert launches == engine.describe(1, 256, 12)["launches_per_evaluation"]
+        # The quantisation of hidden values, which seven launches have with float8, never is.
+        assert (set(card.alone) <= {"quantize"}) == overlapped
+        if plan == "five":
+            assert not of_pytorch
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")

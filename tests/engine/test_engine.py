@@ -17,6 +17,7 @@ from odelt_fast.checkpoints.folder import load_model, save_model
 from odelt_fast.engine import availability, operators, trajectory, tuning
 from odelt_fast.engine.engine import Engine
 from odelt_fast.engine.fused import shared_engine
+from odelt_fast.engine.plans import PLANS
 from odelt_fast.kernels.linear import linear_reference
 from odelt_fast.kernels.quantize import quantize_rows_reference
 from odelt_fast.model import Block, DiT
@@ -44,9 +45,10 @@ def test_recorded_velocity(path: Path, name: str) -> None:
     model, depth = case.model(), depth_of(name)
     with torch.no_grad():
         eager = model(*inputs(case), depth=depth)
-        velocity = Engine(model, kind="reference")(*inputs(case), depth)
-    assert relative_error(velocity, case.tensor(name)) < 2e-6
-    assert relative_error(velocity, eager) < 1e-6
+        for plan in PLANS:
+            velocity = Engine(model, kind="reference", plans=(plan,))(*inputs(case), depth)
+            assert relative_error(velocity, case.tensor(name)) < 2e-6, plan
+            assert relative_error(velocity, eager) < 1e-6, plan
 
 
 @pytest.mark.parametrize(("path", "name"), quantities(r"velocity_bf16_depth\d+"))
@@ -64,11 +66,12 @@ def test_bfloat16_is_no_worse_than_the_models_or_the_references(path: Path, name
 @pytest.mark.parametrize(("path", "name"), quantities(r"velocity_depth\d+"))
 def test_float8_stays_within_its_bound(path: Path, name: str, dtype: torch.dtype) -> None:
     case = load_case(path)
-    with torch.no_grad():
-        engine = Engine(case.model().to(dtype), precision="fp8", kind="reference")
-        error = relative_error(engine(*inputs(case), depth_of(name)), case.tensor(name))
-    # Below a thousandth nothing would have been rounded to the three bits of e4m3.
-    assert 1e-3 < error < FP8_BOUND
+    for plan in PLANS:
+        with torch.no_grad():
+            engine = Engine(case.model().to(dtype), "auto", "fp8", "reference", (plan,))
+            error = relative_error(engine(*inputs(case), depth_of(name)), case.tensor(name))
+        # Below a thousandth nothing would have been rounded to the three bits of e4m3.
+        assert 1e-3 < error < FP8_BOUND, plan
 
 
 def test_float8_stays_within_its_bound_on_the_trained_model() -> None:
@@ -143,6 +146,7 @@ def test_every_kind_of_network(changes: dict[str, object]) -> None:
             )
 
 
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("precision", [None, "fp8"])
 @pytest.mark.parametrize(
     "changes",
@@ -155,10 +159,10 @@ def test_every_kind_of_network(changes: dict[str, object]) -> None:
     ids=str,
 )
 def test_what_is_explained_is_what_is_launched(
-    changes: dict[str, object], precision: str | None
+    changes: dict[str, object], precision: str | None, plan: str
 ) -> None:
     model = random_model(**changes)
-    engine = Engine(model, precision=precision, kind="reference")
+    engine = Engine(model, "auto", precision, "reference", (plan,))
     launched: list[str] = []
 
     def counted(name: str, operator: object) -> object:
@@ -577,3 +581,31 @@ def test_samplers_of_one_model_share_its_engine() -> None:
     del model
     gc.collect()
     assert dead() is None
+
+
+def test_the_plan_that_was_measured_to_be_fastest_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the shapes where it was; elsewhere the first of the engine's, or the one asked for."""
+    shape = {"operator": "plan", "dtype": "float32", "heads": 2, "head_dim": 16, "tokens": 16}
+    times = {"seven": 3.0, "five": 2.0, "gated": 1.0}
+    table = [shape | {"amount": 1, "microseconds": times}]
+    monkeypatch.setattr("odelt_fast.engine.engine.read_tuning", lambda device: table)
+    engine = Engine(random_model(), kind="reference", plans=("seven", "five"))
+    assert engine.plan_choice(1, 16) == "five"
+    assert engine.describe(1, 16, 6)["plan"] == "five"
+    assert engine.plan_choice(8, 16) == engine.plan_choice(1, 64) == "seven"
+    only = Engine(random_model(), kind="reference", plans=("seven",))
+    assert only.plan_choice(1, 16) == "seven"
+
+
+def test_a_plan_is_taken_by_name_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match="plan must be one of auto, seven"):
+        Sampler(model, plan="six")
+    with pytest.raises(ValueError, match="plan 'five' is for the fused backend"):
+        Sampler(model, plan="five")
+    expected = Sampler(model, backend="eager")(3)
+    run_fused_on_the_cpu(monkeypatch)
+    sampler = Sampler(model, plan="five")
+    torch.testing.assert_close(sampler(3), expected, rtol=0, atol=1e-4)
+    assert sampler.explain()["plan"] == "five"
+    assert set(sampler.explain()["matrix_products"].values()) == {"triton float32"}

@@ -412,3 +412,26 @@ def test_cuda_the_engine_is_right(dtype: str, changes: dict) -> None:
 def test_reports_hold_no_paths() -> None:
     text = "no file '/home/jo/x y/run.py': C:\\Users\\jo\\model.bin, ~/keys/id 4/5 a/b"
     assert selfcheck.without_paths(text) == "no file 'x y/run.py': model.bin, id 4/5 a/b"
+
+
+def test_auto_takes_plans_that_are_measured_faster_and_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = [{"seven": 2.0, "five": 1.0}, {"seven": 2.0, "gated": 1.0}, {"seven": 1.0, "five": 2.0}]
+    table = [{"operator": "plan", "microseconds": each} for each in times]
+    monkeypatch.setattr(selfcheck, "read_tuning", lambda device: table)
+    monkeypatch.setenv("ODELT_FAST_SELFCHECK", "always")
+    wrong = {"gated"}
+
+    def verdict(way: Way, again: bool) -> Verdict:
+        return Verdict("wrong", "found wrong pictures") if way.plan in wrong else Verdict("right")
+
+    monkeypatch.setattr(selfcheck, "verdict", verdict)
+    assert selfcheck.trusted_plans(way(), "auto") == ("seven", "five")
+    assert selfcheck.trusted_plans(way(), "five") == ("five",)
+    with pytest.raises(selfcheck.NotTrustedError):
+        selfcheck.trusted_plans(way(), "gated")
+    wrong.add("seven")
+    selfcheck.known.cache_clear()
+    with pytest.raises(selfcheck.NotTrustedError):
+        selfcheck.trusted_plans(way(), "auto")

@@ -129,13 +129,22 @@ def poisoned_output(
 
 
 def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    """Split-K: programs exchange sums in the workspace, ordered by atomics."""
+    """Split-K: programs exchange sums in the workspace, ordered by atomics; products of other
+    shapes have used it before."""
     tile = replace(
         TILES["float32" if dtype == torch.float32 else "small"], splits=rng.choice(SPLITS)
     )
     arguments = problem(rng, device, dtype, rng.choice(WIDTHS), rng.randint(1, 400))
-    x, weight = arguments[:2]
-    counters, partials = workspace_elements(x[..., 0].numel(), len(weight), tile)
+    other = problem(rng, device, dtype, rng.choice(WIDTHS), rng.randint(1, 400))
+    counters, partials = (
+        max(sizes)
+        for sizes in zip(
+            *(
+                workspace_elements(x[..., 0].numel(), len(weight), tile)
+                for x, weight, *_ in (arguments, other)
+            )
+        )
+    )
     storage = torch.full(
         (counters + partials + 2 * GUARD,), UNTOUCHED, dtype=torch.int32, device=device
     )
@@ -144,6 +153,7 @@ def linear_split_case(rng: random.Random, device: torch.device, dtype: torch.dty
     results = []
     for _ in range(2):
         workspace[counters:].view(torch.float32).fill_(math.nan)
+        launched(other, tile, workspace)
         results.append(launched(arguments, tile, workspace))
         assert bool((workspace[:counters] == 0).all()), "split-K left its counters set"
     assert bool((storage[:GUARD] == UNTOUCHED).all() and (storage[-GUARD:] == UNTOUCHED).all()), (

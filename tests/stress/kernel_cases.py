@@ -29,8 +29,12 @@ REGISTRIES = (
     "tests.helpers.kernel_cases_gemm",
     "tests.helpers.kernel_cases_solver",
     "tests.helpers.kernel_cases_network",
+    "tests.helpers.kernel_cases_block",
     "tests.helpers.kernel_faults",
 )
+
+# Its weights are float8, which opcheck cannot compare on a CPU; `block_float8` runs it.
+FLOAT8_ALONE = {"odelt_fast::norm_linear_float8"}
 
 
 def collect() -> list[tuple[str, Case]]:
@@ -94,7 +98,7 @@ def check_operators() -> int:
             except Exception as error:
                 print(f"{name}: {error}", flush=True)
                 failed = 1
-    for name in sorted(set(registered_operators()) - checked):
+    for name in sorted(set(registered_operators()) - checked - FLOAT8_ALONE):
         print(f"{name}: opcheck has no arguments for it", flush=True)
         failed = 1
     return failed
