@@ -7,6 +7,7 @@ from pathlib import Path
 from odelt_fast.checkpoints.lookup import CONFIG_NAME, WEIGHTS_NAME
 from odelt_fast.files import one_line
 
+from .card import CARD_NAME
 from .config import TrainConfig
 
 
@@ -30,7 +31,7 @@ def upload(folder: Path, repository: str) -> None:
     not take it."""
     from huggingface_hub import HfApi
 
-    files = [CONFIG_NAME, WEIGHTS_NAME]
+    files = [CONFIG_NAME, WEIGHTS_NAME, CARD_NAME]
     try:
         HfApi().upload_folder(
             repo_id=repository,

@@ -19,6 +19,7 @@ from odelt_fast.files import one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 
+from .card import origin_of
 from .checkpoints import (
     STATE_NAME,
     check_run,
@@ -135,6 +136,7 @@ class Trainer:
         model = DiT(config.model_config())
         model.trained_on = trained_on
         self.teacher, remark = load_start(config, model)
+        self.origin = origin_of(config)
         if remark:
             self.accelerator.print(remark)
         if self.teacher is not None:
@@ -394,4 +396,4 @@ class Trainer:
             "ema_decay": str(self.config.ema_decay),
             "step": str(self.finished_steps),
             "recipe": self.config.recipe,
-        }
+        } | self.origin

@@ -17,6 +17,7 @@ import torch
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.model import DiT
 
+from .card import write_card
 from .config import TrainConfig
 from .hub import find_repository, upload
 from .loop import Trainer
@@ -141,7 +142,9 @@ def _train(trainer: Trainer, came: Sequence[int]) -> Path:
                 raise RunStopped(f"stopped by a signal after step {done}: {folder}")
     ema = trainer.ema_model()
     if ema is not None:
-        save_model(ema, config.output_dir, metadata=trainer.metadata())
+        made = trainer.metadata()
+        save_model(ema, config.output_dir, metadata=made)
+        write_card(config.output_dir, ema.config, made)
     accelerator.end_training()
     accelerator.print(f"EMA weights of {trainer.finished_steps} steps in {config.output_dir}")
     if repository is not None:

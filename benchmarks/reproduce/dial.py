@@ -106,7 +106,7 @@ class Options:
     @property
     def budget(self) -> Budget:
         own = {"data": self.data, "start_steps": self.start_steps}
-        chosen = {name: value for name, value in own.items() if value is not None}
+        chosen: dict[str, Any] = {n: value for n, value in own.items() if value is not None}
         return replace(BUDGETS[self.set], **chosen)
 
     def arguments(self) -> str:

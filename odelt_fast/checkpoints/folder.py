@@ -248,6 +248,13 @@ def read_trained_on(name: str | Path) -> TrainedOn:
     return _folder_config(folder, {read_header(path)[1] for path in _shards(folder)})[1]
 
 
+def read_metadata(name: str | Path) -> dict[str, str]:
+    """What `save_model` was given as metadata; it raises as `load_model` does."""
+    path = _shards(find_folder(name))[0]
+    with refusals(path), safe_open(path, "pt") as file:
+        return {key: one_line(text, 300) for key, text in (file.metadata() or {}).items()}
+
+
 def _member(folder: Path, name: str) -> Path:
     """The path of a regular file of the folder. Links leave it only within the Hub's own cache, and
     for files of the same kind, by their ending."""

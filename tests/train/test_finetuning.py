@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from odelt_fast import convert_checkpoint
-from odelt_fast.checkpoints.folder import load_model, save_model
+from odelt_fast.checkpoints.folder import load_model, read_metadata, save_model
 from odelt_fast.config import DiTConfig
 from odelt_fast.images.shards import LatentWriter
 from odelt_fast.model import DiT
@@ -367,6 +367,25 @@ def test_command_says_how_it_starts(
     assert main([*by, "--length-teacher=init", "--output-dir", str(tmp_path / "run")]) == 0
     assert "lengths 2, 4 in residual wiring" in capfd.readouterr().out
     assert load_model(tmp_path / "run").config.depths == (2, 4)
+
+
+def test_card_and_metadata_say_where_a_dial_came_from(tmp_path: Path) -> None:
+    known = {"converted_from": "SiT", "converted_file": "SiT-tiny.pt", "weights": "ema"}
+    start = str(save_model(pretrained(), tmp_path / "sit-tiny", metadata=known))
+    by = ["--init-from", start, *OPTIONS, "--depths", "2", "4", "--log-with", "--warmup-steps=0"]
+    assert main([*by, "--output-dir", str(tmp_path / "run")]) == 0  # a shortcut model
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Started from `sit-tiny`, converted from `SiT-tiny.pt` of SiT" in card
+    assert "lengths 2, 4 in residual wiring, taught by the frozen model" in card
+    assert "step embedder started silent" in card
+    made = read_metadata(tmp_path / "run")
+    assert (made["objective"], made["length_teacher"], made["step"]) == ("shortcut", "init", "6")
+    assert made["converted_file"] == "SiT-tiny.pt"
+    # a run that starts from it keeps whose it was
+    more = ["--init-from", str(tmp_path / "run"), *OPTIONS, "--log-with"]
+    assert main([*more, "--output-dir", str(tmp_path / "more")]) == 0
+    assert read_metadata(tmp_path / "more")["converted_from"] == "SiT"
+    assert "lengths" not in (tmp_path / "more" / "README.md").read_text().split("Started")[1][:60]
 
 
 @pytest.mark.parametrize(
