@@ -210,12 +210,18 @@ class Feed:
         try:
             return next(self._ahead)
         except (RuntimeError, OSError, EOFError) as error:
+            processes = self._processes
+            if len(processes) < self.workers:
+                _kill(processes)
+                raise ValueError(
+                    f"a worker process ended as soon as it was started: {_AGAIN}"
+                ) from error
             # Its death may be known only after that of its connections.
-            connection.wait([each.sentinel for each in self._processes], timeout=5)
-            dead = [each for each in self._processes if not each.is_alive()]
+            connection.wait([each.sentinel for each in processes], timeout=5)
+            dead = [each for each in processes if not each.is_alive()]
             if not dead:
                 raise
-            _kill(self._processes)
+            _kill(processes)
             raise ValueError(_died(dead[0])) from error
 
 
@@ -312,6 +318,7 @@ def _kill(processes: Sequence[Any]) -> None:
             process.join()
 
 
+_AGAIN = "go on with --resume-from-checkpoint latest"
 _LESS = "fewer --dataloader-num-workers, a smaller --prefetch"
 _FULL = f"shared memory (/dev/shm) is full: make it larger, or set {_LESS}"
 
@@ -319,10 +326,9 @@ _FULL = f"shared memory (/dev/shm) is full: make it larger, or set {_LESS}"
 def _died(process: Any) -> str:
     code = process.exitcode
     who = f"the worker process {process.pid}, which made batches, "
-    again = "go on with --resume-from-checkpoint latest"
     if code >= 0:
-        return f"{who}ended with code {code}: {again}, or set --dataloader-num-workers 0"
+        return f"{who}ended with code {code}: {_AGAIN}, or set --dataloader-num-workers 0"
     if code == -signal.SIGBUS:
         return f"{who}was killed by SIGBUS: {_FULL}"
     why = ", as for want of memory" if code == -signal.SIGKILL else ""
-    return f"{who}was killed by {signal.Signals(-code).name}{why}: {again}, perhaps with {_LESS}"
+    return f"{who}was killed by {signal.Signals(-code).name}{why}: {_AGAIN}, perhaps with {_LESS}"
