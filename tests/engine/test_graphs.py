@@ -305,6 +305,19 @@ def test_one_graph_serves_every_scale_that_a_network_is_told(
                 found = fused(3, labels=[4, 1, 10], seed=seed)
                 torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert len(cache.graphs) == 2
+    # Prepared calls in turn: each tells its own scale again.
+    scales, options = (2.0, 6.0), {"steps": 2}
+    calls = [
+        Sampler(model, guidance_scale=scale, backend="fused", **options).prepare(3)
+        for scale in scales
+    ]
+    for _ in range(3):
+        for scale, call in zip(scales, calls, strict=True):
+            eager = Sampler(model, guidance_scale=scale, backend="eager", **options)
+            expected = eager(3, labels=[4, 1, 10], seed=2)
+            found = call(labels=[4, 1, 10], seed=2)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert len(cache.graphs) == 2
 
 
 @pytest.mark.filterwarnings("ignore:the GPU cannot repeat")
