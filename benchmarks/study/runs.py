@@ -115,7 +115,7 @@ RUNS = (
     _dial("mean-flow", "mean-flow", _MEAN_FLOW),
     # A step of mean-flow costs 1.12 of odelt's processor time.
     _dial("mean-flow-time", "mean-flow, 0.9 of the steps", _MEAN_FLOW, share=0.9, cheaper=True),
-    _dial("alpha-flow", "alpha-flow", f"--objective alpha-flow {_LIVE} {_WEIGHTED_1}"),
+    _dial("alpha-flow", "alpha-flow", f"--objective alpha-flow {_LIVE} {_WEIGHTED}"),
     *_OF_MEAN_FLOW,
     # The ablations once more from another training seed: a difference that it does not repeat is
     # none.
