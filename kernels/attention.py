@@ -73,16 +73,13 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 
 
 @triton.jit
-def attention_kernel(
-    qkv_ptr, out_ptr, tokens, batch_stride, token_stride, scale_log2,
+def attention_tile(
+    qkv_ptr, out_ptr, i_m, i_head, i_batch, tokens, batch_stride, token_stride, scale_log2,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query tiles, B * heads). HEAD_DIM columns are MAIN + TAIL, masked beyond HEAD_DIM."""
-    wait_for_inputs(PDL)
-    i_m = tl.program_id(0)
-    i_head = tl.program_id(1) % HEADS
-    i_batch = (tl.program_id(1) // HEADS).to(tl.int64)
+    """Tile i_m of the queries of one head of sample i_batch (int64). HEAD_DIM columns are MAIN +
+    TAIL, masked beyond HEAD_DIM."""
     width: tl.constexpr = HEADS * HEAD_DIM
     offs_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -134,6 +131,23 @@ def attention_kernel(
     tl.store(p_out + offs_d[None, :], acc / total[:, None], mask=mask_q)
     if TAIL > 0:
         tl.store(p_out + offs_t[None, :], acc_tail / total[:, None], mask=mask_q_tail)
+
+
+@triton.jit
+def attention_kernel(
+    qkv_ptr, out_ptr, tokens, batch_stride, token_stride, scale_log2,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid (query tiles, B * heads)."""
+    wait_for_inputs(PDL)
+    i_head = tl.program_id(1) % HEADS
+    i_batch = (tl.program_id(1) // HEADS).to(tl.int64)
+    attention_tile(
+        qkv_ptr, out_ptr, tl.program_id(0), i_head, i_batch,
+        tokens, batch_stride, token_stride, scale_log2,
+        HEADS, HEAD_DIM, MAIN, TAIL, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 def choose_launch(head_dim: int, dtype: torch.dtype) -> Launch:
