@@ -46,6 +46,14 @@ def collect() -> list[tuple[str, Case]]:
     return cases
 
 
+def once(case: Case, key: str, device: torch.device, dtype: torch.dtype) -> object:
+    """A case with what it draws from either generator fixed by its key, so that it can be run
+    again."""
+    rng = random.Random(key)
+    torch.manual_seed(random.Random(key).randrange(2**32))
+    return case(rng, device, dtype)
+
+
 def run(
     name: str, case: Case, cases: int, seed: int, repeats: int, device: torch.device
 ) -> list[str]:
@@ -58,11 +66,11 @@ def run(
         key = f"{name}/{seed + index}"
         dtype = dtypes[(seed + index) % len(dtypes)]
         try:
-            first = case(random.Random(key), device, dtype)
+            first = once(case, key, device, dtype)
             # On a card first with overlapped launches, beside the repeats that are asked for.
             for overlap in [True] * (device.type == "cuda") + [False] * repeats:
                 with overlapped_launches() if overlap else contextlib.nullcontext():
-                    again = case(random.Random(key), device, dtype)
+                    again = once(case, key, device, dtype)
                 if not _equal(first, again):
                     raise AssertionError("a repeat gave other bits")
         except Exception:
