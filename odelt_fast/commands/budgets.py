@@ -36,6 +36,7 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
     return {
         **{name: fields[name] for name in ("depth", "solver", "steps", "tolerance")},
         "depth_schedule": fields["schedule"],
+        "guidance_interval": fields.get("guidance_interval"),
         "latency": candidate.latency,
         "peak_memory": candidate.memory,
         "batch": candidate.batch,

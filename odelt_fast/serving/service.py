@@ -107,6 +107,9 @@ class GenerateRequest(BaseModel):
     guidance_scale: float | None = Field(
         None, description="w in v_null + w (v_label - v_null); null: labels only"
     )
+    guidance_interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="guidance at times from t_lo to t_hi only (0: noise); null: at all"
+    )
     deadline_ms: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
         None, description="from the arrival of the request"
     )
@@ -249,13 +252,18 @@ class Service:
                 f"guidance_scale must be from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, not {guidance:g}"
             )
         dials: GenerateRequest | Operation = wanted
-        if wanted.deadline_ms and {wanted.depth, wanted.steps, wanted.solver} == {None}:
+        own = wanted.depth, wanted.steps, wanted.solver, wanted.guidance_interval
+        if wanted.deadline_ms and not any(each is not None for each in own):
             dials = self.planned(count, guidance, seconds)
         steps, solver = dials.steps or 4, fixed_solver(dials.solver or Operation.solver)
         if steps > limits.max_steps:
             raise ValueError(f"steps must be from 1 to {limits.max_steps}, not {steps}")
         operation = Operation(
-            depth=dials.depth, steps=steps, solver=solver, guidance_scale=guidance
+            depth=dials.depth,
+            steps=steps,
+            solver=solver,
+            guidance_scale=guidance,
+            guidance_interval=dials.guidance_interval,  # type: ignore[arg-type]
         ).for_model(model)
         evaluations = count * (operation.evaluations_per_image or 0)
         if evaluations > limits.max_evaluations:
@@ -288,7 +296,7 @@ class Service:
         2^53 only), and its key."""
         assert job.labels is not None
         operation = job.key.operation
-        names = ("depth", "steps", "solver", "guidance_scale")
+        names = ("depth", "steps", "solver", "guidance_scale", "guidance_interval")
         return {
             "labels": job.labels.tolist(),
             "seed": str(job.seed),

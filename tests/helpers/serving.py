@@ -187,7 +187,7 @@ def alone(model: DiT, asked: Mapping[str, Any]) -> np.ndarray:
     count = asked.get("num_images") or (len(labels) if isinstance(labels, list) else 1)
     options = {
         name: asked[name]
-        for name in ("depth", "steps", "solver", "guidance_scale")
+        for name in ("depth", "steps", "solver", "guidance_scale", "guidance_interval")
         if name in asked
     }
     return to_uint8(Sampler(model, **options)(count, labels, int(asked["seed"])))

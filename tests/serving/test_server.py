@@ -104,6 +104,16 @@ def test_every_image_is_the_one_that_the_library_makes_alone(model: DiT) -> None
         assert difference(pictures(answer.headers, answer.body), alone(model, body)) <= 1, body
 
 
+def test_guidance_on_an_interval(model: DiT) -> None:
+    asked = {"labels": 3, "guidance_scale": 3.0, "steps": 4, "seed": 5, "format": "npz"}
+    inside = {**asked, "guidance_interval": [0.5, 1]}
+    with serving(Service(model)) as port:
+        answer = ask(port, inside)
+        found = pictures(answer.headers, answer.body)
+        assert difference(found, alone(model, inside)) <= 1
+        assert difference(found, alone(model, asked)) > 1
+
+
 def test_a_request_of_more_images_than_a_batch_is_put_together(model: DiT) -> None:
     asked = {"num_images": 50, "depth": 4, "steps": 1, "seed": 3, "format": "npz"}
     with serving(Service(model, RequestLimits(max_batch=7))) as port:
@@ -265,6 +275,9 @@ WRONG: list[tuple[Any, int]] = [
     ({"solver": "\u0000\ud7ff"}, 422),
     ({"solver": "x" * 10000}, 422),
     ({"guidance_scale": 1e308}, 422),
+    ({"guidance_scale": 2, "guidance_interval": [0.5, 0.2]}, 422),
+    ({"guidance_scale": 2, "guidance_interval": [0.5]}, 422),
+    ({"guidance_interval": [0.2, 0.5]}, 422),
     ({"guidance_scale": "2"}, 422),
     ({"deadline_ms": 0}, 422),
     ({"deadline_ms": -1}, 422),
