@@ -24,7 +24,7 @@ def test_ways_differ_in_wiring_teacher_and_weight_alone(tmp_path: Path, name: st
     folder = save_model(DiT(flow.model_config()), tmp_path / "flow")
     found = {name: parse(shlex.split(options.tuning(folder, how, 0))) for name, how in WAYS.items()}
     said = [
-        (each.model.inner_step, each.wiring, each.length_teacher, each.loss_weight_power)
+        (each.model.inner_step, each.wiring, each.length_teacher, each.loss_weight_power or 0)
         for each in found.values()
     ]
     assert said == [
@@ -37,7 +37,7 @@ def test_ways_differ_in_wiring_teacher_and_weight_alone(tmp_path: Path, name: st
     first = found["paper"]
     assert first.train_batch_size == flow.train_batch_size
     for each in found.values():
-        same = replace(each, wiring=None, length_teacher="ema", loss_weight_power=0)
+        same = replace(each, wiring=None, length_teacher="ema", loss_weight_power=None)
         assert replace(same, model=first.model) == first
         assert each.model.depths == (4, 8, 12)
 
