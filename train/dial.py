@@ -95,7 +95,8 @@ def usual_teacher(
     has: DiTConfig, model: DiTConfig, objective: str, given: AbstractSet[str]
 ) -> Literal["ema", "init"]:
     """Who teaches a run that starts from a conventional model of shape `has`, where nothing else is
-    said: the model itself, if it can. On digits and MNIST it was the better teacher at every length (docs/pretrained.md)."""
+    said: the model itself, if it can. On digits and MNIST it was the better teacher at every length
+    (docs/pretrained.md)."""
     others = {"--length-consistency-every", "--teacher-depth"}
     knows = objective in TAUGHT_BY_INIT and has.num_classes == model.num_classes
     knows &= (has.sampling == "diffusion") == (objective == "diffusion")
