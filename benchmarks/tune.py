@@ -30,6 +30,7 @@ from odelt_fast.engine.plans import PLANS
 from odelt_fast.engine.trial import Way, random_model
 
 from .ceilings import token_count
+from .cost import CARDS, worth_measuring
 from .measure import (
     Record,
     command_parser,
@@ -134,7 +135,10 @@ class Tuner:
             engine, tables = engines[name]
             return engine.velocity(x, tables, depth)
 
-        return self.measure({name: partial(call, name) for name in PLANS}, 1, "plan ")
+        names, device = tuple(PLANS), str(device_record()["device"])
+        for card in (card for name, card in CARDS.items() if name in device):
+            names = tuple(worth_measuring(card, config, samples, names, precision == "fp8"))
+        return self.measure({name: partial(call, name) for name in names}, 1, "plan ")
 
     def measure(self, variants: Variants, sets: int, operator: str) -> dict[str, float]:
         """Median microseconds of each variant; those that cannot run are left out."""
