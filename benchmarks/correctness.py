@@ -34,7 +34,9 @@ ENDS = ("patch_embed", "final_layer")
 ROWS = ("norm_modulate", "gated_residual", "group_end", "modulation")
 NETWORK = ("row_kernels_as_network", "faults")
 BLOCKS = ("block_products", "block_float8", "patch_moments", "plans")
-KERNELS = (*LINEAR, *BLOCKS, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK)
+# What no backend of the Sampler takes by itself.
+APART = ("attention_tangent", "whole", "whole_at_once")
+KERNELS = (*LINEAR, *BLOCKS, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK, *APART)
 OF_CASE = {  # beginning of a case's name in the kernel table -> kernels
     "linear": LINEAR,
     "final_euler": ("final_layer",),

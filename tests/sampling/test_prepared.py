@@ -206,6 +206,11 @@ def test_a_prepared_call_takes_its_own_shape_alone(model: DiT, backend: str) -> 
             prepared(noise)
 
 
+def twice(latents: Tensor) -> Tensor:
+    """A decoder: images of twice the size."""
+    return latents.repeat(1, 1, 2, 2)
+
+
 @pytest.mark.filterwarnings("ignore:the GPU cannot repeat")
 @pytest.mark.parametrize(
     ("options", "changes"),
@@ -214,11 +219,11 @@ def test_a_prepared_call_takes_its_own_shape_alone(model: DiT, backend: str) -> 
         ({"batch_size": 2}, {}),
         ({"solver": "bosh3", "rtol": 1e-1, "atol": 1e-1}, {}),
         ({"solver": "torchdiffeq:rk4"}, {}),
-        ({"decoder": lambda x: x.repeat(1, 1, 2, 2)}, {}),
+        ({"decoder": twice}, {}),
         ({"steps": 3}, {"sampling": "consistency"}),
         ({"steps": 1}, {"sampling": "consistency"}),
     ],
-    ids=str,
+    ids=lambda given: " ".join(f"{k} {getattr(v, '__name__', v)}" for k, v in given.items()),
 )
 def test_what_is_no_single_replay_is_the_samplers_own_call(
     options: dict[str, Any], changes: dict[str, Any]
