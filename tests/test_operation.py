@@ -98,13 +98,13 @@ def test_noise_passes_four_calls_to_a_replay(monkeypatch: pytest.MonkeyPatch) ->
 
     stack: list[str] = []
 
-    def replay(self: Captured, inputs: tuple) -> tuple:
+    def replay(self: Captured, inputs: tuple, asked: object = None) -> tuple:
         frame = sys._getframe()
         while frame is not None:
             if frame.f_globals.get("__name__", "").startswith("odelt_fast."):
                 stack.append(frame.f_code.co_name)
             frame = frame.f_back
-        return original(self, inputs)
+        return original(self, inputs, asked)
 
     original = Captured.replay
     monkeypatch.setattr(Captured, "replay", replay)
