@@ -137,7 +137,8 @@ def replace(model: DiT, clients: int, seconds: float) -> bool:
 
 def nodes(model: DiT, clients: int, seconds: float) -> bool:
     with cluster(num_cpus=1) as (machines, port):
-        serve.run(app(Settings(replicas=1, max_replicas=2, cpus=1)))
+        few = max(1, clients // 4)  # so that the clients are too many for one
+        serve.run(app(Settings(replicas=1, max_replicas=2, cpus=1, max_batch=few)))
         with asking(port, clients) as answers:
             second = machines.add_node(num_cpus=1)
             until(lambda: len(replicas()) == 2)
