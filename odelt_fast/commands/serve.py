@@ -115,8 +115,9 @@ def run_replicas(options: Command, http: HttpLimits, log: Callable[[str], None] 
         from odelt_fast.serving.cluster import Settings, run_cluster
     except ImportError as missing:
         raise ValueError(str(missing)) from None
-    values = {name: getattr(options, name) for name in Settings.model_fields}
-    settings = Settings(**values | {"cpus": options.cpus or 1.0})
+    elsewhere = ("host", "port", "max_connections", "log")
+    values = dataclasses.asdict(options) | {"cpus": 1.0 if options.cpus is None else options.cpus}
+    settings = Settings.of({name: values[name] for name in values if name not in elsewhere})
     run_cluster(settings, (options.host, options.port), http, log)
 
 

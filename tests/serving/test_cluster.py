@@ -18,7 +18,8 @@ import torch
 
 from odelt_fast import DiT, load_model
 from odelt_fast.cli import main
-from odelt_fast.serving.cluster import joined, operation_of
+from odelt_fast.serving.cluster import Settings
+from odelt_fast.serving.front import joined, operation_of
 from tests.helpers.serving import (
     HANG,
     alone,
@@ -178,3 +179,18 @@ def test_operation_is_read_from_any_body() -> None:
     assert one != operation_of(b'{"steps": 2, "depth": 8}')
     for hostile in (b"", b"\xff", b"[" * 100_000, b"[1]", b"{", b'{"depth": ' + b"9" * 5000 + b"}"):
         assert len(operation_of(hostile)) < 200
+
+
+def test_arguments_are_texts_or_values_and_unknown_ones_are_refused() -> None:
+    settings = Settings.of({"model": "mnist", "replicas": "2", "timeout": "1.5", "depth": None})
+    assert (settings.opening.model, settings.replicas.replicas) == ("mnist", 2)
+    assert settings.limits.timeout == 1.5
+    for wrong, says in (
+        ({"modle": "x"}, "no argument modle"),
+        ({"replicas": "two"}, "replicas"),
+        ({"replicas": 3, "max_replicas": 2}, "max_replicas must be at least replicas, 3"),
+        ({"cpus": 0}, "cpus must be a number from 0.01"),
+        ({"max_images": 0}, "max_images must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Settings.of(wrong)

@@ -34,7 +34,7 @@ from ray.cluster_utils import Cluster
 
 from odelt_fast import DiT, load_model
 from odelt_fast.checkpoints.folder import save_model
-from odelt_fast.serving.cluster import Settings, app
+from odelt_fast.serving.cluster import app
 from odelt_fast.serving.listening import listen
 from tests.helpers.serving import HANG, Answer, alone, ask, difference, pictures, until
 
@@ -106,7 +106,7 @@ def replicas() -> set[int]:
 
 def kill(model: DiT, clients: int, seconds: float) -> bool:
     with cluster(num_cpus=2) as (_, port):
-        serve.run(app(Settings(replicas=2, cpus=1)))
+        serve.run(app({"replicas": 2, "cpus": 1}))
         with asking(port, clients) as answers:
             end, killed = time.monotonic() + seconds, 0
             while time.monotonic() < end:
@@ -124,10 +124,10 @@ def replace(model: DiT, clients: int, seconds: float) -> bool:
             parameter.mul_(1.01)
     with tempfile.TemporaryDirectory() as folder, cluster(num_cpus=3) as (_, port):
         save_model(other, folder)
-        serve.run(app(Settings(replicas=2, cpus=1)))
+        serve.run(app({"replicas": 2, "cpus": 1}))
         with asking(port, clients) as answers:
             time.sleep(seconds / 4)
-            serve.run(app(Settings(model=folder, replicas=2, cpus=1)))
+            serve.run(app({"model": folder, "replicas": 2, "cpus": 1}))
             time.sleep(seconds / 4)
             asked = {"seed": 1, "depth": 4, "steps": 1}
             answer = ask(port, asked)
@@ -138,7 +138,7 @@ def replace(model: DiT, clients: int, seconds: float) -> bool:
 def nodes(model: DiT, clients: int, seconds: float) -> bool:
     with cluster(num_cpus=1) as (machines, port):
         few = max(1, clients // 4)  # so that the clients are too many for one
-        serve.run(app(Settings(replicas=1, max_replicas=2, cpus=1, max_batch=few)))
+        serve.run(app({"replicas": 1, "max_replicas": 2, "cpus": 1, "max_batch": few}))
         with asking(port, clients) as answers:
             second = machines.add_node(num_cpus=1)
             until(lambda: len(replicas()) == 2)
@@ -153,7 +153,7 @@ def throughput(model: DiT, clients: int, seconds: float) -> bool:
     with cluster(num_cpus=2) as (_, port):
         for _ in range(3):
             for count, found in rates.items():
-                serve.run(app(Settings(replicas=count, cpus=1)))
+                serve.run(app({"replicas": count, "cpus": 1}))
                 until(lambda count=count: len(replicas()) == count)
                 with asking(port, clients) as answers:
                     time.sleep(seconds)
