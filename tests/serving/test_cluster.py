@@ -100,6 +100,10 @@ def test_one_operation_keeps_to_one_replica_and_all_are_counted(cluster: int) ->
     for seed in range(6):
         assert ask(cluster, {"depth": 8, "steps": 3, "seed": seed}).status == 200
     assert sorted((counts() - before).values()) == [6]
+    before = counts()
+    for steps in range(1, 25):  # of two replicas one has none of them once in 2^23 times
+        assert ask(cluster, {"depth": 4, "steps": steps}).status == 200
+    assert len(counts() - before) == 2
     total = metric(cluster, "odelt_batch_requests_sum")
     assert total == sum(counts().values()) >= 6
 
