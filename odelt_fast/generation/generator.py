@@ -90,7 +90,7 @@ def generate(
     with here:
         processes.barrier()
         missing = shards.missing()
-        todo = [shard for shard in missing if shard % processes.count == processes.index]
+        todo = missing[processes.index :: processes.count]
         count = sum(len(shards.images(shard)) for shard in missing)
         processes.barrier()  # all have looked
         hidden = None if show and processes.first else True

@@ -3,13 +3,18 @@ formats, object stores, and what is refused."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import shutil
+import signal
+import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +29,9 @@ from odelt_fast.images import open_source
 from odelt_fast.sampling.noise import drawn_labels
 from odelt_fast.sampling.pictures import to_uint8
 from odelt_fast.sampling.sampler import Sampler
+from tests.helpers.forked import start, wait
 from tests.helpers.object_store import object_store
+from tests.helpers.serving import HANG
 from tests.helpers.small_model import latent_model, random_model
 from tests.stress.kill_generate import Torture, check, pictures, torment
 
@@ -135,6 +142,95 @@ def test_latents_and_models_without_classes(tmp_path: Path) -> None:
 
 
 # Kills and object stores
+
+
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process leaves of the images that the tests below divide."""
+    out = tmp_path_factory.mktemp("divided")
+    assert main(many(out)) == 0
+    return content(out)
+
+
+def many(out: Path) -> list[str]:
+    """15 shards."""
+    return small(out, "--num-images", "1500", "--shard-length", "100", "--device", "cpu")
+
+
+def started(out: Path, process: Callable[[], bool]) -> None:
+    """Waits until the first shard is there, while `process` goes on."""
+    until = time.monotonic() + HANG
+    while not any(out.glob("*.tar")):
+        assert process()
+        assert time.monotonic() < until
+        time.sleep(0.002)
+
+
+def workers_of(agent: int) -> dict[str, int]:
+    """The processes that torchrun has started, by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, KeyError):
+            if int((path / "stat").read_text().rpartition(")")[2].split()[1]) == agent:
+                pairs = (path / "environ").read_bytes().decode().split("\0")
+                variables = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+                found[variables["RANK"]] = int(path.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+def test_torchrun_divides_the_shards_and_any_number_goes_on_after_a_kill(
+    divided: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Two hosts of one process each, of which one is killed; the rest is made by one process."""
+    out, log = tmp_path / "out", (tmp_path / "log").open("w+")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint"]
+        rendezvous += [f"127.0.0.1:{probe.getsockname()[1]}"]
+    agents = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", *rendezvous]
+    command = [*agents, "-m", "odelt_fast.cli", *many(out)]
+    hosts = [subprocess.Popen(command, stdout=log, stderr=log) for _ in range(2)]
+    try:
+        started(out, lambda: all(host.poll() is None for host in hosts))
+        ranks = [workers_of(host.pid) for host in hosts]
+        assert sorted(rank for found in ranks for rank in found) == ["0", "1"]
+        os.kill(next(found["1"] for found in ranks if "1" in found), signal.SIGKILL)
+        codes = [host.wait(HANG) for host in hosts]
+    finally:
+        for host in hosts:
+            host.terminate()
+            host.wait()
+    log.seek(0)
+    said = log.read()
+    assert all(codes), said
+    kept = content(out)
+    assert 1 < len(kept) < len(divided), said
+    assert all(kept[name] == divided[name] for name in kept if name[0] == "i")
+    assert main(many(out)) == 0
+    assert content(out) == divided
+
+
+def test_a_process_whose_fellow_has_died_finishes_its_share_and_says_so(
+    divided: dict[str, bytes], tmp_path: Path
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def share() -> None:
+        with log.open("a") as said, contextlib.redirect_stderr(said):
+            assert main(many(out)) == 0
+
+    rank0, rank1 = start(share, 2, log)
+    started(out, lambda: True)
+    os.kill(rank1, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(rank1, 0)[1]) == -signal.SIGKILL
+    os.waitpid(rank0, 0)
+    said = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert said[0].startswith("error: another process of this run has ended")
+    assert set(content(out)) >= {f"images-{shard:06d}.tar" for shard in range(0, 15, 2)}
+    assert wait(start(share, 3, log), time.monotonic() + HANG, log)
+    assert content(out) == divided
 
 
 def test_kills_lose_nothing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import accelerate  # noqa: F401  (once, before the forks)
 import torch
+import torch._dynamo  # what an optimizer imports: 4 of the 5 s of processor time of a start
 from safetensors.torch import load_file
 
 from odelt_fast import load_model
@@ -242,7 +244,7 @@ def torture(
         config = replace(config, dataloader_num_workers=workers)
         witness, name = Witness(folder / "witness"), "latest"
         children, lasts = start(config, witness, processes), counts["kills"] < kills
-        until = time.monotonic() + (chance.uniform(0, 0.5 * duration) if lasts else 600)
+        until = time.monotonic() + (chance.uniform(0, 0.2 * duration) if lasts else 600)
         moment = chance.random() if lasts else 1.0
         if moment < 0.15:
             terminate(run, children, until)
@@ -257,6 +259,7 @@ def torture(
             continue
         if not finished:
             counts["kills"] += 1
+            print(f"{counts['kills']} kills", file=sys.stderr, flush=True)
             counts["kills in a save"] += any(run.glob("checkpoint-*.*"))
             kept = checkpoints(run) if run.exists() else []
             replaced = [path.with_suffix("") for path in run.glob("checkpoint-*.replaced")]

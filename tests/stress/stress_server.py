@@ -9,7 +9,8 @@ it must be.
 --clients C --seconds S: C connections that ask for images of random seeds, again and again;
 afterwards every image is compared with the one that the library makes alone: at most one level of
 255 apart. --burst N: N requests at once, each answered with 200, 429 or 503, images right.
---throughput: requests per second of one image, one at a time and 64 at a time.
+--throughput: requests per second of one image, one at a time and 64 at a time. --replicas R: all
+this of a server with R replicas (extra `cluster`).
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def server(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
         assert ended == (0, "stopped\n", []), ended
 
 
-def attack(model: DiT, count: int, seed: int) -> bool:
+def attack(model: DiT, count: int, seed: int, *options: str) -> bool:
     statuses, wrong, turns = Counter[tuple[str, int]](), list[str](), iter(range(count))
 
     async def attacker(port: int) -> None:
@@ -202,7 +203,7 @@ def attack(model: DiT, count: int, seed: int) -> bool:
     async def everybody(port: int) -> None:
         await asyncio.gather(*(attacker(port) for _ in range(32)))
 
-    with server() as (process, port):
+    with server(*options) as (process, port):
         before, start = memory(process), time.perf_counter()
         asyncio.run(everybody(port))
         seconds, after = time.perf_counter() - start, memory(process)
@@ -233,7 +234,7 @@ def some_request(draw: random.Random) -> dict[str, Any]:
     )
 
 
-def load(model: DiT, clients: int, seconds: float, seed: int) -> bool:
+def load(model: DiT, clients: int, seconds: float, seed: int, *options: str) -> bool:
     answers, statuses = list[tuple[dict[str, Any], dict[str, str], bytes]](), Counter[int]()
 
     async def client(port: int, index: int, end: float) -> None:
@@ -252,7 +253,7 @@ def load(model: DiT, clients: int, seconds: float, seed: int) -> bool:
         end = time.perf_counter() + seconds
         await asyncio.gather(*(client(port, index, end) for index in range(clients)))
 
-    with server() as (_, port):
+    with server(*options) as (_, port):
         start = time.perf_counter()
         asyncio.run(everybody(port))
         took = time.perf_counter() - start
@@ -273,7 +274,7 @@ def load(model: DiT, clients: int, seconds: float, seed: int) -> bool:
     return not wrong and set(statuses) <= {200, 429, 503} and statuses[200] > clients
 
 
-def burst(model: DiT, count: int, seed: int) -> bool:
+def burst(model: DiT, count: int, seed: int, *options: str) -> bool:
     asked = [some_request(random.Random(f"{seed} {index}")) for index in range(count)]
 
     async def one(port: int, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
@@ -285,7 +286,7 @@ def burst(model: DiT, count: int, seed: int) -> bool:
     async def everybody(port: int) -> list[tuple[int, dict[str, str], bytes] | BaseException]:
         return await asyncio.gather(*(one(port, body) for body in asked), return_exceptions=True)
 
-    with server() as (_, port):
+    with server(*options) as (_, port):
         start = time.perf_counter()
         answers = asyncio.run(everybody(port))
         seconds = time.perf_counter() - start
@@ -309,7 +310,7 @@ def burst(model: DiT, count: int, seed: int) -> bool:
     return not wrong and not unanswered and set(statuses) <= {200, 429, 503} and statuses[200] > 0
 
 
-def throughput(seconds: float, rounds: int) -> bool:
+def throughput(seconds: float, rounds: int, *options: str) -> bool:
     """Full depth, four steps, one image a request: one client, 64 clients of a server that draws
     one image at a time, and 64 of one that batches, taking turns."""
     counts = {
@@ -337,7 +338,10 @@ def throughput(seconds: float, rounds: int) -> bool:
         )
         return sum(done) / (time.perf_counter() - start)
 
-    with server("--max-batch", "1") as (_, single), server("--max-batch", "64") as (_, batching):
+    with (
+        server("--max-batch", "1", *options) as (_, single),
+        server("--max-batch", "64", *options) as (_, batching),
+    ):
         ports = {"1": single, "64": batching}
         for turn in range(rounds + 1):
             for name, (clients, size) in counts.items():
@@ -379,17 +383,20 @@ def main() -> int:
     parser.add_argument("--throughput", action="store_true")
     parser.add_argument("--rounds", type=int, default=5, help="of --throughput, 5 s each")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replicas", type=int, default=0)
     options = parser.parse_args()
+    of_server = ["--replicas", str(options.replicas)] if options.replicas else []
     model = load_model("digits", dtype=torch.float32)
     passed = []
     if options.hostile:
-        passed.append(attack(model, options.hostile, options.seed))
+        passed.append(attack(model, options.hostile, options.seed, *of_server))
     if options.clients:
-        passed.append(load(model, options.clients, options.seconds, options.seed))
+        clients = options.clients, options.seconds
+        passed.append(load(model, *clients, options.seed, *of_server))
     if options.burst:
-        passed.append(burst(model, options.burst, options.seed))
+        passed.append(burst(model, options.burst, options.seed, *of_server))
     if options.throughput:
-        passed.append(throughput(5.0, options.rounds))
+        passed.append(throughput(5.0, options.rounds, *of_server))
     if not passed:
         parser.error("nothing to do: --hostile, --clients, --burst or --throughput")
     return 0 if all(passed) else 1
