@@ -49,6 +49,8 @@ RecipeName = Literal[
     "digits",
     "mnist",
     "cifar10",
+    "digits-meanflow",
+    "mnist-meanflow",
     "celebahq256-b",
     "imagenet256-b",
     "imagenet256-xl",
