@@ -10,6 +10,8 @@ is kept, and whatever was interrupted goes on: give the same command again. Part
         all latencies again, on a quiet machine, and the tables
     python -m benchmarks.study --data-folder DATA
         also the bundled MNIST model, of DATA/mnist-10k.parquet
+    python -m benchmarks.study --set mnist --data-folder DATA --out runs/study-mnist
+        the same list on MNIST's 10 000 images
     python -m benchmarks.study --set cifar10 --data-folder DATA --out runs/study-cifar10
         the same list on a GPU
 """

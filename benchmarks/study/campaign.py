@@ -33,11 +33,11 @@ class Options:
     out: Path = Path("runs/study")
     """Folder of the study: NAME/ holds a run's checkpoints and its model, evaluations/NAME/ what
     was measured of it."""
-    set: Literal["digits", "cifar10"] = "digits"
+    set: Literal["digits", "mnist", "cifar10"] = "digits"
     """Data set, with its network and budget."""
     data_folder: Path | None = None
-    """Holds mnist-10k.parquet, to evaluate the bundled model of it, too, and cifar10-train.parquet
-    (else from the Hub)."""
+    """Holds mnist-10k.parquet (of set digits: to evaluate the bundled model of it, too) and
+    cifar10-train.parquet; else from the Hub."""
     only: Names = ()
     """Runs to train and evaluate; all by default."""
     latency_only: bool = False

@@ -178,6 +178,21 @@ DATA_SETS = {
         batch_size=128,
         device="cpu",
     ),
+    # At most 20 minutes a run on one CPU core.
+    "mnist": DataSet(
+        data="ylecun/mnist",
+        options=(
+            "--recipe mnist --model.hidden-size 64 --model.num-heads 2 --learning-rate 2e-3"
+            " --warmup-steps 200 --sampling-steps 0 --checkpointing-steps 200"
+        ),
+        steps=3600,
+        pairs=4000,
+        num_images=1024,
+        seeds=2,
+        batch_size=128,
+        device="cpu",
+        file="mnist-10k.parquet",
+    ),
     # 10 to 15 minutes a run on one H200.
     "cifar10": DataSet(
         data="uoft-cs/cifar10",
