@@ -3,7 +3,8 @@
     python -m benchmarks.training_speed [--objectives]
 
 --objectives: instead, what a step of each mean-velocity objective costs beside one of shortcuts,
-taken in turn: ratio of the times, and peak memory.
+taken in turn: ratio of the times, and peak memory. With --preset digits --batch 96 --every 4 as the
+models in the package were trained.
 
 One trainer takes every step twice with the same draws: as it is, rows of a batch sorted by depth
 and run as shrinking prefixes, and with every block computed for every row and the additions masked
@@ -54,8 +55,6 @@ METHODS: dict[str, Record] = {
 }
 # Each with its own share of time rows; alpha-flow after alpha's fall (BEYOND).
 OBJECTIVES: dict[str, Record] = {
-    "shortcuts": {"objective": "shortcut", "time_consistency_every": 8},
-    "shortcuts, live teacher": {"objective": "shortcut", "target_network": "live"},
     "alpha-flow": {"objective": "alpha-flow", "target_network": "live"},
     "mean-flow, difference": {"objective": "mean-flow", "target_network": "live"},
     "mean-flow, forward mode": {
@@ -117,7 +116,7 @@ def random_latents(folder: Path, model: DiTConfig, count: int = 256) -> str:
 
 
 def make_trainer(
-    method: str,
+    method: Record,
     batch: int,
     precision: Precision,
     folder: Path,
@@ -137,7 +136,7 @@ def make_trainer(
         mixed_precision=precision,
         gradient_checkpointing=checkpointing,
         dataloader_num_workers=0,  # steps are taken twice, and not in order
-        **{**METHODS, **OBJECTIVES}[method],
+        **method,
     )
     return Trainer(config)
 
@@ -207,6 +206,10 @@ class Options:
     """Compute the blocks again in the backward pass, both ways."""
     objectives: bool = False
     """Compare the steps of objectives."""
+    preset: str = "DiT-B/2"
+    """Network."""
+    every: int = 8
+    """Of --objectives: one row in this many is a time-consistency row of shortcuts."""
     out: Path | None = None
     """JSON file for the results."""
 
@@ -228,14 +231,16 @@ def measure(
     precision = options.precision
     for number, method in enumerate(METHODS, 1):
         with tempfile.TemporaryDirectory() as folder:
-            difference = gradient_difference(make_trainer(method, 24, "no", Path(folder), model))
+            difference = gradient_difference(
+                make_trainer(METHODS[method], 24, "no", Path(folder), model)
+            )
             if not difference < GRADIENT_BOUND:
                 raise RuntimeError(
                     f"{method}: gradients differ by {difference:.1e} from the masked computation's:"
                     " not measured"
                 )
             again = options.gradient_checkpointing
-            trainer = make_trainer(method, batch, precision, Path(folder), model, again)
+            trainer = make_trainer(METHODS[method], batch, precision, Path(folder), model, again)
             seconds: dict[type[DiT], list[float]] = {DiT: [], MaskedDiT: []}
             memory = [peak_of(trainer, kind) for kind in seconds]  # also the warm-up
             for step in range(1, options.rounds + 1):
@@ -268,20 +273,21 @@ def measure(
     return results
 
 
-def compare_objectives(
-    options: Options, device: str, model: DiTConfig = PRESETS["DiT-B/2"]
-) -> list[Record]:
+def compare_objectives(options: Options, device: str, model: DiTConfig) -> list[Record]:
     """One row an objective: time of a step over that of a step of shortcuts (taken in turn, median
     of the rounds), seconds of both, peak memory, rows that learn mean velocities."""
     results, batch = [], options.batch or (240 if device == "cuda" else 24)
-    for name in OBJECTIVES:
+    shortcuts: Record = {"objective": "shortcut", "time_consistency_every": options.every}
+    live: Record = {"target_network": "live"}
+    compared = {"shortcuts, live teacher": shortcuts | live} | OBJECTIVES
+    for name in compared:
         with tempfile.TemporaryDirectory() as folder:
             base, trainer = (
                 make_trainer(
                     method, batch, options.precision, Path(folder, part), model,
                     options.gradient_checkpointing,
                 )
-                for method, part in (("shortcuts", "base"), (name, "compared"))
+                for method, part in ((shortcuts, "base"), (compared[name], "compared"))
             )  # fmt: skip
             first = round(BEYOND * trainer.config.steps)
             seconds: dict[Trainer, list[float]] = {base: [], trainer: []}
@@ -315,12 +321,15 @@ def compare_objectives(
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.preset not in PRESETS:
+        raise SystemExit(f"error: --preset is one of {', '.join(PRESETS)}, not {options.preset}")
     if options.objectives:
-        rows = compare_objectives(options, "cuda" if torch.cuda.is_available() else "cpu")
+        rows = compare_objectives(options, device, PRESETS[options.preset])
         if options.out:
             write_json(options.out, {"device": device_record(), "results": rows})
         return
-    results = measure(options, "cuda" if torch.cuda.is_available() else "cpu", 3600)
+    results = measure(options, device, 3600, PRESETS[options.preset])
     for row in results:
         print(
             f"{row['method']}: {row['images_per_second']:.2f} images/s, masked"

@@ -93,7 +93,7 @@ _MNIST = _recipe(
 RECIPES: dict[str, TrainConfig] = {
     "digits": _DIGITS,
     "digits-meanflow": _recipe(
-        _DIGITS, "digits-meanflow", _DIGITS.model, steps=14_400, **_ONE_STEP
+        _DIGITS, "digits-meanflow", _DIGITS.model, steps=14_400, decay_fraction=0.25, **_ONE_STEP
     ),
     "mnist": _MNIST,
     "mnist-meanflow": _recipe(_MNIST, "mnist-meanflow", _MNIST.model, steps=17_600, **_ONE_STEP),
