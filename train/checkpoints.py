@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from odelt_fast.checkpoints.errors import CheckpointError
-from odelt_fast.checkpoints.folder import read_config
-from odelt_fast.config import DiTConfig
+from odelt_fast.checkpoints.folder import read_config, read_trained_on
+from odelt_fast.config import DiTConfig, TrainedOn
 from odelt_fast.files import flush, one_line, read_object
 
 # A folder being written, one that a newer one of the same number replaces, one that is being
@@ -117,6 +117,31 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def newest_state(output_dir: Path, name: str | None) -> dict[str, Any]:
+    """The state of the checkpoint that a run is to go on from, or of one before it that can be
+    read; empty where there is none."""
+    paths = [Path(name)] if name not in (None, "latest") else []
+    if name == "latest":
+        paths = [*checkpoints(output_dir)[::-1], *output_dir.glob(f"checkpoint-*{_REPLACED}")]
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):
+            return read_object(path / STATE_NAME, _STATE_LIMIT)
+    return {}
+
+
+def model_of(folder: Path, state: dict[str, Any]) -> tuple[DiTConfig, TrainedOn]:
+    """The network of a checkpoint, and what is known of its data."""
+    values = state.get("model")
+    if values is None:
+        return read_config(folder / "ema"), read_trained_on(folder / "ema")
+    try:
+        values = dict(values)
+        trained_on = TrainedOn.taken_from(values, values.get("num_classes", DiTConfig.num_classes))
+        return DiTConfig.from_dict(values), trained_on
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{STATE_NAME} names no model: {one_line(error)}") from None
+
+
 def check_run(folder: Path, state: dict[str, Any], config: DiTConfig, objective: str) -> None:
     """ValueError if the checkpoint is of another network or objective than the run's."""
     if state.get("objective", objective) != objective:
@@ -124,7 +149,7 @@ def check_run(folder: Path, state: dict[str, Any], config: DiTConfig, objective:
             f"{folder} is of objective {one_line(state['objective'])}, this run's is {objective}:"
             " --init-from starts another objective from a model"
         )
-    theirs = read_config(folder / "ema").to_dict()
+    theirs = model_of(folder, state)[0].to_dict()
     for name, value in config.to_dict().items():
         if name not in ("dropout", "image_size") and theirs[name] != value:
             raise ValueError(

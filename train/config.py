@@ -168,6 +168,8 @@ class TrainConfig(DialOptions):
     """Delete the checkpoints of a run before that the output folder holds."""
     checkpointing_steps: int = 1000
     """Optimizer steps between two checkpoints."""
+    collective_timeout: float = 600
+    """Seconds after which a process that waits for the others of its run has lost them."""
     checkpoints_total_limit: int | None = 2
     """Newest checkpoints kept (None: all)."""
     resume_from_checkpoint: str | None = None
@@ -210,6 +212,7 @@ class TrainConfig(DialOptions):
                 whole(name, getattr(self, name))
         for name in ("learning_rate", "weight_decay", "loss_weight_eps"):
             number(name, getattr(self, name), 0)
+        number("collective_timeout", self.collective_timeout, 1, 86_400)
         number("loss_weight_power", self.weight_power, 0)
         shares = ("label_dropout", "decay_fraction", "ema_decay", "fast_ema_decay", "path_sigma")
         for name in shares:

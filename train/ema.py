@@ -81,16 +81,21 @@ class PowerAverages:
         for width, model in self._models(main):
             save_model(model, folder / f"power-{width:g}")
 
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote. ValueError if a width was not tracked then."""
-        for width, average in self.averages.items():
+    def check(self, folder: Path, stored: object) -> None:
+        """ValueError if a width was not tracked in the run of a checkpoint; stored: those that
+        were, a list, where the checkpoint says it."""
+        for width in self.averages:
             file = folder / f"power-{width:g}" / "model.safetensors"
-            if not file.is_file():
+            if width not in stored if isinstance(stored, list) else not file.is_file():
                 raise ValueError(
                     f"{folder} holds no average of width {width:g}: resume with the --ema-widths"
                     " that the run began with"
                 )
-            scatter(load_file(file), average)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote."""
+        for width, average in self.averages.items():
+            scatter(load_file(folder / f"power-{width:g}" / "model.safetensors"), average)
 
     def snapshots_after(self, run: Path, step: int) -> list[Path]:
         """Those of a branch that the run leaves, of every width."""

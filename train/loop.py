@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,27 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from odelt_fast.checkpoints.folder import read_trained_on, save_model
 from odelt_fast.config import TrainedOn, describe_classes
-from odelt_fast.files import one_line
 from odelt_fast.images import ImageSource
 from odelt_fast.model import DiT
 
+from .batch import batch_state, kept
 from .card import origin_of
-from .checkpoints import (
-    STATE_NAME,
-    check_run,
-    checkpoints,
-    is_damage,
-    make_room,
-    read_state,
-    recover,
-    set_aside,
-    state_of,
-    step_of,
-    unfinished,
-    written_whole,
-)
+from .checkpoints import checkpoints, newest_state, step_of
 from .config import TrainConfig
 from .data import Loader, open_images
 from .draws import mixed_seed
@@ -46,7 +31,10 @@ from .objectives.build import build_objective
 from .objectives.progressive import stage
 from .objectives.targets import Model, Networks, StepBatch, Targets
 from .objectives.teacher import check_same, load_start, open_pairs
-from .sharding import gather, is_sharded, local, refresh, scatter, shard
+from .processes import waits
+from .saving import Contents, Saver
+from .sharding import gather, is_sharded, local, refresh, shard
+from .timing import StepTimes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,15 +86,14 @@ class Trainer:
             raise ValueError("training needs accelerate: pip install 'odelt-fast[train]'") from None
 
         launcher = Launcher.of()
-        self.config = config = launcher.applied(config)
-        self.accumulation = config.gradient_accumulation_steps or 1
+        config = launcher.applied(config)
         trackers: Any = list(config.log_with)
         check_trackers(trackers)
         # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run)
         # are never used.
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator: Accelerator = Accelerator(
-            kwargs_handlers=[unused],
+            kwargs_handlers=[unused, waits(config.collective_timeout)],
             mixed_precision=config.mixed_precision,
             # Both are done here: accelerate would divide the loss, and compile, once more.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
@@ -116,7 +103,11 @@ class Trainer:
             step_scheduler_with_optimizer=False,
         )
         self.sharded, device = is_sharded(self.accelerator), self.accelerator.device
-        self.config = config = with_workers(config, device)
+        asked = config = with_workers(config, device)
+        before = newest_state(config.output_dir, config.resume_from_checkpoint).get("batch")
+        if isinstance(before, dict):
+            config = kept(config, before, self.accelerator.num_processes)
+        self.config, self.accumulation = config, config.gradient_accumulation_steps or 1
         self.accelerator.print(runs_in(config, launcher, self.accelerator, self.sharded))
         if config.objective == "reflow":
             source: ImageSource = open_pairs(config, self.accelerator.state)
@@ -135,6 +126,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = DiT(config.model_config())
         model.trained_on = trained_on
+        extras: list[DiT] = []
         self.teacher, remark = load_start(config, model)
         self.origin = origin_of(config)
         if remark:
@@ -143,6 +135,7 @@ class Trainer:
             self.teacher.to(device)
             if config.objective == "progressive":
                 self.accelerator.register_for_checkpointing(self.teacher)
+                extras.append(self.teacher)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
         self.fast: DiT | None = None
         if config.target_network == "fast-ema":
@@ -150,6 +143,7 @@ class Trainer:
                 raise ValueError("target_network fast-ema cannot be sharded: use ema or live")
             self.fast = copy.deepcopy(self.ema)
             self.accelerator.register_for_checkpointing(self.fast)
+            extras.append(self.fast)
         if config.gradient_checkpointing:
             checkpoint_blocks(model)
         if config.compile:
@@ -169,6 +163,13 @@ class Trainer:
         self.ema_weights: dict[str, Tensor] = dict(self.ema.named_parameters())
         zero_gradients(self.weights.values())
         self.power = PowerAverages(config.ema_widths, self.weights, self.model.config, trained_on)
+        contents = Contents(
+            self.model, self.ema, self.weights, self.ema_weights, self.optimizer, self.power, extras
+        )
+        self.saver = Saver(
+            self.accelerator, config, contents, batch_state(asked, batch), self.sharded
+        )
+        self.times = StepTimes(device, self.sharded)
         self.objective = build_objective(config)
         self.finished_steps = 0
         self.skipped_steps = torch.zeros((), device=device)
@@ -186,7 +187,8 @@ class Trainer:
 
     def _step(self) -> Tensor:
         config, step = self.config, self.finished_steps
-        losses = [self._accumulate(n, batch) for n, batch in enumerate(self.feed.parts(step))]
+        parts = self.times.waited(self.feed.parts(step))
+        losses = [self._accumulate(n, batch) for n, batch in enumerate(parts)]
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
         moved = 1 - self._skip_if_not_finite()
@@ -215,11 +217,11 @@ class Trainer:
         torch.manual_seed(mixed_seed(config.seed, batch.step, part_index))  # dropout
         chosen = {"live": self.model, "fast-ema": self.fast}.get(config.target_network)
         networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
-        with self.accelerator.autocast():
+        with self.times.own(), self.accelerator.autocast():
             targets = self.objective(networks, batch)
         last = part == self.accumulation - 1
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.live):
-            with self.accelerator.autocast():
+            with self.times.own(), self.accelerator.autocast():
                 losses = row_losses(self.live, targets)
                 loss = weighted(losses, targets, config).mean()
             self.accelerator.backward(loss / self.accumulation)
@@ -254,6 +256,7 @@ class Trainer:
         kept = checkpoints(self.config.output_dir)
         if self.finished_steps and (not kept or step_of(kept[-1]) < self.finished_steps):
             kept = [self.save()]
+        self.saver.wait()
         rest = "there is no checkpoint, since no step was good"
         if kept:
             rest = f"the newest checkpoint is {kept[-1]}"
@@ -275,120 +278,18 @@ class Trainer:
         return model.to(self.accelerator.device)
 
     def save(self) -> Path:
-        """Writes checkpoint-N of the finished steps and deletes the ones beyond the limit.
-
-        Raises:
-            ValueError: the disk refuses.
-        """
-        config, main = self.config, self.accelerator.is_main_process
-        folder, ema = config.output_dir / f"checkpoint-{self.finished_steps}", self.ema_model()
-        partial, limit = unfinished(folder), config.checkpoints_total_limit
-        with written_whole(folder, limit) if main else contextlib.nullcontext():
-            self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(partial), safe_serialization=True)
-            self.power.save(partial, main)
-            self.accelerator.wait_for_everyone()
-            if ema is not None:
-                save_model(ema, partial / "ema", metadata=self.metadata())
-                state = state_of(
-                    partial,
-                    sizes=True,
-                    finished_steps=self.finished_steps,
-                    skipped_steps=int(self.skipped_steps),
-                    objective=config.objective,
-                )
-                (partial / STATE_NAME).write_text(json.dumps(state))
-        self.accelerator.wait_for_everyone()
-        return folder
+        """`Saver.save` of the finished steps."""
+        with self.times.outside():
+            skipped = int(self.skipped_steps)
+            return self.saver.save(self.finished_steps, skipped, self.metadata())
 
     def resume(self, name: str) -> bool:
-        """Continues from a checkpoint-N folder, or from the newest whole one for `latest`; False
-        when `latest` finds none. Later checkpoints of the run are set aside.
-
-        Raises:
-            ValueError: it is no checkpoint, damaged, of another network or objective, or of another
-                run than the one in the output folder.
-        """
-        latest, output_dir = name == "latest", self.config.output_dir
-        if latest:
-            if self.accelerator.is_main_process:
-                recover(output_dir)
-            self.accelerator.wait_for_everyone()
-            folders = checkpoints(output_dir)[::-1]
-        else:
-            folders = [Path(name)]
-            if not (folders[0] / STATE_NAME).is_file():
-                raise ValueError(
-                    f"{name} is not a checkpoint folder: give one named checkpoint-N, or latest"
-                )
-            if folders[0].resolve().parent != output_dir.resolve():
-                self.make_room()
-        for folder in folders:
-            problem = ""
-            try:
-                state = read_state(folder)
-                check_run(folder, state, self.model.config, self.config.objective)
-                self._load(folder, state)
-            except Exception as error:
-                if not is_damage(error):
-                    raise
-                problem = one_line(error)
-            # What one process cannot read, none takes.
-            problem = next(filter(None, self._gathered(problem)), "")
-            if not problem:
-                break
-            said = f"{folder} is damaged ({problem})"
-            if not latest:
-                raise ValueError(f"{said}: give another, or latest")
-            self.accelerator.print(f"{said}: left out")
-        else:
-            if folders:
-                raise ValueError(f"every checkpoint in {output_dir} is damaged")
-            return False
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            later = self.power.snapshots_after(output_dir, self.finished_steps)
-            aside = set_aside(output_dir, self.finished_steps, later)
-            if aside:
-                self.accelerator.print(
-                    f"back at step {self.finished_steps}: what the run had after it is in {aside}"
-                )
-        return True
-
-    def _gathered(self, text: str) -> list[str]:
-        """That of every process."""
-        from accelerate.utils import gather_object
-
-        found: list[str] = gather_object([text])
-        return found
-
-    def make_room(self) -> None:
-        """For a run that does not go on with the one in its folder; ValueError if there is one and
-        it is not to be overwritten."""
-        folder = self.config.output_dir
-        snapshots = self.power.snapshots_after(folder, -1)
-        make_room(folder, self.config.overwrite_output_dir, snapshots)
-        if not self.config.overwrite_output_dir:
-            set_aside(folder, 0, snapshots)  # of a run without a checkpoint
-
-    def _load(self, folder: Path, state: dict[str, Any]) -> None:
-        before = read_trained_on(folder / "ema")
-        if conflict := before.conflict(self.model.trained_on):
-            raise ValueError(
-                f"{folder} was trained on {conflict}: resume with the data it began with"
-            )
-        from safetensors.torch import load_file
-
-        for weight in self.weights.values():
-            # Of an optimizer with gradients, torch does not load the shards of its state.
-            weight.grad = None
-        self.accelerator.load_state(str(folder))
-        zero_gradients(self.weights.values())
-        scatter(load_file(folder / "ema" / "model.safetensors"), self.ema_weights)
-        refresh(self.ema)
-        self.power.load(folder)
-        self.finished_steps = int(state["finished_steps"])
-        self.skipped_steps.fill_(int(state.get("skipped_steps", 0)))
+        """`Saver.resume`, whether it found a checkpoint."""
+        state = self.saver.resume(name)
+        if state:
+            self.finished_steps = int(state["finished_steps"])
+            self.skipped_steps.fill_(int(state.get("skipped_steps", 0)))
+        return bool(state)
 
     def metadata(self) -> dict[str, str]:
         return {

@@ -80,16 +80,18 @@ def started_from(
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Trains; returns the exit code: 0; 2 after a mistake in the options or the data, which is
-    printed in one line; STOPPED where a signal ended the run after a checkpoint."""
+    printed in one line; STOPPED where a signal ended the run after a checkpoint, or other processes
+    of the run are gone."""
     print_anything()
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments, prog)
+        from odelt_fast.train.processes import ProcessLost
         from odelt_fast.train.run import RunStopped, train
 
         try:
             with plain_warnings():
                 train(config)
-        except RunStopped as stopped:
+        except (RunStopped, ProcessLost) as stopped:
             print(f"{stopped}; go on with --resume-from-checkpoint latest", file=sys.stderr)
             return STOPPED
     except ValueError as mistake:

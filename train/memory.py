@@ -3,9 +3,7 @@ when the device's runs out: the batch that would fit."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -13,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from odelt_fast.model import DiT
 
+from .batch import divisions, rows_of
 from .config import TrainConfig
 
 _USABLE = 0.92  # of the device's memory: the rest is the driver's, other libraries' and fragments
@@ -48,16 +47,10 @@ def fitting_batch_size(
 def allowed_batch_sizes(config: TrainConfig) -> dict[int, TrainConfig]:
     """Smaller batch sizes of one process, and the configuration with each: accumulation keeps the
     global batch and its kinds of rows."""
-    sizes = {}
-    for parts in range(2, config.train_batch_size + 1):
-        size = config.train_batch_size // parts
-        more = (config.gradient_accumulation_steps or 1) * parts
-        with contextlib.suppress(ValueError):  # its kinds of rows do not divide the size
-            smaller = replace(config, train_batch_size=size, gradient_accumulation_steps=more)
-            together = {name: rows * parts for name, rows in smaller.row_sizes().items()}
-            if together == config.row_sizes():
-                sizes[size] = smaller
-    return sizes
+    kinds = rows_of(config, config.gradient_accumulation_steps or 1)
+    found = {each.train_batch_size: each for each in divisions(config, kinds, 1)}
+    found.pop(config.train_batch_size, None)
+    return found
 
 
 def out_of_memory(config: TrainConfig, fixed: int, peak: int, capacity: int) -> str:

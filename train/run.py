@@ -21,6 +21,7 @@ from .card import write_card
 from .config import TrainConfig
 from .hub import find_repository, upload
 from .loop import Trainer
+from .processes import is_elastic, is_lost, lost
 from .run_lock import held
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
@@ -38,13 +39,21 @@ def train(config: TrainConfig) -> Path:
     Raises:
         ValueError: a mistake in the options, the data or the folder, which another run may have.
         RunStopped: SIGTERM or SIGUSR1 came: the step was finished and a checkpoint saved.
+        ProcessLost: another process of the run is gone, or out of reach.
     """
-    trainer = Trainer(config)
-    with contextlib.ExitStack() as stack:
-        stack.callback(trainer.feed.close)
-        came = stack.enter_context(_stop_asked())
-        _by_main(trainer, lambda: _hold(trainer, stack))
-        return _train(trainer, came)
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(config)
+        with contextlib.ExitStack() as stack:
+            stack.callback(trainer.feed.close)
+            came = stack.enter_context(_stop_asked())
+            _by_main(trainer, lambda: _hold(trainer, stack))
+            return _train(trainer, came)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        step = trainer.finished_steps if trainer else 0
+        raise lost(error, step, config.output_dir) from error
 
 
 def _by_main(trainer: Trainer, action: Callable[[], object]) -> None:
@@ -64,11 +73,14 @@ def _by_main(trainer: Trainer, action: Callable[[], object]) -> None:
 
 def _hold(trainer: Trainer, stack: contextlib.ExitStack) -> None:
     """Takes the output folder, which a new run must not find in use."""
-    left = stack.enter_context(held(trainer.config.output_dir))
+    config = trainer.config
+    # The others wait for this one meanwhile.
+    patience = 0.8 * config.collective_timeout if is_elastic() else 0.0
+    left = stack.enter_context(held(config.output_dir, patience))
     if left:
         trainer.accelerator.print(left)
-    if not trainer.config.resume_from_checkpoint:
-        trainer.make_room()
+    if not config.resume_from_checkpoint:
+        trainer.saver.make_room()
 
 
 @contextlib.contextmanager
@@ -125,12 +137,17 @@ def _train(trainer: Trainer, came: Sequence[int]) -> Path:
             last = done == config.steps
             if last or done % config.logging_steps == 0:
                 values = _loss_by_kind(accelerator.gather(losses).tolist(), kinds)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                times, slow = trainer.times.report(accelerator)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", data=f"{times['data_seconds']:.2g}s")
+                for line in slow:
+                    accelerator.print(line)
+                values |= times | {"checkpoint_seconds": trainer.saver.seconds}
                 values["skipped_steps"] = trainer.check_skipped()
                 values["learning_rate"] = config.learning_rate_at(done - 1)
                 accelerator.log(values, step=done)
             if config.sampling_steps and done % config.sampling_steps == 0:
-                _log_grid(trainer)
+                with trainer.times.outside():
+                    _log_grid(trainer)
             if config.ema_widths and (last or done % config.ema_snapshot_steps == 0):
                 updates = done - int(trainer.skipped_steps)
                 trainer.power.write_snapshots(config.output_dir, done, updates, main)
@@ -138,8 +155,10 @@ def _train(trainer: Trainer, came: Sequence[int]) -> Path:
             if last or stopped or done % config.checkpointing_steps == 0:
                 folder = trainer.save()
             if stopped:
+                trainer.saver.wait()
                 accelerator.end_training()
                 raise RunStopped(f"stopped by a signal after step {done}: {folder}")
+    trainer.saver.wait()
     ema = trainer.ema_model()
     if ema is not None:
         made = trainer.metadata()

@@ -18,8 +18,10 @@ _LEAVING = 5.0  # seconds that the children of a killed run may hold its lock
 
 
 @contextlib.contextmanager
-def held(output_dir: Path) -> Iterator[str | None]:
+def held(output_dir: Path, patience: float = 0.0) -> Iterator[str | None]:
     """Holds the folder for one run; gives a remark if a run before left its lock.
+
+    patience: seconds to wait for the end of another, which its host was cut off from.
 
     The lock ends with the process that holds it, so that one of a dead process is none; its file
     says whose it is.
@@ -34,7 +36,7 @@ def held(output_dir: Path) -> Iterator[str | None]:
     except OSError as error:
         raise ValueError(f"{output_dir} cannot be written: {error.strerror or error}") from None
     with file:
-        left = _take(file, output_dir)
+        left = _take(file, output_dir, patience)
         file.seek(0)
         file.truncate()
         mine = {"pid": os.getpid(), "host": socket.gethostname()}
@@ -57,9 +59,9 @@ def _remove(output_dir: Path) -> None:
         output_dir.rmdir()
 
 
-def _take(file: Any, output_dir: Path) -> str | None:
+def _take(file: Any, output_dir: Path, patience: float) -> str | None:
     """Locks the file, or says who has it; a remark on what it held."""
-    until = time.monotonic() + _LEAVING
+    begin = time.monotonic()
     while True:
         free = _lock(file)
         pid, host = _owner(file)
@@ -67,7 +69,8 @@ def _take(file: Any, output_dir: Path) -> str | None:
         alive = here and _is_alive(pid)
         if free or (free is None and here and not alive):
             return f"the run of process {pid} on {host} ended without its end" if host else None
-        if not here or alive or time.monotonic() > until:
+        waited = time.monotonic() - begin
+        if waited > patience and (not here or alive or waited > _LEAVING):
             hint = "" if free is False else f" (if that run is dead, delete {output_dir / _LOCK})"
             raise ValueError(
                 f"{output_dir} is in use by a run, process {pid} on {host or 'another host'}:"

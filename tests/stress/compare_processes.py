@@ -4,7 +4,7 @@ backward pass, too.
 
 Draws belong to rows of the global batch, so only the order of sums differs: losses agree to 1e-6,
 weights to 1e-5. The sharded run (FSDP2) is also continued from its checkpoint, which must repeat it
-bitwise.
+bitwise; and one process goes on from that of the sharded run, and two, sharded, from that of one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from odelt_fast.model import DiT
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.mean_velocity import MeanVelocityOptions
 from odelt_fast.train.recipes import RECIPES
-from tests.stress.kill_training import MODEL, Witness, equal, start, wait
+from odelt_fast.train.shards import read_shards
+from tests.helpers.witness import Witness, equal
+from tests.stress.kill_training import MODEL, start, wait
 
 ROWS, WIDTH = 32, 0.1
+SHARDS = [f"shard-{number:05}-model-00001-of-00001.safetensors" for number in (1, 2)]
 KINDS = {  # processes, accumulated parts, sharded
     "1 process": (1, 1, False),
     "2 processes": (2, 1, False),
@@ -72,10 +75,8 @@ def run(
         assert wait(
             start(again, witness, processes, sharded), time.monotonic() + 600, witness.log
         ), "training takes too long"
-        for name in (
-            "model.safetensors",
-            f"checkpoint-{config.steps}/power-{WIDTH}/model.safetensors",
-        ):
+        names = [f"checkpoint-{config.steps}/shards/{file}" for file in SHARDS]
+        for name in ("model.safetensors", *names):
             assert equal(load_file(whole / name), load_file(folder / kind / name)), (
                 f"{name} of the continued run differs"
             )
@@ -85,16 +86,41 @@ def run(
         for step in range(config.steps)
     ]
     assert all(len(set(ranks)) == processes for ranks in per_rank), "the ranks draw the same rows"
-    files = {
-        "ema": "model.safetensors",
-        "power": f"checkpoint-{config.steps}/power-{WIDTH}/model.safetensors",
-    }
-    averages = {
-        f"{kind_of}.{name}": tensor
-        for kind_of, file in files.items()
-        for name, tensor in load_file(folder / kind / file).items()
-    }
-    return [sum(ranks) / ROWS for ranks in per_rank], averages
+    return [sum(ranks) / ROWS for ranks in per_rank], averages(folder / kind, config.steps)
+
+
+def averages(run: Path, steps: int) -> dict[str, torch.Tensor]:
+    """The final averages of a run: of ema_decay, and of the tracked width."""
+    found = {f"ema.{name}": each for name, each in load_file(run / "model.safetensors").items()}
+    checkpoint, power = run / f"checkpoint-{steps}", f"power-{WIDTH}"
+    if (checkpoint / "shards").is_dir():
+        values = {f"{power}.{name[4:]}": torch.zeros_like(each) for name, each in found.items()}
+        read_shards(checkpoint / "shards", values)
+    else:
+        stored = load_file(checkpoint / power / "model.safetensors")
+        values = {f"{power}.{name}": each for name, each in stored.items()}
+    return found | values
+
+
+def continued(config: TrainConfig, kind: str, others: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The averages of a run of `kind` that goes on from the checkpoint that a run of `others` has
+    left half-way: whole, or in the shards of another number of processes."""
+    processes, _, sharded = KINDS[kind]
+    run, half = folder / f"{others}, then {kind}", f"checkpoint-{config.steps // 2}"
+    shutil.copytree(folder / others / half, run / half)
+    asked, parts, _ = KINDS[others]  # its options: another number keeps its batch
+    again = replace(
+        config,
+        output_dir=run,
+        train_batch_size=ROWS // (asked * parts),
+        gradient_accumulation_steps=parts,
+        resume_from_checkpoint="latest",
+    )
+    witness = Witness(folder / "witness" / run.name)
+    assert wait(start(again, witness, processes, sharded), time.monotonic() + 600, witness.log), (
+        "training takes too long"
+    )
+    return averages(run, config.steps)
 
 
 def fine_tuning(folder: Path) -> dict[str, Any]:
@@ -135,20 +161,28 @@ def compare(objective: str, steps: int, folder: Path) -> None:
     (first, (expected, theirs)), *others = ((kind, run(config, kind, folder)) for kind in KINDS)
     for kind, (values, ours) in others:
         worst = max(abs(a - b) / b for a, b in zip(values, expected))
-        # Of all weights together: AdamW enlarges what rounding leaves of gradients that are zero
-        # (biases of keys) to whole steps.
-        a, b = (
-            torch.cat([tensor.flatten() for _, tensor in sorted(averages.items())])
-            for averages in (ours, theirs)
-        )
-        apart = (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
-        print(
-            f"{objective}, {kind} against {first}: losses within {worst:.1e}, averages within"
-            f" {apart:.1e}"
-        )
+        print(f"{objective}, {kind} against {first}: losses within {worst:.1e}")
         assert worst < 1e-6
-        assert apart < 1e-5
+        compare_averages(f"{objective}, {kind} against {first}", ours, theirs)
+    sharded = "2 processes, sharded"
     print(f"{objective}: the sharded run continued from its checkpoint is bitwise the same")
+    for kind, other in ((first, sharded), (sharded, first)):
+        name = f"{objective}, {other}, continued by {kind}"
+        compare_averages(name, continued(config, kind, other, folder), theirs)
+
+
+def compare_averages(
+    name: str, ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
+) -> None:
+    """Of all weights together: AdamW enlarges what rounding leaves of gradients that are zero
+    (biases of keys) to whole steps."""
+    a, b = (
+        torch.cat([tensor.flatten() for _, tensor in sorted(averages.items())])
+        for averages in (ours, theirs)
+    )
+    apart = (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item()
+    print(f"{name}: averages within {apart:.1e}")
+    assert apart < 1e-5
 
 
 def main() -> None:

@@ -36,74 +36,17 @@ from safetensors.torch import load_file
 from odelt_fast import load_model
 from odelt_fast.train.checkpoints import checkpoints, step_of
 from odelt_fast.train.config import TrainConfig
-from odelt_fast.train.loop import Trainer
 from odelt_fast.train.recipes import RECIPES
 from odelt_fast.train.run import RunStopped, train
 from tests.helpers import forked
 from tests.helpers.forked import wait
 from tests.helpers.object_store import object_store
 from tests.helpers.training import SMALL
+from tests.helpers.witness import Witness, equal, shard
 from tests.images.test_where_data_lie import laid
 
 STEPS = 200
 MODEL = replace(SMALL, dropout=0.1)
-
-
-class Witness:
-    """What a child process reports: the step of each save that returned, and every loss."""
-
-    def __init__(self, folder: Path) -> None:
-        self.saves, self.losses, self.log = folder / "saves", folder / "losses", folder / "log"
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def watch(self) -> None:
-        save, step = Trainer.save, Trainer.step
-
-        def watched_save(trainer: Trainer) -> Path:
-            folder = save(trainer)
-            if trainer.accelerator.is_main_process:
-                with self.saves.open("a") as file:
-                    print(trainer.finished_steps, file=file, flush=True)
-            return folder
-
-        def watched_step(trainer: Trainer) -> torch.Tensor:
-            at, losses = trainer.finished_steps, step(trainer)
-            with self.losses.with_suffix(f".{trainer.accelerator.process_index}").open("a") as file:
-                print(at, losses.double().sum().item().hex(), file=file, flush=True)
-            return losses
-
-        Trainer.save, Trainer.step = watched_save, watched_step  # type: ignore[method-assign]
-
-    def last_save(self) -> int:
-        return int(self.saves.read_text().split()[-1]) if self.saves.exists() else 0
-
-    def all_losses(self) -> dict[tuple[str, int], str]:
-        """The loss of each rank and step. A repeated step must repeat its loss."""
-        found: dict[tuple[str, int], str] = {}
-        for path in self.losses.parent.glob("losses.*"):
-            for line in path.read_text().splitlines():
-                at, value = line.split()
-                assert found.setdefault((path.suffix, int(at)), value) == value, (
-                    f"step {at} has another loss when it is repeated"
-                )
-        return found
-
-
-def shard() -> None:
-    """What `accelerate launch --use_fsdp --fsdp_version 2` sets, on a CPU: accelerate shards on
-    GPUs only, torch wherever gloo runs."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    os.environ.update(
-        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
-    )
-    os.environ.update(
-        FSDP_TRANSFORMER_CLS_TO_WRAP="Block",
-        FSDP_CPU_RAM_EFFICIENT_LOADING="true",
-        FSDP_RESHARD_AFTER_FORWARD="true",
-    )
-    PartialState(cpu=True)._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def start(
@@ -124,18 +67,6 @@ def start(
             work(config)
 
     return forked.start(watched, processes, witness.log)
-
-
-def equal(a: object, b: object) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return (
-            isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-        )
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))  # type: ignore[arg-type]
-    return a == b
 
 
 def assert_same_run(run: Path, whole: Path) -> None:

@@ -22,7 +22,8 @@ from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.objectives.targets import Networks, Objective, StepBatch, Targets
 from odelt_fast.train.recipes import RECIPES
-from tests.stress.kill_training import MODEL, Witness, start, wait
+from tests.helpers.witness import Witness
+from tests.stress.kill_training import MODEL, start, wait
 
 BAD = (math.nan, math.inf, -math.inf)
 

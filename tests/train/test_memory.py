@@ -77,7 +77,7 @@ def test_step_without_memory_names_the_batch_that_fits(
     monkeypatch.setattr(DiT, "forward", forward)
     with pytest.raises(ValueError, match="out of GPU memory at train_batch_size 48") as mistake:
         trainer.step()
-    assert "--train-batch-size 24 --gradient-accumulation-steps 4" in str(mistake.value)
+    assert "--train-batch-size 32 --gradient-accumulation-steps 3" in str(mistake.value)
     assert "10.0 of 80.0 GiB" in str(mistake.value)
     assert "\n" not in str(mistake.value)
     assert isinstance(mistake.value.__cause__, torch.OutOfMemoryError)

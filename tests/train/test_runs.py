@@ -251,7 +251,7 @@ def test_want_of_memory_is_no_damage(
         def failing(*_: object, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(trainer, "_load", failing)
+        monkeypatch.setattr(trainer.saver, "_load", failing)
         with pytest.raises(type(error)):
             trainer.resume("latest")
     assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]

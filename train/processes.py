@@ -1,0 +1,57 @@
+"""The processes of a run: how long they wait for each other, and what is said when one is lost."""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from odelt_fast.files import one_line
+
+from .checkpoints import checkpoints
+
+# What gloo, NCCL and the store of torch.distributed say of peers that are gone.
+_GONE = re.compile(
+    r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|TCPStore|"
+    r"[Tt]imed out|[Ww]ait timeout|recvValue|sendBytes|Socket"
+)
+
+
+class ProcessLost(Exception):
+    """Others of the run's processes are gone, or out of reach; the message says where to go on."""
+
+
+def waits(seconds: float) -> Any:
+    """What accelerate is told: a process that waits longer for the others has lost them."""
+    from accelerate.utils import InitProcessGroupKwargs
+
+    return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether it says that another process is gone or out of reach."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or isinstance(error, torch.OutOfMemoryError):
+        return False
+    known = isinstance(error, dist.DistError)
+    return known or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
+
+
+def lost(error: BaseException, step: int, output_dir: Path) -> ProcessLost:
+    """The one line; step: the one that was not finished."""
+    kept = checkpoints(output_dir)
+    rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+    who, why = f"process {os.environ.get('RANK', 0)}", re.sub(r"^\[/\S*\] ", "", str(error))
+    return ProcessLost(
+        f"{who} has lost another process of the run in step {step} ({one_line(why, 120)}): {rest}"
+    )
+
+
+def is_elastic() -> bool:
+    """Whether the launcher starts the run again, with the hosts that are left, when one is lost."""
+    return os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") not in ("", "0")
