@@ -76,6 +76,11 @@ def test_a_checkpoint_of_training_means_its_average(folder: Path, tmp_path: Path
         load_model(tmp_path / "run")
     assert "give a checkpoint, such as" in str(refused.value)
     assert str(refused.value).endswith("run/checkpoint-10")
+    sharded = tmp_path / "run" / "checkpoint-12"
+    (sharded / "shards").mkdir(parents=True)
+    (sharded / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is a checkpoint in shards: training goes on from"):
+        load_model(sharded)
     command = ["sample", "--model", str(checkpoint), "--num-images", "1", "--quiet"]
     assert main([*command, "--out", str(tmp_path / "a.png")]) == 0
 

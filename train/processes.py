@@ -36,7 +36,8 @@ def is_lost(error: BaseException) -> bool:
     """Whether it says that another process is gone or out of reach."""
     import torch.distributed as dist
 
-    if not dist.is_available() or isinstance(error, torch.OutOfMemoryError):
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone or not dist.is_available() or isinstance(error, torch.OutOfMemoryError):
         return False
     known = isinstance(error, dist.DistError)
     return known or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))

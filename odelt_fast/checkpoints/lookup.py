@@ -71,6 +71,11 @@ def _model_in(folder: Path) -> Path:
     for inner in (folder / "transformer", folder / "ema"):
         if (inner / CONFIG_NAME).is_file():
             return inner
+    if (folder / "shards").is_dir() and (folder / "state.json").is_file():
+        raise CheckpointError(
+            f"{one_line(repr(str(folder)))} is a checkpoint in shards: training goes on from it"
+            " (--resume-from-checkpoint), and leaves a model"
+        )
     kept = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r".*-\d{1,15}", path.name)]
     kept = [path for path in kept if (path / "ema" / CONFIG_NAME).is_file()]
     if kept:
