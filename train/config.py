@@ -48,6 +48,9 @@ class TrainConfig(DialOptions):
     label_column: str | None = None
     """Column of labels, as --image-column (fine_label or coarse_label of CIFAR-100), or a key of
     shards' JSON; an empty name: one class."""
+    check_images: Literal["auto", "all"] | int = "auto"
+    """Images that are decoded before the first step, to leave out what cannot be; the others are as
+    they come. auto: all of up to 500 000, 50 000 of more, evenly spread."""
     random_flip: bool = True
     """Mirror half of the images left to right, where the source allows it."""
     output_dir: Path = Path("runs/digits")

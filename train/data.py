@@ -26,6 +26,7 @@ def open_images(config: TrainConfig) -> ImageSource:
         channels=None if latents else model.channels,
         image_column=config.image_column,
         label_column=config.label_column,
+        check_images=config.check_images,
     )
 
 

@@ -40,7 +40,8 @@ def _without_effect(config: TrainConfig) -> Iterator[tuple[str, str]]:
     time = rows["time"] + rows.get("guided", 0)
     lengths, by_name = config.model.length_conditioned, f"with objective {name}"
     if name == "reflow":
-        yield "data image_column label_column random_flip", f"{by_name}, which trains on --pairs"
+        data = "data image_column label_column check_images random_flip"
+        yield data, f"{by_name}, which trains on --pairs"
     else:
         yield "pairs num_pairs", f"{by_name}: pairs are those of reflow"
     if name != "flow":

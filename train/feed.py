@@ -200,10 +200,17 @@ class Feed:
             generator=torch.Generator(),  # torch's own is the network's
         )
         before = multiprocessing.active_children()
-        with _without_main():
-            self._ahead = iter(loader)
-        started = [each for each in multiprocessing.active_children() if each not in before]
-        self._processes.extend(started)
+        try:
+            with _without_main():
+                self._ahead = iter(loader)
+        except (RuntimeError, OSError, EOFError) as error:  # a pipe whose other end has died
+            why = one_line(error)
+            raise ValueError(f"a worker process cannot be started ({why}): {_AGAIN}") from error
+        finally:
+            started = [each for each in multiprocessing.active_children() if each not in before]
+            self._processes.extend(started)
+            if self._ahead is None:
+                self.close()
 
     def _take(self) -> Packed:
         assert self._ahead is not None

@@ -12,7 +12,15 @@ import numpy as np
 
 from odelt_fast.checks import Size
 
-from .pixels import Store, check_images, decode_image, num_threads, reading
+from .pixels import (
+    HowMany,
+    Store,
+    check_images,
+    decode_image,
+    num_threads,
+    reading,
+    rows_to_check,
+)
 from .sources import (
     Batch,
     Flips,
@@ -30,9 +38,9 @@ from .sources import (
 class EncodedImages(ImageSource):
     """Encoded images of a `Store`, decoded on reading; small sets are kept decoded once read.
 
-    Construction decodes everything once (`check_images`): images that cannot be decoded are left
-    out and named in `skipped` and in one warning. An image that becomes unreadable later (a lost
-    disk block) is replaced by the next readable one, with a warning.
+    Construction decodes everything once (`check_images`), or some: images that cannot be decoded
+    are left out and named in `skipped` and in one warning. An image that is found unreadable later
+    (a lost disk block) is replaced by the next readable one, with a warning.
     """
 
     _KEPT, _KEPT_BY_COPIES = 512 << 20, 128 << 20  # bytes of decoded pixels; in each worker
@@ -45,21 +53,30 @@ class EncodedImages(ImageSource):
         class_names: Sequence[str],
         image_size: Size | None,
         channels: int | None,
+        checked: HowMany = "all",
     ) -> None:
-        check = check_images(store, one_size=image_size is None)
+        rows = rows_to_check(len(store), checked)
+        check = check_images(store, rows, one_size=image_size is None)
         good = np.setdiff1d(np.arange(len(store)), list(check.skipped))
         self.name, self.class_names = name, tuple(class_names)
         self.labels = labels[good]
         self.image_size = image_size or min(check.size)
         self.channels = channels or (1 if check.grey else 3)
         sizes = f"{check.size[0]}x{check.size[1]}" + (" and other sizes" if check.other else "")
-        self.remark = fitting(name, sizes, self.image_size, self.channels, check.grey)
+        remarks = [fitting(name, sizes, self.image_size, self.channels, check.grey)]
+        self.unseen = len(rows) < len(store)
+        if self.unseen:
+            remarks.append(
+                f"{len(rows)} of the {len(store)} images of {name} were decoded beforehand,"
+                f" {len(check.skipped)} cannot be: the others are found out as they are used"
+            )
+        self.remark = "; ".join(filter(None, remarks)) or None
         self.skipped = [store.name(row) for row in check.skipped]
         self._store, self._rows, self._resize = store, good, image_size
         # Decoded sooner than handed to another thread.
         self._small = math.prod(check.size) < 1 << 14
         reasons = dict(zip(self.skipped, check.skipped.values()))
-        warn_left_out("images", reasons, len(store), store.left_out)
+        warn_left_out("images", reasons, len(rows), store.left_out)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_kept"}

@@ -21,7 +21,7 @@ from .lance_tables import open_lance
 from .latents import LatentSource
 from .listing import files_below
 from .parquet import open_parquet
-from .pixels import Opened, image_endings
+from .pixels import HowMany, Opened, image_endings
 from .shards import MANIFEST_NAME, SETTINGS_NAME, ShardedLatents
 from .sources import ImageSource
 from .tables import SAVED_MARKS, Choice, open_dataset
@@ -40,6 +40,7 @@ def open_source(
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    check_images: HowMany = "all",
 ) -> ImageSource:
     """Opens labelled images or latents.
 
@@ -67,9 +68,11 @@ def open_source(
         split: which part, where the data have parts.
         image_column, label_column: of a table, or ending and key of JSON in shards; None: looked
             for by type and by name. An empty label_column: one class.
+        check_images: how many are decoded now, evenly spread; auto: all of up to 500 000, 50 000 of
+            more. Of encoded images only.
 
     Returns:
-        The source. Images that cannot be decoded are left out (`skipped`).
+        The source. Images that are found not to decode are left out (`skipped`).
 
     Raises:
         ValueError: in one line, before anything is read for training: no data, none of these
@@ -79,6 +82,8 @@ def open_source(
         image_size = check_size("image_size", image_size, 4096)
     if channels is not None:
         whole("channels", channels)
+    if check_images not in ("all", "auto"):
+        whole("check_images", check_images)
     name, path = _as_written(data), Path(data).expanduser()
     try:
         kind = "digits" if name == "digits" else _kind(path, name)
@@ -87,7 +92,12 @@ def open_source(
                 f"{name} is no table: --image-column and --label-column choose columns of tables"
                 " and parts of shards"
             )
-        if kind in ("digits", "latents", "arrays") and split != "train":
+        decoded = kind in ("digits", "latents", "arrays")
+        if decoded and check_images not in ("all", "auto"):
+            raise ValueError(
+                f"{name} are no files of images, which --check-images {check_images} would decode"
+            )
+        if decoded and split != "train":
             raise ValueError(f"{name} has no split {split!r}: it is all of the split 'train'")
         if kind == "latents":
             return _open_latents(name, path, image_size, channels)
@@ -103,7 +113,7 @@ def open_source(
         store, labels, names = _open_store(
             name, path, kind, split, Choice(image_column, label_column)
         )
-        return EncodedImages(name, store, labels, names, image_size, channels)
+        return EncodedImages(name, store, labels, names, image_size, channels, check_images)
     except OSError as error:
         raise ValueError(f"{data} cannot be read: {one_line(error)}") from None
 

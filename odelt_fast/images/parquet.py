@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from odelt_fast.files import cache_folder, locked, one_line, problem_of, write_atomically
-from odelt_fast.storage.places import fetched, is_url
+from odelt_fast.files import one_line, problem_of
+from odelt_fast.storage import cache
+from odelt_fast.storage.places import Version, is_url, reason, version_of
 
 from .listing import check_split, files_of_split, urls_of_split
-from .pixels import Opened, image_endings
+from .pixels import Opened, Unreachable, image_endings
 from .tables import (
     NO_CHOICE,
     Choice,
@@ -51,10 +52,8 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     except ImportError:
         raise ValueError("reading Parquet needs pyarrow: pip install 'odelt-fast[eval]'") from None
     left_out: Counter[str] = Counter()
-    if is_url(str(place)):
-        alone = str(place).lower().endswith(".parquet")
-        urls = [str(place)] if alone else urls_of_split(str(place), "Parquet", split, left_out)
-        files = [str(fetched(url)) for url in urls]
+    if is_url(str(place)) and not str(place).lower().endswith(".parquet"):
+        files = urls_of_split(str(place), "Parquet", split, left_out)
     elif os.path.isdir(place):
         files = files_of_split(Path(place), "Parquet", split, left_out)
     else:
@@ -62,19 +61,24 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     if len(files) == 1:
         check_split(files[0], split)
     columns: Columns | None = None
-    labels = []
-    for file in files:
+    labels, unpacked = [], 0
+    versions = [_version(file) for file in files]
+    for file, version in zip(files, versions):
         try:
-            schema = pq.read_schema(file)
+            table = pq.ParquetFile(_opened(file, version))
+            schema, facts = table.schema_arrow, table.metadata
+            unpacked += sum(
+                facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)
+            )
             found = find_columns(schema, file, choice)
             if columns is not None and found != columns:
                 raise ValueError(f"{files[0]} and {file} differ in their columns or class names")
             columns = found
             check_image_type(schema.field(found.image).type, f"{file}: column {found.image}")
             if found.label is None:
-                labels.append(np.zeros(pq.read_metadata(file).num_rows, np.int64))
+                labels.append(np.zeros(facts.num_rows, np.int64))
             else:
-                column = pq.ParquetFile(file).read(columns=[found.label])[found.label]
+                column = table.read(columns=[found.label])[found.label]
                 labels.append(label_values(column, found.class_names, file))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
@@ -86,7 +90,8 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     together = np.concatenate(labels)
     if not len(together):
         raise ValueError(f"{files[0]} has no rows")
-    store = ParquetStore([*map(Path, files)], columns.image, [*map(len, labels)], left_out)
+    lengths = [*map(len, labels)]
+    store = ParquetStore(files, versions, columns.image, lengths, unpacked, left_out)
     try:
         store.open()
     except (pa.ArrowException, OSError) as error:
@@ -95,18 +100,42 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     return store, *number_labels(together, columns.class_names, only)
 
 
+def _version(file: str) -> Version:
+    try:
+        return version_of(file)
+    except Exception as error:  # file systems raise most kinds
+        raise ValueError(f"{file} cannot be read: {reason(error)}") from None
+
+
+def _opened(file: str, version: Version) -> BinaryIO:
+    if not is_url(file):
+        return open(file, "rb")
+    try:
+        return cache.local(file, version)
+    except ValueError as error:
+        raise Unreachable(str(error)) from None
+
+
 class ParquetStore:
     """The image column of Parquet files as one run of bytes with offsets.
 
     In memory, or unpacked into the cache folder and memory-mapped; opened on first use in each
     process. A row without bytes names a file, which must lie below the folder of its Parquet file.
+    Files behind URLs are copied.
     """
 
     def __init__(
-        self, files: Sequence[Path], column: str, lengths: Sequence[int], left_out: Counter[str]
+        self,
+        files: Sequence[str],
+        versions: Sequence[Version],
+        column: str,
+        lengths: Sequence[int],
+        unpacked: int,
+        left_out: Counter[str],
     ) -> None:
         self.files, self.column, self.left_out = files, column, left_out
         self._ends, self._in_memory = np.cumsum(lengths), _IN_MEMORY
+        self._versions, self._unpacked = versions, unpacked
 
     def __getstate__(self) -> dict[str, Any]:
         state = {k: v for k, v in self.__dict__.items() if k not in ("_content", "_paths")}
@@ -116,9 +145,8 @@ class ParquetStore:
         return int(self._ends[-1])
 
     def fingerprint(self) -> str:
-        stats = [(str(file.resolve()), file.stat()) for file in self.files]
-        facts = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return hashlib.sha256(json.dumps([self.column, facts]).encode()).hexdigest()
+        facts = [self.column, [version.text for version in self._versions]]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _place(self, row: int) -> tuple[int, int]:
         index = int(np.searchsorted(self._ends, row, side="right"))
@@ -126,7 +154,7 @@ class ParquetStore:
 
     def name(self, row: int) -> str:
         index, inside = self._place(row)
-        path, place = self._path(row), f"row {inside} of {self.files[index].name}"
+        path, place = self._path(row), f"row {inside} of {os.path.basename(self.files[index])}"
         return f"{path} ({place})" if path else place
 
     def open(self) -> None:
@@ -140,11 +168,12 @@ class ParquetStore:
         content: bytes = data[offsets[row] : offsets[row + 1]].tobytes()
         if content:
             return content
-        folder, path = self.files[self._place(row)[0]].parent.resolve(), self._path(row)
+        table, path = self.files[self._place(row)[0]], self._path(row)
         if not path:
             raise ValueError("the row has no image")
+        folder = Path(table).parent.resolve()
         file = (folder / path).resolve()
-        if not file.is_relative_to(folder) or not file.is_file():
+        if is_url(table) or not file.is_relative_to(folder) or not file.is_file():
             raise ValueError(f"no file {one_line(path)} below the folder of the table")
         return str(file)
 
@@ -160,13 +189,14 @@ class ParquetStore:
         import pyarrow.parquet as pq
 
         columns = []
-        for file in self.files:
-            type_ = pq.read_schema(file).field(self.column).type
+        for file in map(_opened, self.files, self._versions):
+            table = pq.ParquetFile(file)
+            type_ = table.schema_arrow.field(self.column).type
             fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
             paths = None
             if is_text(fields.get("path")):
-                table = pq.ParquetFile(file).read(columns=[f"{self.column}.path"])
-                paths = table[self.column].combine_chunks().field("path")
+                column = table.read(columns=[f"{self.column}.path"])[self.column]
+                paths = column.combine_chunks().field("path")
             columns.append(paths)
         return columns
 
@@ -174,23 +204,28 @@ class ParquetStore:
     def _content(self) -> tuple[np.ndarray, np.ndarray]:
         """All images' bytes, and where each begins; ValueError if the cache folder cannot be
         written."""
-        if sum(file.stat().st_size for file in self.files) <= self._in_memory:
+        if sum(version.size for version in self._versions) <= self._in_memory:
             memory = io.BytesIO()
             starts = self._unpack(memory)
             return np.frombuffer(memory.getbuffer(), np.uint8), starts
-        base = cache_folder() / f"table-{self.fingerprint()[:32]}"
-        content, offsets = base.with_suffix(".images"), base.with_suffix(".offsets")
-        with locked(base.with_suffix(".lock")):
-            if not offsets.is_file():
-                try:
-                    ends = write_atomically(content, self._unpack)
-                    write_atomically(offsets, lambda file: file.write(ends.tobytes()))
-                except OSError as error:
-                    where = f"{base.parent} (choose another with ODELT_FAST_CACHE)"
-                    raise ValueError(
-                        f"the images cannot be unpacked into {where}: {one_line(error)}"
-                    ) from None
-        return np.memmap(content, np.uint8, mode="r"), np.fromfile(offsets, np.int64)
+
+        def unpack(file: BinaryIO) -> None:
+            file.write(self._unpack(file).tobytes())
+
+        size = self._unpacked + 8 * (len(self) + 1)
+        try:
+            file = cache.object_of(f"unpacked {self.fingerprint()}", size, unpack)
+        except OSError as error:
+            raise Unreachable(
+                f"the images of {self.files[0]} cannot be unpacked into the cache folder (choose"
+                f" another with ODELT_FAST_CACHE): {one_line(error)}"
+            ) from None
+        if file is None:
+            raise Unreachable(cache.needed(f"the images of {self.files[0]}, unpacked,", size))
+        with file:
+            data = np.memmap(file, np.uint8, mode="r")
+        end = len(data) - 8 * (len(self) + 1)
+        return data[:end], np.array(data[end:]).view(np.int64)
 
     def _unpack(self, file: Any) -> np.ndarray:
         """Writes all images one after another; where each begins, and the end (N + 1,) int64."""
@@ -201,7 +236,7 @@ class ParquetStore:
         look: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}
         progress = tqdm(total=len(self), desc="unpacking images", **look)
         with progress:
-            for source in self.files:
+            for source in map(_opened, self.files, self._versions):
                 table = pq.ParquetFile(source)
                 for batch in table.iter_batches(batch_size=256, columns=[self.column]):
                     for item in batch.column(0).to_pylist():

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
@@ -43,6 +43,8 @@ _MAX_TURNING = 1 << 20
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _EXIF_ORIENTATION = 0x0112
+# A check of more photographs would take an hour of a core: of those a sample is looked at.
+_MOST_CHECKED, _SAMPLE = 500_000, 50_000
 _REMEMBERED_FROM = 2000  # images: below, a check takes a second or two and is not worth a file
 _CHECK_VERSION = 2
 
@@ -66,12 +68,13 @@ class Store(Protocol):
     def fingerprint(self) -> str: ...
 
 
+HowMany = int | Literal["all", "auto"]  # images that are decoded beforehand; auto: a sample of many
 Opened = tuple[Store, np.ndarray, tuple[str, ...]]  # images, labels (N,) int64, class names
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a full decode of a store found.
+    """What a decode of a store, or of some of it, found.
 
     Attributes:
         skipped: row -> reason.
@@ -249,8 +252,17 @@ def inspect_image(encoded: bytes | str) -> tuple[int, int, bool]:
         return width, height, image.mode in _GREY_MODES
 
 
-def check_images(store: Store, *, one_size: bool) -> Check:
-    """Decodes every image of a store once, on all cores, and reports which cannot be.
+def rows_to_check(count: int, wanted: HowMany) -> Sequence[int]:
+    """The rows that are looked at before the others are used: all, or as many, evenly spread."""
+    if wanted == "auto":
+        wanted = _SAMPLE if count > _MOST_CHECKED else "all"
+    if wanted == "all" or wanted >= count:
+        return range(count)
+    return [row * count // wanted for row in range(wanted)]
+
+
+def check_images(store: Store, rows: Sequence[int], *, one_size: bool) -> Check:
+    """Decodes these images of a store once, on all cores, and reports which cannot be.
 
     What was found is remembered in the cache folder while the data stay as they are. Of several
     processes one checks and the others wait.
@@ -258,25 +270,27 @@ def check_images(store: Store, *, one_size: bool) -> Check:
     Raises:
         ValueError: `one_size` and two sizes are found; no image is left.
     """
-    if len(store) < _REMEMBERED_FROM:
-        check = _check_all(store, one_size)
+    if len(rows) < _REMEMBERED_FROM:
+        check = _check_all(store, rows, one_size)
     else:
         import PIL
 
         facts = f"{_CHECK_VERSION} {PIL.__version__} {store.fingerprint()}"
+        if len(rows) < len(store):
+            facts += f" {len(rows)}"
         key = hashlib.sha256(facts.encode()).hexdigest()[:32]
         path = cache_folder() / f"check-{key}.json"
         with locked(path.with_suffix(".lock")):
             remembered = _read_check(path, len(store))
-            check = remembered or _check_all(store, one_size)
+            check = remembered or _check_all(store, rows, one_size)
             if remembered is None:
                 found = json.dumps(asdict(check)).encode()
                 with contextlib.suppress(OSError):
                     write_atomically(path, lambda file: file.write(found))
-    if len(check.skipped) == len(store):
+    if len(check.skipped) == len(rows):
         row, reason = next(iter(check.skipped.items()))
         raise ValueError(
-            f"none of the {len(store)} images can be decoded; {store.name(row)}: {reason}"
+            f"none of the {len(rows)} images can be decoded; {store.name(row)}: {reason}"
         )
     if one_size and check.other is not None:
         raise ValueError(_mixed_sizes(store, check.size, check.other))
@@ -292,16 +306,15 @@ def _mixed_sizes(store: Store, size: tuple[int, int], other: tuple[int, ...]) ->
     )
 
 
-def _check_all(store: Store, one_size: bool) -> Check:
+def _check_all(store: Store, rows: Sequence[int], one_size: bool) -> Check:
     from tqdm import tqdm
 
     skipped: dict[int, str] = {}
     first, size, grey = -1, (0, 0), True
     other: tuple[int, ...] | None = None
-    rows = range(len(store))
-    chunks = [rows[start : start + 64] for start in rows[::64]]
+    chunks = [rows[start : start + 64] for start in range(0, len(rows), 64)]
     progress = tqdm(
-        total=len(store), desc="checking images", unit="image", delay=2, disable=None, leave=False
+        total=len(rows), desc="checking images", unit="image", delay=2, disable=None, leave=False
     )
     with ThreadPoolExecutor(num_threads()) as pool, progress:
         inspected = pool.map(partial(_inspect_all, store), chunks)
@@ -329,7 +342,7 @@ def reading(store: Store, rows: Sequence[int] | np.ndarray) -> Callable[[int], b
     return read
 
 
-def _inspect_all(store: Store, rows: range) -> list[tuple[int, int, bool] | str]:
+def _inspect_all(store: Store, rows: Sequence[int]) -> list[tuple[int, int, bool] | str]:
     read = reading(store, rows)
     return [_inspect(read, row) for row in rows]
 

@@ -36,6 +36,7 @@ class ImageSource(ABC):
         labels: (N,) int64.
         flippable: whether a mirrored image is still an image of its class.
         skipped: names of images that were left out as unreadable.
+        unseen: whether others may be, which nobody has looked at.
         remark: what brings the images to the size and channels that were asked for, if they had
             others.
         latents: what the numbers are, if they are no pixels.
@@ -49,6 +50,7 @@ class ImageSource(ABC):
     labels: np.ndarray
     flippable: bool = True
     skipped: Sequence[str] = ()
+    unseen: bool = False
     remark: str | None = None
     latents: Latents | None = None
     posterior: bool = False
@@ -95,13 +97,14 @@ def first_readable(
 ) -> tuple[T, int]:
     """What `read` makes of `index`, or of the next index at which it does not raise; that index.
 
-    For what has become unreadable since it was checked (a lost disk block): it is named in
-    `source.skipped` and in a warning.
+    For what has become unreadable since it was checked (a lost disk block), or never was checked:
+    it is named in `source.skipped` and in a warning.
 
     Raises:
         ValueError: 8 neighbours are unreadable, or the place where they lie cannot be reached: then
             the data are gone.
     """
+    what = "cannot be read" if source.unseen else "has become unreadable"
     for offset in range(8):
         used = (index + offset) % len(source)
         try:
@@ -113,11 +116,12 @@ def first_readable(
         if lost not in source.skipped:
             source.skipped = [*source.skipped, lost]
             warnings.warn(
-                f"{lost} has become unreadable ({reason}): the next one is used instead",
+                f"{lost} {what} ({reason}): the next one is used instead",
                 stacklevel=2,
             )
     raise ValueError(
-        f"{source.name}: 8 neighbours have become unreadable, the last one {lost} ({reason})"
+        f"{source.name}: 8 neighbours {'are' if source.unseen else 'have become'} unreadable, the"
+        f" last one {lost} ({reason})"
     )
 
 

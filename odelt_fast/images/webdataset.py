@@ -10,6 +10,7 @@ import json
 import os
 import re
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +22,15 @@ import numpy as np
 
 from odelt_fast.checks import shown
 from odelt_fast.files import cache_folder, locked, one_line, read_object, write_atomically
+from odelt_fast.storage import cache
 from odelt_fast.storage.places import (
-    fingerprint,
+    Version,
     is_url,
     patiently,
     read_part,
     reason,
     system_of,
+    version_of,
 )
 
 from .listing import check_split, files_of_split, urls_of_split
@@ -114,7 +117,10 @@ def open_shards(data: str, split: str, choice: Choice = NO_CHOICE) -> Opened:
             check_split(re.split(r"[?#]", shard)[0], split)
     look: dict[str, Any] = {"unit": "shard", "delay": 2, "disable": None, "leave": False}
     with ThreadPoolExecutor(num_threads()) as pool:
-        indices = list(tqdm(pool.map(index_of, shards), "indexing shards", len(shards), **look))
+        versions = list(pool.map(_version, shards))
+        copied = _copied(shards, versions)
+        indexed = pool.map(index_of, shards, versions, copied)
+        indices = list(tqdm(indexed, "indexing shards", len(shards), **look))
     rows: list[tuple[int, int]] = []  # shard and member
     labels: list[Any] = []
     for number, (shard, index) in enumerate(zip(shards, indices)):
@@ -131,7 +137,7 @@ def open_shards(data: str, split: str, choice: Choice = NO_CHOICE) -> Opened:
         raise ValueError(
             f"{data} has no samples with images{f' .{choice.image}' * bool(choice.image)}"
         )
-    store = ShardStore(shards, indices, np.array(rows), left_out)
+    store = ShardStore(shards, versions, copied, indices, np.array(rows), left_out)
     if choice.label == "" or not (choice.label or any(index.texts for index in indices)):
         only = re.sub(r"\W*(\{.*)?(\.tar.*)?$", "", os.path.basename(data.rstrip("/"))) or "all"
         return store, np.zeros(len(rows), np.int64), (only,)
@@ -139,11 +145,17 @@ def open_shards(data: str, split: str, choice: Choice = NO_CHOICE) -> Opened:
 
 
 class ShardStore:
-    """Members of shards as images."""
+    """Members of shards as images.
+
+    copied: of which shards copies are kept in the cache folder; images of other ones behind URLs
+    are fetched one by one.
+    """
 
     def __init__(
         self,
         shards: Sequence[str],
+        versions: Sequence[Version],
+        copied: Sequence[bool],
         indices: Sequence[Index],
         rows: np.ndarray,
         left_out: Counter[str],
@@ -153,6 +165,7 @@ class ShardStore:
         offsets = [indices[shard].offsets[member] for shard, member in rows]
         sizes = [indices[shard].sizes[member] for shard, member in rows]
         self._offsets, self._sizes = np.array(offsets, np.int64), np.array(sizes, np.int64)
+        self._versions, self._copied = list(versions), list(copied)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -161,16 +174,15 @@ class ShardStore:
         return f"{self._names[row]} of {os.path.basename(self.shards[self._places[row]])}"
 
     def fingerprint(self) -> str:
-        facts = [[fingerprint(shard) for shard in self.shards], self._names]
+        facts = [[version.text for version in self._versions], self._names]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def encoded(self, row: int) -> bytes:
-        shard, offset = self.shards[self._places[row]], int(self._offsets[row])
-        size = int(self._sizes[row])
+        shard, size = self.shards[self._places[row]], int(self._sizes[row])
         if size > _MOST_IMAGE:
             raise ValueError(f"{size} bytes, more than {_MOST_IMAGE}")
         try:
-            content = read_part(shard, offset, size)
+            content = self._part(int(self._places[row]), int(self._offsets[row]), size)
         except Exception as error:  # file systems raise most kinds
             if not is_url(shard):
                 raise
@@ -179,20 +191,53 @@ class ShardStore:
             raise ValueError("the shard has become shorter")
         return content
 
+    def _part(self, number: int, offset: int, size: int) -> bytes:
+        shard, version = self.shards[number], self._versions[number]
+        copy = cache.copy(shard, version) if self._copied[number] else None
+        if copy is None:
+            return read_part(shard, offset, size)
+        with copy:
+            copy.seek(offset)
+            return copy.read(size)
 
-def index_of(shard: str) -> Index:
+
+def _version(shard: str) -> Version:
+    try:
+        return version_of(shard)
+    except Exception as error:  # file systems raise most kinds
+        raise ValueError(f"the shard {shard} cannot be read: {reason(error)}") from None
+
+
+def _copied(shards: Sequence[str], versions: Sequence[Version]) -> list[bool]:
+    """Of which shards the cache has room for copies: of the first ones behind URLs. What has none
+    is said."""
+    if not any(map(is_url, shards)):
+        return [False] * len(shards)
+    room = cache.limit()
+    sizes = [version.size * is_url(shard) for shard, version in zip(shards, versions)]
+    fit = np.cumsum(sizes) <= room
+    if room and not all(fit) and os.environ.get("RANK", "0") == "0":
+        warnings.warn(
+            f"{cache.needed('copies of all shards', sum(sizes))}; images of {int(sum(~fit))} of"
+            f" {len(shards)} shards are fetched one by one, each time",
+            stacklevel=3,
+        )
+    return [is_url(shard) and bool(fits) for shard, fits in zip(shards, fit)]
+
+
+def index_of(shard: str, version: Version, copied: bool) -> Index:
     """The index of a shard, read from its headers once and kept in the cache folder.
 
     Raises:
         ValueError: in one line, for a shard that cannot be opened or is no whole tar file.
     """
+    key = hashlib.sha256(f"{_INDEX_VERSION} {version.text}".encode()).hexdigest()[:32]
+    path = cache_folder() / f"shard-{key}.json"
     try:
-        key = hashlib.sha256(f"{_INDEX_VERSION} {fingerprint(shard)}".encode()).hexdigest()[:32]
-        path = cache_folder() / f"shard-{key}.json"
         with locked(path.with_suffix(".lock")):
             if (remembered := _remembered(path)) is not None:
                 return remembered
-            index = patiently(lambda: _indexed(shard)) if is_url(shard) else _indexed(shard)
+            index = _indexed(shard, cache.copy(shard, version) if copied else None)
             content = json.dumps(asdict(index)).encode()
             with contextlib.suppress(OSError):  # it is made again the next time
                 write_atomically(path, lambda file: file.write(content))
@@ -208,12 +253,15 @@ def _remembered(path: Path) -> Index | None:
         return None
 
 
-def _indexed(shard: str) -> Index:
-    if not is_url(shard):
-        with open(shard, "rb") as file:
+def _indexed(shard: str, copy: BinaryIO | None) -> Index:
+    def read() -> Index:
+        system, place = system_of(shard)
+        with system.open(place, "rb") as file:
             return _read_index(file)
-    system, place = system_of(shard)
-    with system.open(place, "rb") as file:
+
+    if copy is None and is_url(shard):
+        return patiently(read)
+    with copy or open(shard, "rb") as file:
         return _read_index(file)
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
-from odelt_fast.files import PARTIAL, cache_folder, locked, one_line, write_atomically
+from odelt_fast.files import PARTIAL, one_line, write_atomically
 
 T = TypeVar("T")
 
@@ -71,14 +70,28 @@ def reason(error: BaseException) -> str:
     return one_line(error)
 
 
-def fingerprint(file: str) -> str:
-    """What changes with a file, which is a path or a URL; any exception: it cannot be reached."""
+class Version(NamedTuple):
+    """Of a file: a text that changes with it, and its bytes."""
+
+    text: str
+    size: int
+
+
+def version_of(file: str) -> Version:
+    """That of a file, which is a path or a URL; any exception: it cannot be reached."""
     if not is_url(file):
         facts = os.stat(file)
-        return f"{os.path.realpath(file)} {facts.st_size} {facts.st_mtime_ns}"
+        text = f"{os.path.realpath(file)} {facts.st_size} {facts.st_mtime_ns}"
+        return Version(text, facts.st_size)
     system, path = system_of(file)
-    info = patiently(lambda: system.info(path))
-    return f"{file} {[(name, str(info[name])) for name in _VERSIONS if name in info]}"
+
+    def ask() -> Any:
+        system.invalidate_cache(path)  # of a listing before
+        return system.info(path)
+
+    info = patiently(ask)
+    text = f"{file} {[(name, str(info[name])) for name in _VERSIONS if name in info]}"
+    return Version(text, int(info["size"]))
 
 
 def read_part(file: str, start: int, size: int) -> bytes:
@@ -102,32 +115,20 @@ def read_part(file: str, start: int, size: int) -> bytes:
     return patiently(ask)
 
 
-def fetched(url: str) -> Path:
-    """A copy of a file behind a URL, in the cache folder, made once while the file stays as it is.
+def copy_of(url: str, size: int, file: BinaryIO) -> None:
+    """Writes a file behind a URL, of `size` bytes, to a file that has a name here.
 
-    Raises:
-        ValueError: it cannot be read, or the copy not be written.
+    Any exception: it cannot be reached, or not be written.
     """
-    try:
-        key = hashlib.sha256(fingerprint(url).encode()).hexdigest()[:32]
-        name = url.rstrip("/").rpartition("/")[2]
-        copy = cache_folder() / f"fetched-{key}" / name
-        with locked(copy.parent / ".lock"):
-            if not copy.is_file():
-                system, path = system_of(url)
-                write_atomically(copy, lambda file: patiently(lambda: _copy(system, path, file)))
-        return copy
-    except Exception as error:  # file systems raise most kinds
-        raise ValueError(f"{url} cannot be read: {reason(error)}") from None
+    system, path = system_of(url)
 
+    def fetch() -> None:
+        file.truncate(0)
+        system.get_file(path, file.name)
+        if os.path.getsize(file.name) != size:
+            raise OSError(f"{os.path.getsize(file.name)} of {size} bytes came")
 
-def _copy(system: Any, path: str, file: BinaryIO) -> None:
-    file.seek(0)
-    file.truncate()
-    size = system.info(path)["size"]
-    system.get_file(path, file.name)
-    if os.path.getsize(file.name) != size:
-        raise OSError(f"{os.path.getsize(file.name)} of {size} bytes came")
+    patiently(fetch)
 
 
 class Place:

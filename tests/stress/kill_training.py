@@ -125,6 +125,16 @@ def holds(run: Path, process: int, until: float) -> bool:
     return False
 
 
+def stepped(witness: Witness, process: int, until: float) -> None:
+    """Returns when the process has done a step, has ended, or at the time `until`."""
+    losses = witness.losses.with_suffix(".0")
+    size = losses.stat().st_size if losses.exists() else 0
+    while time.monotonic() < until and not has_ended(process):
+        if losses.exists() and losses.stat().st_size > size:
+            return
+        time.sleep(0.001)
+
+
 def terminate(run: Path, children: list[int], until: float) -> None:
     """Sends SIGTERM to all of them at the time `until`, or when they have begun."""
     holds(run, children[0], until + 60)
@@ -175,6 +185,8 @@ def torture(
         config = replace(config, dataloader_num_workers=workers)
         witness, name = Witness(folder / "witness"), "latest"
         children, lasts = start(config, witness, processes), counts["kills"] < kills
+        if lasts and chance.random() < 0.8:  # most of its time may be its start
+            stepped(witness, children[0], time.monotonic() + 120)
         until = time.monotonic() + (chance.uniform(0, 0.2 * duration) if lasts else 600)
         moment = chance.random() if lasts else 1.0
         if moment < 0.15:
@@ -232,6 +244,8 @@ def main() -> None:
         data, log = "digits", Path(folder, "log")
         if options.store:
             root = stack.enter_context(object_store())
+            # A copy of one of three shards: images of the others come over the network.
+            os.environ |= {"ODELT_FAST_CACHE": f"{folder}/cache", "ODELT_FAST_CACHE_SIZE": "60KB"}
             # In a process of its own: what it starts would not survive the next fork.
             laying = forked.start(partial(laid, options.store, root), 1, log)
             assert wait(laying, time.monotonic() + 600, log)

@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from odelt_fast.images import open_source
+from odelt_fast.images.digits import DigitsSource
 from odelt_fast.images.shards import LatentWriter
 from odelt_fast.images.sources import ImageSource
 from odelt_fast.model import DiT
-from odelt_fast.train import main
+from odelt_fast.train import loop, main
 from odelt_fast.train.checkpoints import checkpoints
 from odelt_fast.train.config import TrainConfig
 from odelt_fast.train.data import Loader
@@ -283,6 +284,65 @@ def test_a_killed_worker_ends_the_run_with_one_line_and_latest_goes_on(
         ours, theirs = (load_file(tmp_path / run / name) for run in ("run", "whole"))
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
     assert not multiprocessing.active_children()
+
+
+class Deadly(DigitsSource):
+    """Kills the worker that it is sent to, before it has begun.
+
+    Of much data the training process is still sending when that happens.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(8, 1)
+        self.size = size
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _die, (bytes(self.size),)
+
+
+def _die(_: bytes) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("when", ["while it starts", "while much is sent", "once it is started"])
+def test_a_worker_that_is_killed_early_ends_the_run_with_one_line_and_latest_goes_on(
+    when: str,
+    workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    config = run_of(tmp_path / "run", checkpointing_steps=3)
+    train(replace(config, output_dir=tmp_path / "whole"))
+    first = Trainer(config)
+    losses(first, 3)
+    first.save()
+    config = replace(config, resume_from_checkpoint="latest", dataloader_num_workers=workers)
+    monkeypatch.setattr(main, "parse", lambda arguments, prog: config)
+    with monkeypatch.context() as patch:
+        if when == "once it is started":
+            begin = Feed._start
+
+            def killing(feed: Feed, step: int) -> None:
+                begin(feed, step)
+                feed._processes[-1].kill()
+
+            patch.setattr(Feed, "_start", killing)
+        else:
+            source = Deadly(1 << 24 if "much" in when else 0)
+            patch.setattr(loop, "open_images", lambda config: source)
+        capfd.readouterr()
+        assert main.main([]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "worker process" in said[0]
+    assert "go on with --resume-from-checkpoint latest" in said[0]
+    assert not multiprocessing.active_children()
+    assert main.main([]) == 0
+    for name in ("model.safetensors", "checkpoint-8/model.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / name) for run in ("run", "whole"))
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def session(leader: int) -> set[int]:
