@@ -279,6 +279,7 @@ def test_a_file_system_that_fails_is_tried_again_and_costs_no_image(tmp_path, mo
     system = fsspec.filesystem("memory")
     system.pipe(f"/{tmp_path.name}/x.tar", shard(samples(range(6))))
     monkeypatch.setattr(places, "PAUSES", (0, 0))
+    monkeypatch.setenv("ODELT_FAST_CACHE_SIZE", "0")
     cat, failures = type(system).cat_file, iter([1, 1, 0, 1, 0] + [0] * 99)
 
     def cat_file(self, *arguments, **options):

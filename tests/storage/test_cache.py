@@ -97,13 +97,16 @@ def test_of_several_processes_one_makes_an_object(objects: Path, tmp_path: Path)
         time.sleep(0.1)
         writing("a")(file)
 
-    def work() -> None:
+    def want() -> None:
         assert get("a", make) == content("a")
-        for key in "bcdef":  # more than there is room for, all at once
+
+    def want_too_much() -> None:
+        for key in "bcdef":
             assert get(key) in (content(key), None)
 
     log = tmp_path / "log"
-    assert wait(start(work, 4, log), time.monotonic() + HANG, log)
+    for work in (want, want_too_much):
+        assert wait(start(work, 4, log), time.monotonic() + HANG, log)
     assert journal.read_text() == "made\n"
     assert taken(objects) <= 350
 
