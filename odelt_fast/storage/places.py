@@ -90,6 +90,8 @@ def version_of(file: str) -> Version:
         return system.info(path)
 
     info = patiently(ask)
+    if info.get("size") is None:
+        raise OSError("its server does not say how large it is")
     text = f"{file} {[(name, str(info[name])) for name in _VERSIONS if name in info]}"
     return Version(text, int(info["size"]))
 
