@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import json
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,32 +60,50 @@ def request(
 
 
 class Connection:
-    """Requests one after the other on one connection, which is opened when it is needed."""
+    """Requests one after the other on one connection, which is opened when it is needed.
+
+    Of a server that hangs up while it is sent too much the answer is read all the same.
+    """
 
     def __init__(self, port: int) -> None:
-        self.port, self.writer = port, None
+        self.port, self.socket, self.come = port, None, b""
 
     async def ask(self, data: bytes) -> tuple[int, dict[str, str], bytes]:
-        if self.writer is None:
-            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        loop = asyncio.get_running_loop()
+        if self.socket is None:
+            self.socket, self.come = socket.socket(), b""
+            self.socket.setblocking(False)
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await loop.sock_connect(self.socket, ("127.0.0.1", self.port))
         try:
-            self.writer.write(data)
-            with contextlib.suppress(ConnectionError):  # refused while sending: the answer says why
-                await self.writer.drain()
-            head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
-            body = await self.reader.readexactly(int(headers.get("content-length", 0)))
+            with contextlib.suppress(ConnectionError):
+                await loop.sock_sendall(self.socket, data)
+            while b"\r\n\r\n" not in self.come:
+                await self._more()
+            head, _, self.come = self.come.partition(b"\r\n\r\n")
+            lines = head.decode("latin-1").split("\r\n")
+            headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
+            length = int(headers.get("content-length", 0))
+            while len(self.come) < length:
+                await self._more()
+            body, self.come = self.come[:length], self.come[length:]
         except BaseException:
             self.close()
             raise
         if headers.get("connection") == "close":
             self.close()
-        return int(head[0].split()[1]), headers, body
+        return int(lines[0].split()[1]), headers, body
+
+    async def _more(self) -> None:
+        part = await asyncio.get_running_loop().sock_recv(self.socket, 1 << 16)
+        if not part:
+            raise EOFError("the server has hung up")
+        self.come += part
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None
 
 
 TYPES = ([], "x", 5, None, True, [{}], {"labels": {}}, {"solver": 5}, {"format": []})
