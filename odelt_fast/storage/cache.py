@@ -24,7 +24,7 @@ from .places import Version, copy_of, reason, version_of
 VARIABLE = "ODELT_FAST_CACHE_SIZE"
 _SHARE = 0.9  # by default: of what is free on the disk, with what the objects take
 _LOCK = "lock"  # how names begin that are no objects'
-_LOCKS = 64
+_LOCKS = 64  # of each kind: copies, and what is made, perhaps of copies, whose locks come after
 
 
 def limit() -> int:
@@ -47,13 +47,16 @@ def limit() -> int:
         return 0
 
 
-def object_of(key: str, size: int, make: Callable[[BinaryIO], object]) -> BinaryIO | None:
+def object_of(
+    key: str, size: int, make: Callable[[BinaryIO], object], kind: str = "made"
+) -> BinaryIO | None:
     """The object of a key, open to be read.
 
     Args:
         key: changes with the content.
         size: bytes that it will take, for which room is made.
-        make: writes it to a file if it is not there.
+        make: writes it to a file if it is not there; it may ask for copies.
+        kind: of its locks: copy, made.
 
     Returns:
         None where there is no room.
@@ -66,7 +69,7 @@ def object_of(key: str, size: int, make: Callable[[BinaryIO], object]) -> Binary
     with contextlib.suppress(FileNotFoundError):
         return _used(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{_LOCK}-{int(path.name, 16) % _LOCKS}"):
+    with locked(folder / f"{_LOCK}-{kind}-{int(path.name, 16) % _LOCKS}"):
         with contextlib.suppress(FileNotFoundError):
             return _used(path)
         partial = _with_room(folder, size)
@@ -92,7 +95,8 @@ def copy(url: str, version: Version) -> BinaryIO | None:
         ValueError: the file is not what it was when its version was told. Any exception: it cannot
             be reached.
     """
-    return object_of(f"{url} {version.text}", version.size, lambda file: _fetch(url, version, file))
+    key = f"{url} {version.text}"
+    return object_of(key, version.size, lambda file: _fetch(url, version, file), "copy")
 
 
 def local(url: str, version: Version) -> BinaryIO:

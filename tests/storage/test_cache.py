@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import fsspec
 import pytest
 
 from odelt_fast.files import PARTIAL
-from odelt_fast.storage.cache import VARIABLE, limit, object_of
+from odelt_fast.storage import cache
+from odelt_fast.storage.cache import VARIABLE, copy, limit, object_of
+from odelt_fast.storage.places import version_of
 from tests.helpers.forked import start, wait
 from tests.helpers.serving import HANG, until
 
@@ -109,6 +112,24 @@ def test_of_several_processes_one_makes_an_object(objects: Path, tmp_path: Path)
         assert wait(start(work, 4, log), time.monotonic() + HANG, log)
     assert journal.read_text() == "made\n"
     assert taken(objects) <= 350
+
+
+def test_an_object_may_be_made_of_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose lock is another, whatever their keys."""
+    monkeypatch.setattr(cache, "_LOCKS", 1)
+
+    def work() -> None:
+        url = "memory://cache/a"
+        fsspec.filesystem("memory").pipe("/cache/a", content("a"))
+
+        def make(file: BinaryIO) -> None:
+            with copy(url, version_of(url)) as copied:
+                file.write(copied.read())
+
+        assert get("made", make) == content("a")
+
+    log = tmp_path / "log"
+    assert wait(start(work, 1, log), time.monotonic() + HANG, log)
 
 
 def test_what_a_killed_process_was_making_is_removed_and_made_by_another(
