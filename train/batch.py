@@ -59,7 +59,7 @@ def kept(config: TrainConfig, state: Mapping[str, Any], processes: int) -> Train
     kinds = rows_of(config, parts)
     if found := next(divisions(config, kinds, processes), None):
         return found
-    nearest = (range(processes, 0, -1), range(processes, rows + 1))
+    nearest = (range(processes, 0, -1), range(processes, sum(kinds.values()) + 1))
     firsts = (next((n for n in each if any(divisions(config, kinds, n))), None) for each in nearest)
     counts = [n for n in firsts if n]
     raise ValueError(

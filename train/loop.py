@@ -91,7 +91,8 @@ class Trainer:
         check_trackers(trackers)
         # Rows of a batch may all be shorter than the network, and some blocks (l = 12 of XL: 8 run)
         # are never used.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # Its buffers are constants: nobody waits for the others in a forward pass.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         self.accelerator: Accelerator = Accelerator(
             kwargs_handlers=[unused, waits(config.collective_timeout)],
             mixed_precision=config.mixed_precision,

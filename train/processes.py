@@ -47,7 +47,10 @@ def lost(error: BaseException, step: int, output_dir: Path) -> ProcessLost:
     """The one line; step: the one that was not finished."""
     kept = checkpoints(output_dir)
     rest = f"the newest checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-    who, why = f"process {os.environ.get('RANK', 0)}", re.sub(r"^\[/\S*\] ", "", str(error))
+    who, why = (
+        f"process {os.environ.get('RANK', 0)}",
+        re.sub(r"^\[/\S*\] ", "", str(error)).split(". ")[0],
+    )
     return ProcessLost(
         f"{who} has lost another process of the run in step {step} ({one_line(why, 120)}): {rest}"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,23 +24,26 @@ class Host:
 
     Attributes:
         log: what it says, appended.
-        address, interface: how the others reach it.
+        interface: how it reaches the others.
         inside: what a command begins with, to run there.
     """
 
     log: Path
-    address: str = "127.0.0.1"
     interface: str = "lo"
     inside: Sequence[str] = ()
     agent: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
-    def start(self, torchrun: Sequence[str], program: Sequence[str]) -> None:
-        """Starts torchrun with these options, on a program with its own."""
+    def start(
+        self, options: Sequence[str], program: Sequence[str], module: str = "torch.distributed.run"
+    ) -> None:
+        """Starts a launcher, torchrun, with these options, on a program with its own."""
         environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         environment |= {"GLOO_SOCKET_IFNAME": self.interface, "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
-        command = [*self.inside, sys.executable, "-m", "torch.distributed.run"]
-        command += ["--rdzv-backend", "c10d", "--local-addr", self.address, *torchrun, *program]
+        # Else an agent that comes back waits for an address that was told before it was there.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        command = [*self.inside, sys.executable, "-m", module, "--rdzv_backend", "c10d"]
+        command += [*options, *program]
         with self.log.open("ab") as log:
             self.agent = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log
@@ -69,7 +73,10 @@ def until(what: str, holds: Callable[[], object], seconds: float, hosts: Sequenc
     begin = time.monotonic()
     while not holds():
         if time.monotonic() - begin > seconds:
-            said = "\n".join(f"--- {host.log.name}\n{host.said()[-3000:]}" for host in hosts)
+            bars = re.compile(r"[^\r\n]*step/s[^\r\n]*[\r\n]*")
+            said = "\n".join(
+                f"--- {host.log.name}\n{bars.sub('', host.said())[-6000:]}" for host in hosts
+            )
             raise AssertionError(f"{what}: not within {seconds:.0f} s\n{said}")
         time.sleep(0.02)
     return time.monotonic() - begin

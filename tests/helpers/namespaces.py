@@ -44,14 +44,10 @@ class Network:
 
     def __init__(self, count: int, folder: Path) -> None:
         self.prefix, self.folder, self.endpoint = f"odelt{os.getpid()}", folder, f"10.77.0.1:{PORT}"
+        self.names = [f"host-{chr(ord('a') + number)}" for number in range(count)]
         self.hosts = [
-            Host(
-                folder / f"host-{chr(ord('a') + number)}",
-                f"10.77.0.{10 + number}",
-                "eth0",
-                self._inside(f"{self.prefix}{number}", f"host-{chr(ord('a') + number)}"),
-            )
-            for number in range(count)
+            Host(folder / name, "eth0", self._inside(f"{self.prefix}{number}", name))
+            for number, name in enumerate(self.names)
         ]
 
     @staticmethod
@@ -63,10 +59,16 @@ class Network:
     def up(self) -> Iterator[None]:
         """With all links up; nothing is left of it."""
         switch = f"{self.prefix}s"
+        known = [f"10.77.0.{10 + number} {name}" for number, name in enumerate(self.names)]
+        text = "\n".join(["127.0.0.1 localhost", "10.77.0.1 login", *known, ""])
         with ExitStack() as stack:
             for name in (switch, *(f"{self.prefix}{n}" for n in range(len(self.hosts)))):
                 _ip("netns", "add", name)
                 stack.callback(_ip, "netns", "delete", name)
+                files = Path("/etc/netns", name)  # what `ip netns exec` puts over /etc
+                files.mkdir(parents=True)
+                stack.callback(shutil.rmtree, files)
+                (files / "hosts").write_text(text)
                 _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", switch, "link", "add", "switch", "type", "bridge")
             _ip("-n", switch, "address", "add", "10.77.0.1/24", "dev", "switch")
@@ -76,7 +78,7 @@ class Network:
                 peer = ["type", "veth", "peer", "name", "eth0", "netns", space]
                 _ip("-n", switch, "link", "add", port, *peer)
                 _ip("-n", switch, "link", "set", port, "master", "switch", "up")
-                _ip("-n", space, "address", "add", f"{host.address}/24", "dev", "eth0")
+                _ip("-n", space, "address", "add", f"10.77.0.{10 + number}/24", "dev", "eth0")
                 _ip("-n", space, "link", "set", "eth0", "up")
                 stack.callback(host.kill)
             command = [*self._inside(switch, "login"), sys.executable, "-c", _STORE]

@@ -44,8 +44,8 @@ MODEL = [
     *("--model.depth-group=2", "--warmup-steps=2", "--sampling-steps=0", "--log-with"),
 ]
 EVERY = 5  # steps between checkpoints
-LOST = re.compile(r"process \d+ has lost another process of the run in step \d+ .*latest$", re.M)
-GOES_ON = re.compile(r"goes on from \S*checkpoint-(\d+)$", re.M)
+LOST = re.compile(r"process \d+ has lost another process of the run in step \d+ ")
+GOES_ON = re.compile(r"goes on from \S*checkpoint-(\d+)")
 WHOLE = re.compile(r"checkpoint-(\d+) is whole")
 
 
@@ -86,6 +86,14 @@ def torchrun(network: Network, hosts: int, name: str, *, elastic: bool = False) 
     return [*options, f"--rdzv-conf={conf}", f"--max-restarts={1000 if elastic else 0}"]
 
 
+def launched(network: Network, hosts: int, rank: int) -> list[str]:
+    """The same through `accelerate launch`."""
+    address, port = network.endpoint.split(":")
+    options = ["--multi_gpu", f"--num_machines={hosts}", f"--machine_rank={rank}"]
+    options += [f"--num_processes={hosts}", f"--main_process_ip={address}"]
+    return [*options, f"--main_process_port={port}", "--rdzv_conf=is_host=0"]
+
+
 def weights(run: Path) -> torch.Tensor:
     """Of the finished run's model, one after another, float64."""
     values = sorted(load_file(run / "model.safetensors").items())
@@ -124,18 +132,19 @@ def part_equal(folder: Path, steps: int = 12) -> None:
     ran = forked.start(watched, 1, whole.log)
     assert forked.wait(ran, time.monotonic() + PATIENCE, whole.log)
     expected, target = losses(whole, steps, 1), weights(folder / "whole")
-    for count, sharded in ((2, False), (2, True), (3, False), (3, True)):
-        name = f"{count} hosts{', sharded' if sharded else ''}"
+    for count, kind in ((2, ""), (2, "sharded"), (3, ""), (3, "sharded"), (2, "accelerate")):
+        name = f"{count} hosts{kind and ', '}{kind}"
         run, witness = folder / name.replace(" ", "-"), Witness(folder / f"witness of {name}")
         network = Network(count, witness.log.parent)
         with network.up():
             ours = [f"--train-batch-size={48 // count}", f"--output-dir={run}"]
             ours += [f"--witness={witness.log.parent}"]
-            for host in network.hosts:
-                host.start(
-                    torchrun(network, count, "equal"),
-                    program(*options, *ours, sharded=sharded),
-                )
+            work = program(*options, *ours, sharded=kind == "sharded")
+            for rank, host in enumerate(network.hosts):
+                if kind == "accelerate":
+                    host.start(launched(network, count, rank), work, "accelerate.commands.launch")
+                else:
+                    host.start(torchrun(network, count, "equal"), work)
             finished(network.hosts)
         found = losses(witness, steps, count)
         apart = max(abs(a - b) / abs(b) for a, b in zip(found, expected))
@@ -225,6 +234,7 @@ class Run:
 
     def compare(self, where: Path) -> None:
         """Repeats what ran, from the same checkpoints, with as many processes."""
+        where.mkdir()
         for begin, processes, steps in self.ran:
             again = where / f"{begin}-{processes}"
             if begin:
@@ -278,11 +288,7 @@ def part_kill(folder: Path, options: argparse.Namespace, sharded: bool) -> None:
             if time.monotonic() > until_:
                 break
             run.lose(chance, cut)
-            print(
-                dict(run.counts),
-                {k: f"{max(v, default=0):.1f}" for k, v in run.waits.items()},
-                flush=True,
-            )
+            print(dict(run.counts), run.ran[-2:], flush=True)
         for host in run.hosts:
             host.kill()
     run.compare(folder / "again")
@@ -300,15 +306,15 @@ def part_kill(folder: Path, options: argparse.Namespace, sharded: bool) -> None:
 def part_slow(folder: Path) -> None:
     network = Network(2, folder)
     with network.up():
-        ours = ["--steps=8", "--logging-steps=4", "--train-batch-size=16", "--slow=1"]
+        ours = ["--steps=12", "--logging-steps=4", "--train-batch-size=16", "--slow=1"]
         for host in network.hosts:
             host.start(
                 torchrun(network, 2, "slow"), program(*ours, f"--output-dir={folder / 'run'}")
             )
         said = finished(network.hosts)
         lines = re.findall(r"process 1 on host-\w is slow: .*", said)
-        assert len(lines) == 2, said
-        print(lines[0])
+        assert lines, said
+        print(lines[-1], flush=True)
 
 
 def main() -> int:

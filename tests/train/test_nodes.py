@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from odelt_fast.checkpoints.errors import CheckpointError
 from odelt_fast.train.batch import batch_state, kept
-from odelt_fast.train.checkpoints import checkpoints
+from odelt_fast.train.checkpoints import checkpoints, model_of
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.main import parse
 from odelt_fast.train.run_lock import held
@@ -50,14 +51,15 @@ def test_two_hosts_train_as_one_and_one_goes_on_when_the_other_dies(
     for number, host in enumerate(hosts):
         conf = f"is_host={1 - number},keep_alive_interval=5,join_timeout=120"
         ours = ["--nnodes=2", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-conf={conf}"]
-        host.start(ours, program)
+        host.start([*ours, "--local-addr=127.0.0.1"], program)
     until("two checkpoints", lambda: len(checkpoints(run)) > 1, 240, hosts)
     hosts[1].kill()
     until("the other host ends", hosts[0].ended, 120, hosts)
-    line = next(line for line in hosts[0].said().splitlines() if "has lost another" in line)
-    assert "the newest checkpoint is" in line
-    assert line.endswith("go on with --resume-from-checkpoint latest")
-    assert "Traceback" not in hosts[0].said().split("torch/distributed/elastic")[0]
+    said = hosts[0].said()
+    assert "has lost another process of the run in step" in said
+    assert "the newest checkpoint is" in said
+    assert "go on with --resume-from-checkpoint latest" in said
+    assert "Traceback" not in said.split("torch/distributed/elastic")[0]
 
     def trainer(*changes: str) -> Trainer:
         return Trainer(parse([*options, "--steps=100000", *changes]))
@@ -95,6 +97,12 @@ def test_another_number_of_processes_keeps_the_batch(tmp_path: Path) -> None:
     assert kept(other, state, 4) == other
     for hostile in ({}, {"rows": "48"}, {**state, "rows": 0}, {**state, "rows": 7}):
         assert kept(config, hostile, 2) == config
+
+
+@pytest.mark.parametrize("model", [7, "x", {"depth": 0}, {"depth": "x"}, {"unknown": 1}])
+def test_a_hostile_model_of_a_checkpoint_in_shards_is_damage(model: object, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"state.json names no model"):
+        model_of(tmp_path, {"model": model})
 
 
 def test_the_slow_process_is_named() -> None:
