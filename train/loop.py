@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from odelt_fast.config import TrainedOn, describe_classes
 from odelt_fast.images import ImageSource
@@ -151,6 +152,9 @@ class Trainer:
             # Independent depths make blocks of any number of rows; stratified ones of a few.
             for block in [*model.blocks, *self.ema.blocks]:
                 block.compile(dynamic=True if config.depth_sampling == "independent" else None)
+        # Constants, which DDP would send in every forward pass: nobody waits for the others there.
+        constants = [name for name, _ in model.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, constants)
         self.live, self.optimizer = self.accelerator.prepare(
             model, build_optimizer(model.to(device), config)
         )

@@ -16,8 +16,8 @@ from .checkpoints import checkpoints
 
 # What gloo, NCCL and the store of torch.distributed say of peers that are gone.
 _GONE = re.compile(
-    r"gloo|NCCL|[Cc]onnection (was )?(closed|reset|refused)|[Bb]roken pipe|TCPStore|"
-    r"[Tt]imed out|[Ww]ait timeout|recvValue|sendBytes|Socket"
+    r"gloo|NCCL|TCPStore|pair closure|[Cc]onnect|[Tt]imed? ?out|[Bb]roken pipe|[Ss]ocket|"
+    r"(read|write|Read|Write) error|unreachable|No route|recvValue|sendBytes"
 )
 
 

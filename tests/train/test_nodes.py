@@ -18,6 +18,7 @@ from odelt_fast.train.batch import batch_state, kept
 from odelt_fast.train.checkpoints import checkpoints, model_of
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.main import parse
+from odelt_fast.train.processes import is_lost, lost
 from odelt_fast.train.run_lock import held
 from odelt_fast.train.timing import slow_ones
 from tests.helpers.hosts import Host, until
@@ -103,6 +104,28 @@ def test_another_number_of_processes_keeps_the_batch(tmp_path: Path) -> None:
 def test_a_hostile_model_of_a_checkpoint_in_shards_is_damage(model: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"state.json names no model"):
         model_of(tmp_path, {"model": model})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Application timeout caused pair closure",
+        "[/x/gloo/transport/tcp/pair.cc:537] Read error [10.77.0.11]:5: Connection reset by peer",
+        "Timed out waiting 40000ms for recv operation to complete",
+    ],
+)
+def test_what_gloo_says_of_a_lost_process_is_known(
+    text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert is_lost(RuntimeError(text))
+    assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    line = str(lost(RuntimeError(text), 7, tmp_path))
+    assert line.endswith("): there is no checkpoint yet")
+    assert "lost another process of the run in step 7 (" in line
+    assert "/x/" not in line
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not is_lost(RuntimeError(text))
 
 
 def test_the_slow_process_is_named() -> None:
