@@ -34,9 +34,12 @@ ENDS = ("patch_embed", "final_layer")
 ROWS = ("norm_modulate", "gated_residual", "group_end", "modulation")
 NETWORK = ("row_kernels_as_network", "faults")
 BLOCKS = ("block_products", "block_float8", "patch_moments", "plans")
+WHOLE = ("whole", "whole_at_once", "plan_whole")
 # What no backend of the Sampler takes by itself.
-APART = ("attention_tangent", "whole", "whole_at_once")
-KERNELS = (*LINEAR, *BLOCKS, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK, *APART)
+APART = ("attention_tangent",)
+KERNELS = (
+    *LINEAR, *BLOCKS, *WHOLE, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK, *APART
+)  # fmt: skip
 OF_CASE = {  # beginning of a case's name in the kernel table -> kernels
     "linear": LINEAR,
     "final_euler": ("final_layer",),

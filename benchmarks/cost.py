@@ -17,6 +17,7 @@ from odelt_fast.config import DiTConfig
 from .ceilings import token_count
 
 PLANS = ("seven", "five", "whole")
+WHOLE_ROWS = 1024  # that "whole" serves at most
 FAR = 1.6  # times the best prediction: the model's error is expected to be smaller
 MEBI = 2**20
 
@@ -219,17 +220,17 @@ def evaluation(card: Card, shape: Shape, plan: str, overlapped: bool = False) ->
     overlapped: with programmatic dependent launch, which starts a kernel while the one before ends.
     """
     passes = 2 if plan == "seven" else 1
+    whole, norm = plan == "whole", rows_kernel(card, shape, "norm", passes)
     launches = [
         rows_kernel(card, shape, "patch embedding", 1),
         *(each for index in range(shape.live) for each in block(card, shape, plan, index)),
-        rows_kernel(card, shape, "norm", passes),
+        replace(norm, fixed_s=card.phase_s) if whole else norm,
         rows_kernel(card, shape, "final layer", 1),
     ]
-    whole = plan == "whole"
-    if whole:
-        launches = [replace(each, fixed_s=card.phase_s) for each in launches]
-    kernels = 1 if whole else len(launches)
-    barriers = len(launches) - 1 if whole else 0
+    # Of "whole" all but the first and the last are phases of one kernel, with a barrier between two
+    # of them, and after the copy that it begins with.
+    kernels = 3 if whole else len(launches)
+    barriers = len(launches) - 2 if whole else 0
     gap = card.overlapped_gap_s if overlapped else card.gap_s
     # Half of what a launch needs to begin is then done while the one before still runs.
     hidden = 0.5 if overlapped and not whole else 0.0
@@ -242,12 +243,18 @@ def _seconds(card: Card, launch: Launch, hidden: float) -> float:
     return max(launch.compute_s, traffic) + (1 - hidden) * launch.fixed_s
 
 
+def serves(plan: str, shape: Shape) -> bool:
+    """Whether a plan runs evaluations of this shape."""
+    return plan != "whole" or (shape.rows <= WHOLE_ROWS and not shape.float8)
+
+
 def worth_measuring(
     card: Card, config: DiTConfig, batch: int, plans: Sequence[str], float8: bool = False
 ) -> list[str]:
     """Those of `plans` that are not predicted FAR behind the best of them, in their order; ones
     that are not modelled stay. A name may end in "+pdl"."""
     shape = Shape(config, batch, config.depth, float8)
+    plans = [name for name in plans if serves(name, shape)]
     times: dict[str, float] = {}
     for name in plans:
         plan, _, suffix = name.partition("+")

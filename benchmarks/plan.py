@@ -223,6 +223,7 @@ class Plan:
             "float8 triton": correctness.FLOAT8,
             "attention triton": ("attention",),
             **{f"plan {name}": correctness.BLOCKS for name in PLANS if name != DEFAULT},
+            "plan whole": correctness.WHOLE,
         }
         stands_on = {name: kernel_keys(*names) for name, names in of.items()} if self.cuda else {}
         for network in networks:

@@ -19,7 +19,7 @@ from typing import Any
 
 from odelt_fast.config import PRESETS
 
-from .cost import CARDS, PLANS, Card, Shape, evaluation, measured_card
+from .cost import CARDS, PLANS, Card, Shape, evaluation, measured_card, serves
 from .measure import command_parser
 from .report import load
 from .tables import seconds, table
@@ -58,7 +58,8 @@ def rows(
     """Lines of the table: a cell and a plan each."""
     for network, batch, depth in CELLS:
         shape = Shape(PRESETS[network], batch, depth, float8)
-        for plan, overlapped in (("seven", False), *((plan, True) for plan in PLANS)):
+        plans = [plan for plan in PLANS if serves(plan, shape)]
+        for plan, overlapped in (("seven", False), *((plan, True) for plan in plans)):
             cost = evaluation(card, shape, plan, overlapped)
             name = plan + "+pdl" * (overlapped and plan != "whole")
             found = times.get((network, batch, depth, float8, name))

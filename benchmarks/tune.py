@@ -131,6 +131,9 @@ class Tuner:
         def call(name: str, _: int) -> Tensor:
             if name not in engines:
                 engine = Engine(model, "auto", precision, kind, (name,))
+                reason = PLANS[name].refuses(engine.setting, samples, token_count(config))
+                if reason:
+                    raise ValueError(f"plan {name!r}: {reason}")
                 engines[name] = engine, engine.modulations(condition, condition, depth)
             engine, tables = engines[name]
             return engine.velocity(x, tables, depth)

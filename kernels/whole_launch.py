@@ -18,6 +18,7 @@ SHARED = MappingProxyType({80: 167_936, 86: 102_400, 89: 102_400, 90: 233_472, 1
 HEADER = 4  # counters before those of split-K; the first is the grid's barrier
 # Tile (rows, columns), slice of the inner dimension, shares of it (split-K), pipeline stages.
 Product = tuple[int, int, int, int, int]
+PRODUCTS = ("qkv", "attention_out", "mlp_in", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Sizes(NamedTuple):
     def shares(self, launch: Launch) -> tuple[int, int]:
         """(int32 counters, float32 partial sums) that split-K needs at most."""
         counters = partial = 0
-        for name in ("qkv", "attention_out", "mlp_in", "mlp_out"):
+        for name in PRODUCTS:
             rows, columns, _, splits, _ = getattr(launch, name)
             if splits > 1:
                 items = self.tiles(launch)[name]
@@ -143,6 +144,14 @@ def architectures(tokens: int, width: int, dtype: torch.dtype) -> tuple[int, ...
 def counters_needed(sizes: Sizes, dtype: torch.dtype) -> int:
     """Elements of `counters` for `whole`."""
     return HEADER + sizes.shares(choose_launch(sizes.tokens, sizes.width, dtype))[0]
+
+
+def most_counters(width: int, dtype: torch.dtype) -> int:
+    """The same for all sizes of that width and dtype."""
+    launches = (FLOAT32 if dtype == torch.float32 else LAUNCHES).values()
+    products = [getattr(each, name) for each in launches for name in PRODUCTS]
+    narrowest = min(columns for _, columns, _, splits, _ in products if splits > 1)
+    return HEADER + MOST_ROWS * triton.cdiv(width, narrowest)
 
 
 def resident(registers: int, shared: int, num_warps: int, arch: int) -> int:

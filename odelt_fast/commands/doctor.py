@@ -136,13 +136,15 @@ def ways(config: DiTConfig, device: str, dtypes: tuple[str, ...]) -> Iterator[tu
                 availability.attention_unavailable(name, *given) or "",
             )
         plans = [name for name in PLANS if name != plain.plan]
-        yield from ((replace(plain, plan=name), "") for name in plans)
+        for each in (replace(plain, plan=name) for name in plans):
+            yield each, PLANS[each.plan].unavailable(each.setting) or ""
         yield replace(plain, adaptive=True), ""
         if dtype == "bfloat16":
             capable = torch.cuda.get_device_capability(place) >= (8, 9)
             reason = "" if capable else "it needs compute capability 8.9 or newer"
             for name in (plain.plan, *plans):
-                yield replace(plain, precision="fp8", plan=name), reason
+                each = replace(plain, precision="fp8", plan=name)
+                yield each, reason or PLANS[name].unavailable(each.setting) or ""
 
 
 def diagnose(

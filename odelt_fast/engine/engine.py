@@ -34,7 +34,7 @@ from .operators import (
     cublas_linear,
     load_operators,
 )
-from .plans import DEFAULT, PLANS
+from .plans import DEFAULT, PLANS, Setting, capability_of, require_plan
 from .tuning import fastest, read_tuning
 from .weights import Layer, PreparedWeights
 
@@ -57,7 +57,8 @@ class Engine:
         kind: "kernels" (CUDA, or the CPU under TRITON_INTERPRET=1) or "reference": the same launch
             sequence in plain PyTorch, on any device.
         plans: names of those that may run: of several the one that is fastest at a shape by this
-            card's tuning, the first where that has not been measured.
+            card's tuning, the first where that has not been measured. Where none of them serves a
+            batch the default one runs.
 
     Raises:
         ValueError: it cannot run, with the reason.
@@ -81,7 +82,7 @@ class Engine:
         self.head_dim = model.config.hidden_size // model.config.num_heads
         self.ops, self.measured = load_operators(kind), read_tuning(self.device)
         self.on_gpu = kind == "kernels" and self.device.type == "cuda"
-        self.capability = torch.cuda.get_device_capability(self.device) if self.on_gpu else (9, 0)
+        self.capability = capability_of(self.device, kind)
         if precision == "fp8" and self.capability < (8, 9):
             raise ValueError(
                 "precision 'fp8' needs a GPU of compute capability 8.9 or newer, not"
@@ -95,9 +96,11 @@ class Engine:
         self._workspaces: dict[int, Tensor] = {}
         self.attention = self._check_attention(attention)
         self.plans = tuple(one_of("plan", name, tuple(PLANS)) for name in plans)
+        given = self.config, self.dtype, precision, attention, self.capability
+        self.setting, self.kept = Setting(*given), dict[str, Any]()
         for name in self.plans:
-            if reason := PLANS[name].unavailable(self):
-                raise ValueError(f"plan {name!r} cannot run here: {reason}")
+            require_plan(name, self.setting)
+            self.kept[name] = PLANS[name].prepare(self)
 
     def workspace(self) -> Tensor | None:
         """What split-K launches on the current stream need, kept for each stream: they keep twice
@@ -245,15 +248,23 @@ class Engine:
         return plan.hidden(self, state, tables, depth)
 
     def plan_choice(self, samples: int, tokens: int) -> str:
-        """Which of the engine's plans runs on that many samples of that many tokens."""
+        """Which of the engine's plans runs on that many samples of that many tokens; the default
+        one where none serves them."""
         key = ("plan", samples, tokens)
         if key not in self._choices:
+            refused = self._refused(samples, tokens)
+            able = [name for name in self.plans if name not in refused] or [DEFAULT]
             choice = fastest(
-                self.measured, self.plans, samples, operator="plan", heads=self.config.num_heads,
+                self.measured, able, samples, operator="plan", heads=self.config.num_heads,
                 dtype=self.precision or _name(self.dtype), head_dim=self.head_dim, tokens=tokens,
             )  # fmt: skip
-            self._choices[key] = choice or self.plans[0]
+            self._choices[key] = choice or able[0]
         return self._choices[key]
+
+    def _refused(self, samples: int, tokens: int) -> dict[str, str]:
+        """Those of the engine's plans that do not serve such a batch, with the reasons."""
+        reasons = {name: PLANS[name].refuses(self.setting, samples, tokens) for name in self.plans}
+        return {name: reason for name, reason in reasons.items() if reason}
 
     def patches(self, state: Tensor) -> tuple[Any, ...]:
         """What `patch_embed` makes tokens (B, N, D) of."""
@@ -343,12 +354,16 @@ class Engine:
         """What an evaluation of `samples` rows launches: products, attention, number of launches;
         and the bytes of the weights."""
         live, rows = self.config.live_blocks(depth), samples * tokens
-        facts: dict[str, Any] = {
-            "attention": self._attention_told(samples, tokens),
-            "precision": self.precision or _name(self.dtype),
-        }
-        facts["plan"] = name = self.plan_choice(samples, tokens)
+        name = self.plan_choice(samples, tokens)
         plan = PLANS[name]
+        own = "attention" in plan.own
+        facts: dict[str, Any] = {
+            "attention": "triton" if own else self._attention_told(samples, tokens),
+            "precision": self.precision or _name(self.dtype),
+            "plan": name,
+        }
+        if refused := self._refused(samples, tokens):
+            facts["plans_not_taken"] = refused
         if self.weights.blocks:
             facts["matrix_products"] = products = {}
             for name, layer in self.weights.blocks[0].items():

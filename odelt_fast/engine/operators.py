@@ -44,6 +44,7 @@ _NAMES = {  # by module of odelt_fast.kernels
         "norm_linear", "norm_linear_float8", "residual_linear", "group_end_linear",
         "last_group_end_linear",
     ),
+    "whole": ("whole",),
     "attention": ("attention",),
     "solver_update": ("combine_stages",),
     "adaptive_step": ("adaptive_step_update", "first_attempt", "MOST_SAMPLES"),

@@ -14,21 +14,29 @@ LayerNorm and the final layer are three more.
 "gated": seven, in which the gated residual is part of the product before it (our kernel), so that
 y is not written; but at the end of a group.
 
+"whole": [patch embedding] [all blocks and the final LayerNorm, in one kernel whose programs wait
+for each other between the phases of a block] [final layer]; for few rows (whole.py).
+
 A plan is a function from a state to what the final projection sees, and what is to be known of it
 beforehand. Which one runs is said by name, or by what was measured on a card (`tuning`); where
-nothing was, the first of the engine's plans runs.
+nothing was, the first of the engine's plans runs. A batch that a plan does not serve runs DEFAULT.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from odelt_fast.config import DiTConfig
+
+from . import whole
 from .weights import LAYERS
 
 if TYPE_CHECKING:
@@ -38,6 +46,17 @@ if TYPE_CHECKING:
 # (engine, state (B, C, H, W), modulations, depth) -> h (B, N, D): the inner ODE's vr, or the last
 # block's x, after the final layer's LayerNorm + modulate. At least one block is live.
 Hidden = Callable[["Engine", Tensor, "Tables", int], Tensor]
+
+
+class Setting(NamedTuple):
+    """What of an engine decides which plans can run: capability is that of the GPU, or Hopper's
+    where there is none."""
+
+    config: DiTConfig
+    dtype: torch.dtype
+    precision: str | None
+    attention: str
+    capability: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,15 +69,26 @@ class Plan:
             products run on float8.
         overlapped: whether each of our kernels starts while the one before it ends (kernels/
             device.py); from Hopper on, elsewhere it is the same.
-        own: layers of a block whose products are always our kernel's.
-        unavailable: the reason why an engine cannot run it, or None.
+        own: layers of a block whose products are always our kernel's; "attention", too.
+        limits: why it leaves so many samples of so many tokens to DEFAULT, or None; None: it serves
+            all.
+        prepare: makes what it keeps of an engine (`Engine.kept`); ValueError where it cannot run.
     """
 
     hidden: Hidden
     launches: Callable[[int, bool], int]
     overlapped: bool = False
     own: Collection[str] = ()
-    unavailable: Callable[[Engine], str | None] = lambda engine: None
+    limits: Callable[[Setting, int, int], str | None] | None = None
+    prepare: Callable[[Engine], Any] = lambda engine: None
+
+    def refuses(self, setting: Setting, samples: int, tokens: int) -> str | None:
+        """The reason why it does not serve such a batch, or None."""
+        return self.limits(setting, samples, tokens) if self.limits else None
+
+    def unavailable(self, setting: Setting) -> str | None:
+        """The reason why it serves not even one image, or None."""
+        return self.refuses(setting, 1, math.prod(setting.config.grid))
 
 
 def seven(engine: Engine, state: Tensor, tables: Tables, depth: int, gated: bool = False) -> Tensor:
@@ -161,6 +191,24 @@ PLANS = MappingProxyType(
         for name, hidden, launches, own in _SEQUENCES
         for overlapped in (False, True)
     }
-)
+    | {
+        "whole": Plan(
+            whole.hidden, lambda live, float8: 3, own=(*LAYERS, "attention"),
+            limits=whole.limits, prepare=whole.Kept,
+        )
+    }
+)  # fmt: skip
 DEFAULT = "seven"
 PLAN_CHOICES = ("auto", *PLANS)
+
+
+def capability_of(device: torch.device, kind: str) -> tuple[int, int]:
+    """Compute capability of the GPU that operators of that kind run on; Hopper's elsewhere."""
+    on_gpu = kind == "kernels" and device.type == "cuda"
+    return torch.cuda.get_device_capability(device) if on_gpu else (9, 0)
+
+
+def require_plan(name: str, setting: Setting) -> None:
+    """ValueError with the reason if it cannot run."""
+    if reason := PLANS[name].unavailable(setting):
+        raise ValueError(f"plan {name!r} cannot run here: {reason}")

@@ -39,7 +39,7 @@ from odelt_fast.model import DiT
 from odelt_fast.operation import Operation
 
 from .engine import Engine
-from .plans import DEFAULT, PLANS
+from .plans import DEFAULT, PLANS, require_plan
 from .trial import Record, Way
 from .tuning import read_tuning, tuning_path, winners
 
@@ -135,14 +135,18 @@ def require(way: Way) -> None:
 
 
 def trusted_plans(way: Way, plan: str) -> tuple[str, ...]:
-    """Plans that may run: the one of that name, or, of "auto", that of the way and those that this
-    card's tuning has found faster somewhere and that are right; as `require`."""
+    """Plans that may run: the one of that name (if it leaves some batches to the default one, both
+    must be right), or, of "auto", that of the way and those that this card's tuning has found
+    faster somewhere and that are right; as `require`, and ValueError for one that cannot run."""
     if plan != "auto":
-        require(replace(way, plan=plan))
+        require_plan(plan, way.setting)
+        for name in {plan, DEFAULT} if PLANS[plan].limits else {plan}:
+            require(replace(way, plan=name))
         return (plan,)
     require(way)
     others = winners(read_tuning(torch.device(way.device)), "plan") - {way.plan}
     ways = [replace(way, plan=name) for name in sorted(others & PLANS.keys())]
+    ways = [each for each in ways if not PLANS[each.plan].unavailable(way.setting)]
     right = [each.plan for each in ways if not applies(each) or known(each).right]
     return (way.plan, *right)
 

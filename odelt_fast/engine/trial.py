@@ -41,7 +41,7 @@ from .compiled import compiled
 from .cpu import CpuNetwork
 from .engine import Engine
 from .graphs import Captured, CaptureError, GraphCache
-from .plans import DEFAULT
+from .plans import DEFAULT, PLANS, Setting, capability_of
 from .trajectory import Trajectory
 
 BACKENDS = ("fused", "eager", "compile", "native")
@@ -97,6 +97,18 @@ class Way:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Way:
         return cls(**{**values, "config": DiTConfig.from_dict(values["config"])})
+
+    @property
+    def setting(self) -> Setting:
+        dtype, device = getattr(torch, self.dtype), torch.device(self.device)
+        given = dtype, self.precision, self.attention, capability_of(device, self.kind)
+        return Setting(self.config, *given)
+
+    @property
+    def pictures(self) -> int:
+        """PICTURES, or one where the plan does not serve as many with guidance."""
+        samples, tokens = 2 * PICTURES, math.prod(self.config.grid)
+        return 1 if PLANS[self.plan].refuses(self.setting, samples, tokens) else PICTURES
 
     def bound(self, model_error: float) -> float:
         """The largest error with which it is right, where the model's own in this dtype is that."""
@@ -220,7 +232,7 @@ def compare(way: Way) -> Iterator[Record]:
     each comparison."""
     yield {"at": "the model itself"}
     model = random_model(way)
-    x, y = noise_and_labels(way, PICTURES)
+    x, y = noise_and_labels(way, way.pictures)
     wider = torch.float64 if way.dtype == "float32" else torch.float32
     exact, truths = copy.deepcopy(model).to(wider), {}
     for name, operation in operations(way):

@@ -24,9 +24,8 @@ H200 = cost.CARDS["H200"]
 @pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("depth", [4, 8, 12])
 def test_launches_are_those_of_the_engines_plans(depth: int, float8: bool) -> None:
-    modelled = set(plans.PLANS) & set(cost.PLANS)
-    assert "seven" in modelled
-    for name in modelled:
+    assert set(cost.PLANS) <= set(plans.PLANS)
+    for name in cost.PLANS:
         predicted = cost.evaluation(H200, cost.Shape(BASE, 1, depth, float8), name)
         assert predicted.kernels == plans.PLANS[name].launches(BASE.live_blocks(depth), float8)
 
@@ -64,7 +63,8 @@ def test_nothing_is_faster_than_the_ceilings_and_more_work_takes_longer(
         assert found.seconds > found.memory / card.bandwidth
         assert found.seconds > last
         last = found.seconds
-        assert found.barriers == (0 if plan != "whole" else len(found.launches) - 1)
+        blocks = config.live_blocks(depth)
+        assert found.barriers == (5 * blocks + 1 if plan == "whole" else 0)
 
 
 def test_tuning_leaves_out_what_is_far_behind_and_keeps_what_is_not_modelled() -> None:
@@ -73,6 +73,15 @@ def test_tuning_leaves_out_what_is_far_behind_and_keeps_what_is_not_modelled() -
     assert cost.worth_measuring(H200, BASE, 1, names) == list(names)
     assert cost.worth_measuring(slow, BASE, 1, names) == list(names[:4])
     assert cost.worth_measuring(H200, BASE, 1, ("gated",)) == ["gated"]
+    assert cost.worth_measuring(H200, BASE, 8, names) == list(names[:4])  # too many rows
+    assert "whole" not in cost.worth_measuring(H200, BASE, 1, names, float8=True)
+
+
+def test_rows_that_the_plan_whole_serves() -> None:
+    pytest.importorskip("triton")
+    from odelt_fast.kernels.whole_launch import MOST_ROWS
+
+    assert cost.WHOLE_ROWS == MOST_ROWS
 
 
 def test_the_table_stands_beside_what_a_card_measured(

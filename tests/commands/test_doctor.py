@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from odelt_fast.checkpoints.folder import save_model
 from odelt_fast.cli import main
 from odelt_fast.commands import doctor
 from odelt_fast.config import PRESETS
+from odelt_fast.engine import availability
+from odelt_fast.engine.plans import PLANS
 from odelt_fast.engine.selfcheck import Verdict
 from odelt_fast.engine.trial import Way
 from tests.helpers.small_model import random_model
@@ -81,6 +84,27 @@ def test_what_is_wrong_stands_in_the_table() -> None:
         "| digits | fused | triton | bfloat16 | seven | crashed: crashed (SIGSEGV, at: thing.py) |"
         "  |  |  |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "reasons"),
+    [
+        ((8, 0), ["with 256 tokens of width 1152 in", "it needs compute capability 8.9", ""]),
+        ((9, 0), ["", "it has no form for precision 'fp8'", ""]),
+    ],
+)
+def test_every_plan_is_a_way_or_says_why_it_is_none(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reasons: list[str]
+) -> None:
+    monkeypatch.setattr(availability, "device_unavailable", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    ways = [*doctor.ways(PRESETS["DiT-XL/2"], "cuda", ("bfloat16", "float32"))]
+    for precision in (None, "fp8"):
+        assert {way.plan for way, _ in ways if way.precision == precision} == set(PLANS)
+    found = [reason for way, reason in ways if way.plan == "whole"]
+    for reason, expected in zip(found, reasons, strict=True):
+        assert reason.startswith(expected)
+        assert bool(reason) == bool(expected)
 
 
 def test_presets_are_known_by_name() -> None:

@@ -431,7 +431,31 @@ def test_auto_takes_plans_that_are_measured_faster_and_right(
     assert selfcheck.trusted_plans(way(), "five") == ("five",)
     with pytest.raises(selfcheck.NotTrustedError):
         selfcheck.trusted_plans(way(), "gated")
+    assert selfcheck.trusted_plans(way(), "whole") == ("whole",)
     wrong.add("seven")
     selfcheck.known.cache_clear()
     with pytest.raises(selfcheck.NotTrustedError):
         selfcheck.trusted_plans(way(), "auto")
+    assert selfcheck.trusted_plans(way(), "five") == ("five",)
+    with pytest.raises(selfcheck.NotTrustedError):  # which seven stands in for at large batches
+        selfcheck.trusted_plans(way(), "whole")
+    wrong ^= {"seven", "whole"}
+    selfcheck.known.cache_clear()
+    with pytest.raises(selfcheck.NotTrustedError):
+        selfcheck.trusted_plans(way(), "whole")
+
+
+def test_plans_that_cannot_run_are_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = [{"operator": "plan", "microseconds": {"seven": 2.0, "whole": 1.0}}]
+    monkeypatch.setattr(selfcheck, "read_tuning", lambda device: table)
+    monkeypatch.setenv("ODELT_FAST_SELFCHECK", "always")
+    checked = []
+    monkeypatch.setattr(
+        selfcheck, "verdict", lambda way, again: checked.append(way.plan) or Verdict("right")
+    )
+    assert selfcheck.trusted_plans(way(precision="fp8"), "auto") == ("seven",)
+    with pytest.raises(ValueError, match="plan 'whole' cannot run here: it has no form for prec"):
+        selfcheck.trusted_plans(way(precision="fp8"), "whole")
+    assert checked == ["seven"]
+    assert selfcheck.trusted_plans(way(), "auto") == ("seven", "whole")
+    assert checked == ["seven", "seven", "whole"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from tests.helpers.kernel_checks import Axes, batch_size, check_error, guarded, 
 
 FLOAT8_BOUND = 4e-2  # of an evaluation, as the engine promises
 NEAR = 7  # neighbouring states at which the model's own error is drawn
+SEQUENCES = tuple(name for name in PLANS if name != "whole")  # kernel_cases_whole.py has that one
 # (width, heads), head dimensions of 24, 64, 72 and others; the widest are slow to interpret.
 SMALL = ((24, 1), (48, 2), (64, 1), (72, 1), (96, 4), (36, 1), (20, 2))
 MIDDLE = ((96, 4), (144, 2), (192, 3), (192, 8))
@@ -216,8 +217,12 @@ def by_model(model: DiT, x: Tensor, depth: int, guidance: float | None) -> Tenso
     return null + guidance * (said - null)
 
 
-def plans_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
-    """Each plan within twice the model's own error; with float8 within what is promised."""
+def plans_case(
+    rng: random.Random, device: torch.device, dtype: torch.dtype,
+    names: Sequence[str] = SEQUENCES, float8: float = 0.15,
+) -> object:  # fmt: skip
+    """Each plan within twice the model's own error; with float8, of which float8 is the chance,
+    within what is promised."""
     cost = rng.choices((0, 1, 2), (70, 27, 3))[0]
     config = random_config(rng, cost)
     model = random_model(Way.of(config, device, dtype), rng.getrandbits(30))
@@ -230,7 +235,7 @@ def plans_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> 
     guidance = rng.choice([None, None, 1.5])
     x = guarded(rng, (batch, *config.image_shape), dtype, device)
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
-    precision = "fp8" if rng.random() < 0.15 and config.live_blocks(depth) else None
+    precision = "fp8" if rng.random() < float8 and config.live_blocks(depth) else None
     results = {}
     with torch.no_grad(), exact_float8_cast():
         exact, plain = by_model(exact_model, x.double(), depth, guidance), []
@@ -240,8 +245,8 @@ def plans_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> 
             near = x * (1 + torch.finfo(dtype).eps * bits)
             own = by_model(exact_model, near.double(), depth, guidance)
             plain.append((exact + by_model(model, near, depth, guidance) - own).to(dtype))
-        for name, plan in PLANS.items():
-            if device.type == "cuda" or not plan.overlapped:
+        for name in names:
+            if device.type == "cuda" or not PLANS[name].overlapped:
                 engine = Engine(model, "triton", precision, plans=(name,))
                 results[name] = by_engine(engine, x, depth, guidance)
     for name, got in results.items():

@@ -2,7 +2,7 @@
 
 "whole": phase by phase in the interpreter, where a phase that reads what no phase before it wrote
 finds NaN, and one that reads what its own launch writes is a race. "whole_at_once": the kernel as
-on a card, with its barriers.
+on a card, with its barriers. "plan_whole": by the engine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from odelt_fast.kernels import whole as module
 from odelt_fast.kernels.whole import TENSORS, address_table, whole, whole_reference
 from odelt_fast.kernels.whole_launch import Sizes, counters_needed
 from tests.helpers.grid_at_once import grid_at_once
+from tests.helpers.kernel_cases_block import plans_case
 from tests.helpers.kernel_checks import ORDERS, check_error, guarded, watched
 
 HEAD_DIMS = (24, 64, 72, 16)
@@ -114,7 +115,12 @@ def at_once(rng: random.Random, device: torch.device, dtype: torch.dtype) -> obj
     return case(rng, device, dtype, at_once=True)
 
 
-CASES = [("whole", case), ("whole_at_once", at_once)]
+def plan_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
+    """Evaluations by the engine's plan."""
+    return plans_case(rng, device, dtype, ("whole",), float8=0.0)
+
+
+CASES = [("whole", case), ("whole_at_once", at_once), ("plan_whole", plan_case)]
 
 
 def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:

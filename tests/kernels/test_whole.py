@@ -13,10 +13,12 @@ import torch
 from odelt_fast.kernels.whole import address_table, in_turn, whole
 from odelt_fast.kernels.whole_launch import (
     FLOAT32,
+    HEADER,
     LAUNCHES,
     Sizes,
     choose_launch,
     counters_needed,
+    most_counters,
     resident,
     unsuitable,
 )
@@ -39,9 +41,11 @@ def child(*arguments: str) -> str:
     return "\n" + run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(("kernel", "cases"), [("whole", 4), ("whole_at_once", 2)])
+@pytest.mark.parametrize(
+    ("kernel", "cases"), [("whole", 4), ("whole_at_once", 2), ("plan_whole", 4)]
+)
 def test_results_are_within_twice_pytorchs_error(kernel: str, cases: int) -> None:
-    """Phase by phase, and as one launch whose programs wait for each other."""
+    """Phase by phase, as one launch whose programs wait for each other, and by the engine."""
     printed = child("--kernel", kernel, "--cases", str(cases), "--seed", "0")
     assert f"\n{kernel}: {cases} of {cases} cases right" in printed, printed
 
@@ -92,6 +96,14 @@ def test_batch_1_keeps_most_of_a_card_busy() -> None:
     assert tiles == {
         "qkv": 144, "attention": 96, "attention_out": 96, "mlp_in": 192, "mlp_out": 96
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [24, 768, 2048])
+def test_counters_of_all_sizes_are_enough_for_each(width: int, dtype: torch.dtype) -> None:
+    for tokens in (*range(1, 70), 128, 255, 256, 257, 1000, 1024):
+        sizes = Sizes(1024 // tokens, tokens, width, 4 * width, 1)
+        assert HEADER < counters_needed(sizes, dtype) <= most_counters(width, dtype)
 
 
 def operands(**changes: object) -> list[object]:
