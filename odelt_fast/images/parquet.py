@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,7 +49,6 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     """
     try:
         import pyarrow as pa
-        import pyarrow.parquet as pq
     except ImportError:
         raise ValueError("reading Parquet needs pyarrow: pip install 'odelt-fast[eval]'") from None
     left_out: Counter[str] = Counter()
@@ -65,21 +65,23 @@ def open_parquet(place: str | Path, split: str, choice: Choice = NO_CHOICE) -> O
     versions = [_version(file) for file in files]
     for file, version in zip(files, versions):
         try:
-            table = pq.ParquetFile(_opened(file, version))
-            schema, facts = table.schema_arrow, table.metadata
-            unpacked += sum(
-                facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)
-            )
-            found = find_columns(schema, file, choice)
-            if columns is not None and found != columns:
-                raise ValueError(f"{files[0]} and {file} differ in their columns or class names")
-            columns = found
-            check_image_type(schema.field(found.image).type, f"{file}: column {found.image}")
-            if found.label is None:
-                labels.append(np.zeros(facts.num_rows, np.int64))
-            else:
-                column = table.read(columns=[found.label])[found.label]
-                labels.append(label_values(column, found.class_names, file))
+            with _table(file, version) as table:
+                schema, facts = table.schema_arrow, table.metadata
+                unpacked += sum(
+                    facts.row_group(group).total_byte_size for group in range(facts.num_row_groups)
+                )
+                found = find_columns(schema, file, choice)
+                if columns is not None and found != columns:
+                    raise ValueError(
+                        f"{files[0]} and {file} differ in their columns or class names"
+                    )
+                columns = found
+                check_image_type(schema.field(found.image).type, f"{file}: column {found.image}")
+                if found.label is None:
+                    labels.append(np.zeros(facts.num_rows, np.int64))
+                else:
+                    column = table.read(columns=[found.label])[found.label]
+                    labels.append(label_values(column, found.class_names, file))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file} cannot be read as Parquet: {problem_of(Path(file), error)}"
@@ -107,13 +109,17 @@ def _version(file: str) -> Version:
         raise ValueError(f"{file} cannot be read: {reason(error)}") from None
 
 
-def _opened(file: str, version: Version) -> BinaryIO:
-    if not is_url(file):
-        return open(file, "rb")
+@contextlib.contextmanager
+def _table(file: str, version: Version) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile`."""
+    import pyarrow.parquet as pq
+
     try:
-        return cache.local(file, version)
+        opened = cache.local(file, version) if is_url(file) else open(file, "rb")  # noqa: SIM115
     except ValueError as error:
         raise Unreachable(str(error)) from None
+    with opened:
+        yield pq.ParquetFile(opened)
 
 
 class ParquetStore:
@@ -186,18 +192,17 @@ class ParquetStore:
     def _paths(self) -> list[Any]:
         """The column of paths of each file; None where it has none."""
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         columns = []
-        for file in map(_opened, self.files, self._versions):
-            table = pq.ParquetFile(file)
-            type_ = table.schema_arrow.field(self.column).type
-            fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
-            paths = None
-            if is_text(fields.get("path")):
-                column = table.read(columns=[f"{self.column}.path"])[self.column]
-                paths = column.combine_chunks().field("path")
-            columns.append(paths)
+        for file, version in zip(self.files, self._versions):
+            with _table(file, version) as table:
+                type_ = table.schema_arrow.field(self.column).type
+                fields = {f.name: f.type for f in type_} if pa.types.is_struct(type_) else {}
+                paths = None
+                if is_text(fields.get("path")):
+                    column = table.read(columns=[f"{self.column}.path"])[self.column]
+                    paths = column.combine_chunks().field("path")
+                columns.append(paths)
         return columns
 
     @cached_property
@@ -229,19 +234,18 @@ class ParquetStore:
 
     def _unpack(self, file: Any) -> np.ndarray:
         """Writes all images one after another; where each begins, and the end (N + 1,) int64."""
-        import pyarrow.parquet as pq
         from tqdm import tqdm
 
         ends = [0]
         look: dict[str, Any] = {"unit": "image", "delay": 2, "disable": None, "leave": False}
         progress = tqdm(total=len(self), desc="unpacking images", **look)
         with progress:
-            for source in map(_opened, self.files, self._versions):
-                table = pq.ParquetFile(source)
-                for batch in table.iter_batches(batch_size=256, columns=[self.column]):
-                    for item in batch.column(0).to_pylist():
-                        content = (item.get("bytes") if isinstance(item, dict) else item) or b""
-                        file.write(content)
-                        ends.append(ends[-1] + len(content))
-                    progress.update(len(batch))
+            for source, version in zip(self.files, self._versions):
+                with _table(source, version) as table:
+                    for batch in table.iter_batches(batch_size=256, columns=[self.column]):
+                        for item in batch.column(0).to_pylist():
+                            content = item.get("bytes") if isinstance(item, dict) else item
+                            file.write(content or b"")
+                            ends.append(ends[-1] + len(content or b""))
+                        progress.update(len(batch))
         return np.array(ends, np.int64)
