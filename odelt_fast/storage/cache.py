@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from odelt_fast.checks import parse_memory, show_memory
 from odelt_fast.files import PARTIAL, cache_folder, locked
@@ -108,10 +108,12 @@ def local(url: str, version: Version) -> BinaryIO:
     try:
         if (kept := copy(url, version)) is not None:
             return kept
-        passing = tempfile.NamedTemporaryFile(prefix=PARTIAL)  # noqa: SIM115
-        _fetch(url, version, passing)  # type: ignore[arg-type]
-        passing.seek(0)
-        return passing  # type: ignore[return-value]
+        with contextlib.ExitStack() as stack:
+            passing: Any = stack.enter_context(tempfile.NamedTemporaryFile(prefix=PARTIAL))
+            _fetch(url, version, passing)
+            passing.seek(0)
+            stack.pop_all()  # whose caller closes it
+            return cast(BinaryIO, passing)
     except Exception as error:  # file systems raise most kinds
         raise ValueError(f"{url} cannot be read: {reason(error)}") from None
 
