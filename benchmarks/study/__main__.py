@@ -23,6 +23,7 @@ import sys
 import tyro
 
 from .campaign import Options, Study
+from .costs import measure_costs
 from .latency import time_everything
 from .report import report
 
@@ -45,7 +46,7 @@ def run(options: Options) -> None:
             print(study.training_command(each))
         return
     study.bind()
-    stages = ("latency", "report") if options.latency_only else options.stages
+    stages = ("costs", "latency", "report") if options.latency_only else options.stages
     if "train" in stages:
         for each in chosen:
             study.train(each)
@@ -55,6 +56,8 @@ def run(options: Options) -> None:
             for name, evaluation in settings.items():
                 study.evaluate(name, evaluation)
         study.measure_real()
+    if "costs" in stages:
+        measure_costs(study)
     if "latency" in stages:
         time_everything(study)
     if "report" in stages:

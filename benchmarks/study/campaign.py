@@ -24,8 +24,8 @@ GUIDANCE = 1.5  # the paper's on ImageNet
 TOLERANCES = (1e-2, 1e-4)
 BUNDLED = ("bundled-digits", "mnist")  # evaluations of the models in the package
 MNIST_IMAGES, BUNDLED_SEEDS = 1024, 2  # their networks cost up to ten times as much
-Stage = Literal["train", "evaluate", "latency", "report"]
-STAGES: tuple[Stage, ...] = ("train", "evaluate", "latency", "report")
+Stage = Literal["train", "evaluate", "costs", "latency", "report"]
+STAGES: tuple[Stage, ...] = ("train", "evaluate", "costs", "latency", "report")
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Options:
     only: Names = ()
     """Runs to train and evaluate; all by default."""
     latency_only: bool = False
-    """Train and evaluate nothing: the stages latency and report alone."""
+    """Train and evaluate nothing: the stages costs, latency and report alone."""
     stages: Annotated[tuple[Stage, ...], metavar("NAME...")] = STAGES
-    """What to do, in this order. latency: of sampling and of training steps, all variants in turn;
-    nothing else should run meanwhile."""
+    """What to do, in this order. costs, latency: of training steps and of sampling, all variants in
+    turn; nothing else should run meanwhile."""
     steps: int | None = None
     """Optimizer steps of a run; the set's by default."""
     num_images: int | None = None

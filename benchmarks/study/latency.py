@@ -1,24 +1,16 @@
-"""Latencies of the study's evaluations and the cost of its trainings, all variants in turn.
+"""Latencies of the study's evaluations, all variants in turn.
 
 `python -m benchmarks.study --latency-only` measures again and writes the tables, in about five
 minutes of one core. Latency: seconds for one batch of images, as the evaluations generate them,
 warm, without decoding. Runs of the same network whose solvers take equal steps cost the same,
 whatever their weights: one of them is timed (`twin`). What adaptive solvers cost depends on the
-weights: each is timed itself. The cost of a training step is counted in images that pass through
-the network, and measured in processor seconds of one thread.
+weights: each is timed itself.
 """
 
 from __future__ import annotations
 
 import os
-import statistics
-import time
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,13 +26,8 @@ from benchmarks.measure import (
 )
 
 from .campaign import Study
-from .runs import BY_NAME, RUNS, Run
+from .runs import BY_NAME
 
-if TYPE_CHECKING:
-    from odelt_fast.train.loop import Trainer
-
-_STEP_ROUNDS, _STEPS_A_ROUND = 8, 4
-_COUNTED_STEPS = 32  # of one batch, whose random depths and times make the count a mean
 _SHORT = 8  # time steps
 _GUIDED = "-guided"
 
@@ -70,8 +57,8 @@ def latency_of(latency: Record, name: str, row: Record) -> float | None:
 def time_everything(study: Study) -> None:
     """Writes OUT/latency.json.
 
-    {"machine", "latency": {evaluation: {row: seconds}}, "training": {run: costs}, "parameters":
-    {l: number that is loaded to run the main model at l}}
+    {"machine", "latency": {evaluation: {row: seconds}}, "parameters": {l: number that is loaded to
+    run the main model at l}}
 
     Raises:
         ValueError: if nothing has been evaluated.
@@ -89,7 +76,6 @@ def time_everything(study: Study) -> None:
             # the load of the minute before: about 0 on a quiet machine
             "machine": {**device_record(), "load": load},
             "latency": _latencies(study),
-            "training": _training_costs(study),
             "parameters": _parameters(study),
         }
     finally:
@@ -158,66 +144,3 @@ def _parameters(study: Study) -> dict[str, int]:
         str(depth): sum(p.numel() for p in load_model(folder, depth=depth).parameters())
         for depth in (main.depths if study.trained(main) else ())
     }
-
-
-# Training
-
-
-def _training_costs(study: Study) -> dict[str, dict[str, float]]:
-    """Of every run that was trained; other seeds cost the same.
-
-    "batch": its images; "seconds": processor time of a step (median); and how often a step sends an
-    image of its batch through all blocks: "learnt", forward and backward, and "targets", forward
-    alone.
-    """
-    timers, costs = {}, {}
-    for run in RUNS:
-        if study.trained(run) and run.repeats is None:
-            trainer = _trainer(study, run)
-            costs[run.name] = {"batch": trainer.config.train_batch_size, **_passes(trainer)}
-            timers[run.name] = partial(_step_seconds, trainer)
-    for name, values in take_turns(timers, 0, least=_STEP_ROUNDS).items():
-        costs[name]["seconds"] = statistics.median(values)
-    return costs
-
-
-def _step_seconds(trainer: Trainer) -> float:
-    start = time.process_time()
-    for _ in range(_STEPS_A_ROUND):
-        trainer.step()
-    return (time.process_time() - start) / _STEPS_A_ROUND
-
-
-def _trainer(study: Study, run: Run) -> Trainer:
-    from odelt_fast.train.loop import Trainer
-    from odelt_fast.train.main import parse
-
-    with warnings.catch_warnings():
-        # accelerate's, that no tracker is installed: none is wanted
-        warnings.simplefilter("ignore")
-        return Trainer(replace(parse(study.training(run)), log_with=()))
-
-
-def _passes(trainer: Trainer) -> dict[str, float]:
-    networks = filter(None, (trainer.model, trainer.ema, trainer.teacher))
-    with _counted(block for network in networks for block in network.blocks) as rows:
-        for _ in range(_COUNTED_STEPS):
-            trainer.step()
-    whole = _COUNTED_STEPS * trainer.config.train_batch_size * trainer.config.model.depth
-    return {name: count / whole for name, count in rows.items()}
-
-
-@contextmanager
-def _counted(blocks: Iterable[torch.nn.Module]) -> Iterator[dict[str, int]]:
-    """Counts the images that pass through blocks, those that gradients will pass back for apart."""
-    rows = {"learnt": 0, "targets": 0}
-
-    def count(block: torch.nn.Module, arguments: tuple[Any, ...], result: object) -> None:
-        rows["learnt" if torch.is_grad_enabled() else "targets"] += len(arguments[0])
-
-    handles = [block.register_forward_hook(count) for block in dict.fromkeys(blocks)]
-    try:
-        yield rows
-    finally:
-        for handle in handles:
-            handle.remove()

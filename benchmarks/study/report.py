@@ -22,13 +22,21 @@ _NO_TIMES: Record = {"machine": {}, "latency": {}, "training": {}, "parameters":
 
 
 def report(study: Study) -> None:
-    """Writes everything that the finished evaluations are enough for."""
-    times, real = (_read(study.out / name) for name in ("latency.json", "real.json"))
+    """Writes everything that the finished evaluations are enough for. What the study's folder has
+    not measured stays as it was published."""
+    times, costs, real = (
+        _read(study.out / f"{name}.json") for name in ("latency", "costs", "real")
+    )
     folder = study.options.results / f"study-{study.options.set}"  # of the committed numbers
+    before = _read(folder / "study.json")
+    times = _NO_TIMES | {name: before[name] for name in _NO_TIMES if name in before} | times
     for name, results in study.results().items():
-        write_json(folder / f"{name}.json", published(name, results, times.get("latency", {})))
+        write_json(folder / f"{name}.json", published(name, results, times["latency"]))
+    if costs:
+        times |= {"training": costs["training"], "training_machine": costs["machine"]}
     budget = {**vars(study.budget), "data": Path(study.budget.data).name}
-    content = {"set": study.options.set, "budget": budget, "real": real, **_NO_TIMES, **times}
+    real = before.get("real", {}) | real
+    content = {"set": study.options.set, "budget": budget, "real": real, **times}
     write_json(folder / "study.json", content)
     write_tables(study.options.documents, folder)
     draw(study, folder, read_published(folder).get("odelt"))

@@ -51,6 +51,11 @@ def tables(found: Found) -> dict[str, str]:
     if study["training"]:
         made["training"] = _training(study)
     made = {name: f"{text}\n" for name, text in made.items()}
+    if costs := study.get("training_machine"):
+        made["training-machine"] = (
+            f"Time and memory of a step: {costs['device']}, 1 thread, torch {costs['torch']},"
+            " float32."
+        )
     if machine:
         made["machine"] = (
             f"{machine['device']}, {machine['threads']} thread, torch {machine['torch']}, float32;"
@@ -216,7 +221,8 @@ def _few_steps(found: Found) -> str:
     """Methods under the length dial and changes of one of them, at few steps. A cell: the mean over
     training seeds, then each of them."""
     metric = _metric(found["odelt"])
-    head = f"{metric} | l | T = 128 | T = 4 | T = 2 | T = 1 | recognised, recall at T = 1"
+    shares, costs = "recognised, recall at T = 1", found["study"]["training"]
+    head = f"{metric} | l | T = 128 | T = 4 | T = 2 | T = 1 | {shares} | a step's time, memory"
     body: list[Row] = []
     for name in ("odelt", *DIALS, *CHANGES):
         seeds = [
@@ -230,15 +236,27 @@ def _few_steps(found: Found) -> str:
                 [rows[depth, "euler", steps] for rows in cells if (depth, "euler", steps) in rows]
                 for steps in (128, 4, 2, 1)
             ]
-            shares = [
+            recognised, recall = (
                 fmean(_mean(row, each) for row in at_steps[-1]) for each in ("recognised", "recall")
-            ]
-            shown = f"{_percent(shares[0])}, {shares[1]:.2f}"
+            )
+            shown = f"{_percent(recognised)}, {recall:.2f}", _cost(costs, name)
             title = (
                 BY_NAME[name].title if name not in CHANGES else f"mean-flow, {BY_NAME[name].title}"
             )
-            body.append((title, depth, *(_over_seeds(rows, metric) for rows in at_steps), shown))
+            body.append((title, depth, *(_over_seeds(rows, metric) for rows in at_steps), *shown))
     return table(head, body)
+
+
+def _cost(costs: Results, name: str) -> str:
+    """Of a training step: time over that of `odelt`, and peak memory."""
+    if name not in costs or "peak_bytes" not in costs[name]:
+        return ""
+    ratio = costs[name]["seconds"] / costs["odelt"]["seconds"]
+    return f"{ratio:.2f}x, {_memory(costs[name])}"
+
+
+def _memory(cost: Results) -> str:
+    return f"{cost['peak_bytes'] / 2**20:.0f} MiB" if "peak_bytes" in cost else ""
 
 
 def _over_seeds(rows: Sequence[Results], metric: str) -> str:
@@ -281,7 +299,7 @@ def _training(study: Results) -> str:
     """
     head = (
         " | steps | images learnt from | passes, forward and back | passes for targets"
-        " | CPU minutes"
+        " | CPU minutes | a step's memory"
     )
     body: list[Row] = []
     budget, costs = study["budget"], study["training"]
@@ -300,6 +318,6 @@ def _training(study: Results) -> str:
         if run.needs_pairs:
             targets += f" + {_PAIR_STEPS * budget['pairs'] / 1e6:.2f} for pairs"
             minutes += " + pairs"
-        count = " + ".join(map(str, steps))
-        body.append((run.title, count, sum(images), learnt, targets, minutes))
+        count, memory = " + ".join(map(str, steps)), _memory(costs[run.name])
+        body.append((run.title, count, sum(images), learnt, targets, minutes, memory))
     return table(head, body)

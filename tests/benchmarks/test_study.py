@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.study import costs as study_costs
 from benchmarks.study import latency as study_latency
 from benchmarks.study.__main__ import run
 from benchmarks.study.campaign import Options, Study
@@ -198,13 +199,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     study.measure_real()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_COUNTED_STEPS", "_STEP_ROUNDS", "_STEPS_A_ROUND"):
-            patch.setattr(study_latency, name, 2)
+            patch.setattr(study_costs, name, 2)
         places = "".join(
             f"<!-- table digits {name} -->\n<!-- end -->\n"
             for name in ("methods", "main", "guided", "odelt", "training")
         )
         (folder / "results.md").write_text(f"# Results\n{places}")
-        run(options(folder, latency_only=True))
+        run(options(folder, latency_only=True, only=RANDOM))
     return folder
 
 
@@ -249,7 +250,7 @@ def test_a_latency_is_that_of_the_rows_own_depth_and_steps(
 
 
 def test_passes_of_a_training_step_are_counted(small: Path) -> None:
-    costs = json.loads((small / "study" / "latency.json").read_text())["training"]
+    costs = json.loads((small / "study" / "costs.json").read_text())["training"]
     assert {name: cost["batch"] for name, cost in costs.items()} == dict.fromkeys(RANDOM, 64)
     assert (costs["flow"]["learnt"], costs["flow"]["targets"]) == (1, 0)
     assert (costs["shortcut"]["learnt"], costs["shortcut"]["targets"]) == (
@@ -321,6 +322,11 @@ def evaluated(base: float, depths: Sequence[int], *at: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
+def cost(seconds: float, mebibytes: int) -> dict[str, float]:
+    passes = {"batch": 64, "learnt": 1, "targets": 0}
+    return passes | {"seconds": seconds, "peak_bytes": mebibytes * 2**20}
+
+
 NO_TIMES: dict[str, Any] = {"real": {}, "parameters": {}, "training": {}, "machine": {}}
 
 
@@ -347,18 +353,20 @@ def test_ablations_show_every_training_seed() -> None:
 
 
 def test_few_steps_show_every_method_with_the_length_dial_and_its_training_seeds() -> None:
+    training = {"odelt": cost(2, 1), "mean-flow": cost(3, 2)}
     found = {
         "odelt": evaluated(1, (12, 8, 4), 128, 4, 2, 1),
         "odelt-again": evaluated(2, (12, 8, 4), 128, 4, 1),
         "mean-flow": evaluated(3, (12, 8, 4), 128, 4, 2, 1),
         "mf-p1": evaluated(4, (12, 8, 4), 128, 4, 2, 1),
-        "study": NO_TIMES,
+        "study": NO_TIMES | {"training": training, "budget": {"steps": 8}},
     }
     lines = tables(found)["few-steps"].splitlines()
     assert len(lines) == 2 + 3 * 3
     assert lines[3] == (
         "| ODE_t(ODE_l) | 8 | 129.508 (129.008, 130.008) | 5.508 (5.008, 6.008) | 3.01 ± 0.50 |"
-        " 2.508 (2.008, 3.008) | 15.0 %, 0.08 |"
+        " 2.508 (2.008, 3.008) | 15.0 %, 0.08 | 1.00x, 1 MiB |"
     )
     assert lines[7].startswith("| mean-flow | 4 | 131.0 ± 0.5 |")
+    assert lines[7].endswith("| 1.50x, 2 MiB |")
     assert lines[8].startswith("| mean-flow, p = 1 | 12 | 132.0 ± 0.5 |")
