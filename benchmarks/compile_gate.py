@@ -79,9 +79,10 @@ def compiled(case: CompileCase, arch: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     index = {name: i for i, name in enumerate(case.signature)}
-    source = ASTSource(
+    source = (GluonASTSource if case.fn.is_gluon() else ASTSource)(
         case.fn,
         dict(case.signature),
         constexprs={(index[name],): value for name, value in case.constexprs.items()},

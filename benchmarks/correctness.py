@@ -29,6 +29,7 @@ PART = "correctness"
 # Names of tests/stress/kernel_cases.py, by the operators of the kernel table that stand on them.
 LINEAR = ("linear", "linear_tiles", "linear_split")
 FLOAT8 = ("linear_float8", "quantize", "row_float8")
+SPECIALIZED = ("linear_specialized", "linear_unheeded")  # of what tuning alone may choose
 SOLVERS = ("combine_stages", "adaptive_step", "adaptive_solve")
 ENDS = ("patch_embed", "final_layer")
 ROWS = ("norm_modulate", "gated_residual", "group_end", "modulation")
@@ -38,7 +39,8 @@ WHOLE = ("whole", "whole_at_once", "plan_whole")
 # What no backend of the Sampler takes by itself.
 APART = ("attention_tangent",)
 KERNELS = (
-    *LINEAR, *BLOCKS, *WHOLE, "attention", *ROWS, *ENDS, *FLOAT8, *SOLVERS, *NETWORK, *APART
+    *LINEAR, *BLOCKS, *WHOLE, "attention", *ROWS, *ENDS, *FLOAT8, *SPECIALIZED, *SOLVERS, *NETWORK,
+    *APART,
 )  # fmt: skip
 OF_CASE = {  # beginning of a case's name in the kernel table -> kernels
     "linear": LINEAR,

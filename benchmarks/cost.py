@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from odelt_fast.config import DiTConfig
 
 from .ceilings import token_count
+
+if TYPE_CHECKING:
+    from odelt_fast.kernels.tiles import Tile
 
 PLANS = ("seven", "five", "whole")
 WHOLE_ROWS = 1024  # that "whole" serves at most
@@ -24,6 +27,8 @@ MEBI = 2**20
 # Share of a processor's matrix rate that a tile of (rows, columns) reaches in its main loop: small
 # tiles read more of shared memory for an operation.
 TILES = {(128, 256): 0.85, (128, 128): 0.75, (64, 128): 0.65, (64, 64): 0.5, (64, 32): 0.35}
+# The same where the epilogue of a tile runs beside the next one's products.
+OVERLAPPED = {(128, 256): 0.92, (128, 128): 0.87, (64, 256): 0.82}
 SPLITS = 1, 2, 4, 8  # of K
 ATTENTION = 0.4  # of the matrix rate: softmax between two products of head dimension 64
 PROLOGUE = 0.93  # of a product's rate where it normalises its rows itself
@@ -262,3 +267,21 @@ def worth_measuring(
             times[name] = evaluation(card, shape, plan, bool(suffix)).seconds
     most = FAR * min(times.values(), default=math.inf)
     return [name for name in plans if times.get(name, 0.0) <= most]
+
+
+def worth_timing(
+    card: Card, size: tuple[int, int, int], tiles: Mapping[str, Tile], float8: bool = False
+) -> list[str]:
+    """Names of the specialised configurations of a product of size (rows, columns, inner) that are
+    not predicted FAR behind the best tile."""
+    rows, columns, inner = size
+    rate = card.rates["float8_e4m3fn" if float8 else "bfloat16"] / card.processors
+
+    def seconds(block: tuple[int, int], efficiency: float) -> float:
+        count = math.ceil(rows / block[0]) * math.ceil(columns / block[1])
+        return math.ceil(count / card.processors) * 2 * math.prod(block) * inner / rate / efficiency
+
+    blocks = {name: (tile.block_m, tile.block_n) for name, tile in tiles.items()}
+    taken = {name: seconds(block, OVERLAPPED[block]) for name, block in blocks.items()}
+    best = min((seconds(*each) for each in (*TILES.items(), *OVERLAPPED.items())), default=math.inf)
+    return [name for name, time in taken.items() if time <= FAR * best]

@@ -28,7 +28,7 @@ from .measure import Record, nvidia_smi
 from .sampling import CONFIGS, Workload, compiled_call, dopri5, measure_memory, measure_workload
 from .scope import GRIDS, SCALE, Scope, table3, workloads
 from .solver_speed import measure_proof, measure_race
-from .steps import Log, Step, elsewhere
+from .steps import Log, MissingError, Step, elsewhere
 from .tune import make_tuner, tune
 
 MINUTES = 9.0  # what the phases' marks divide
@@ -152,7 +152,8 @@ class Plan:
         if "jax" not in load.variants:
             yield from measure_workload(*measured, profiled=profiled)
             return
-        assert self.reference
+        if self.reference is None:
+            raise MissingError("the JAX reference: give a checkout of it by --reference-dir")
         with closing(JaxPeer(*self.reference)) as peer:
             yield from measure_workload(*measured, peer)
 
@@ -221,6 +222,7 @@ class Plan:
         of = {
             "linear triton": correctness.LINEAR,
             "float8 triton": correctness.FLOAT8,
+            "specialized": correctness.SPECIALIZED,
             "attention triton": ("attention",),
             **{f"plan {name}": correctness.BLOCKS for name in PLANS if name != DEFAULT},
             "plan whole": correctness.WHOLE,
@@ -274,7 +276,7 @@ class Plan:
                 yield self.memory("solvers", load, scope.variants[0])
         load = Workload(scope.network, dopri5(max(scope.depths)), scope.batches[-1], scope.dtype)
         yield from self.solved(replace(load, scale=SCALE))
-        for network, batch, depth in scope.peers if self.reference else ():
+        for network, batch, depth in scope.peers if self.cuda or self.reference else ():
             operation = Operation(depth=depth, steps=scope.steps[1])
             load = Workload(network, operation, batch, scope.dtype)
             yield self.timed("peers", load, scope.variants[0], "jax")

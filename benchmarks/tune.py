@@ -30,7 +30,7 @@ from odelt_fast.engine.plans import PLANS
 from odelt_fast.engine.trial import Way, random_model
 
 from .ceilings import token_count
-from .cost import CARDS, worth_measuring
+from .cost import CARDS, Card, worth_measuring, worth_timing
 from .measure import (
     Record,
     command_parser,
@@ -56,7 +56,7 @@ class Tuner:
     dtype: torch.dtype
     device: torch.device
     ops: SimpleNamespace
-    refused: Mapping[str, str]  # "linear triton" and the like -> why it is not measured
+    refused: Mapping[str, str]  # "linear triton", "specialized" ... -> why it is not measured
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, device=self.device)).to(self.dtype)
@@ -68,39 +68,63 @@ class Tuner:
     def linear_times(
         self, rows: int, layer: tuple[int, int, str], float8: bool
     ) -> dict[str, float]:
-        """Of a product of `layer`: (columns, inner, activation)."""
+        """Of a product of `layer`: (columns, inner, activation), "gated" with a residual and a gate
+        of one sample."""
         columns, inner, activation = layer
-        ops, scale = self.ops, 1 / math.sqrt(inner)
-        sets = self.sets(rows * inner + columns * inner + rows * columns)
-        x, weight, bias = (
+        ops, scale, gated = self.ops, 1 / math.sqrt(inner), activation == "gated"
+        sets = self.sets(rows * inner + columns * inner + (1 + gated) * rows * columns)
+        x, weight, bias, gate, residual = (
             [self.draw(*shape, scale=scale) for _ in range(sets)]
-            for shape in ((1, rows, inner), (columns, inner), (columns,))
-        )
+            for shape in (
+                (1, rows, inner), (columns, inner), (columns,), (1, columns),
+                (1, rows * gated, columns),
+            )
+        )  # fmt: skip
+        added = [pair if gated else (None, None) for pair in zip(gate, residual)]
+        function = "none" if gated else activation
+        from odelt_fast.kernels.quantize import FP8, quantize_rows_reference
+
+        def quantize(each: Tensor) -> tuple[Tensor, Any]:
+            return quantize_rows_reference(each) if float8 else (each, None)
+
+        xs, weights = ([quantize(each) for each in every] for every in (x, weight))
 
         def cublas(i: int) -> Tensor:
+            if float8:
+                (q, q_scale), (w, w_scale) = xs[i], weights[i]
+                return operators.cublas_float8(q, q_scale, w, w_scale, bias[i])
             return operators.cublas_linear(x[i], weight[i], bias[i], activation)
 
-        def triton(i: int) -> Tensor:
-            return ops.linear(x[i], weight[i], bias[i], activation, workspace=ops.workspace)
-
-        if not float8:
-            return self.measure({"cublas": cublas, "triton": triton}, sets, "linear ")
-        from odelt_fast.kernels.quantize import quantize_rows_reference
-
-        xs, weights = ([quantize_rows_reference(each) for each in every] for every in (x, weight))
-
-        def cublas8(i: int) -> Tensor:
-            return operators.cublas_float8(*xs[i], *weights[i], bias[i])
-
-        def triton8(i: int) -> Tensor:
+        def triton(configuration: str | None, i: int) -> Tensor:
             (x, x_scale), (weight, weight_scale) = xs[i], weights[i]
-            scales = None, None, x_scale, weight_scale, self.dtype
-            return ops.linear(x, weight, bias[i], activation, *scales, workspace=ops.workspace)
+            return ops.linear(
+                x, weight, bias[i], function, *added[i], x_scale, weight_scale, self.dtype,
+                workspace=ops.workspace, configuration=configuration,
+            )  # fmt: skip
 
-        variants: Variants = {"triton": triton8}
-        if activation == "none":
-            variants["cublas"] = cublas8
-        return self.measure(variants, sets, "float8 ")
+        cublas_has = activation == "none" or not (float8 or gated)
+        variants: Variants = {"cublas": cublas} if cublas_has else {}
+        tiles = self.specialized(FP8 if float8 else self.dtype, gated)
+        names, size = list(tiles), (rows, columns, inner)
+        for card in self.known_cards():
+            names = worth_timing(card, size, tiles, float8)
+        variants |= {"triton": partial(triton, None)}
+        variants |= {name: partial(triton, name) for name in names}
+        return self.measure(variants, sets, "float8 " if float8 else "linear ", agree=True)
+
+    def specialized(self, dtype: torch.dtype, gated: bool) -> dict[str, Any]:
+        """Configurations of products that this card can take, none where their check has failed."""
+        from odelt_fast.kernels.tiles import specialized_tiles
+
+        if self.device.type != "cuda" or "specialized" in self.refused:
+            return {}
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return specialized_tiles(10 * major + minor, dtype, gated)
+
+    def known_cards(self) -> list[Card]:
+        """The model of this card, if there is one."""
+        device = str(device_record()["device"])
+        return [card for name, card in CARDS.items() if name in device]
 
     def attention_times(self, config: DiTConfig, samples: int) -> dict[str, float]:
         size, heads, tokens = config.hidden_size, config.num_heads, token_count(config)
@@ -138,19 +162,24 @@ class Tuner:
             engine, tables = engines[name]
             return engine.velocity(x, tables, depth)
 
-        names, device = tuple(PLANS), str(device_record()["device"])
-        for card in (card for name, card in CARDS.items() if name in device):
+        names = tuple(PLANS)
+        for card in self.known_cards():
             names = tuple(worth_measuring(card, config, samples, names, precision == "fp8"))
         return self.measure({name: partial(call, name) for name in names}, 1, "plan ")
 
-    def measure(self, variants: Variants, sets: int, operator: str) -> dict[str, float]:
-        """Median microseconds of each variant; those that cannot run are left out."""
-        timers = {}
+    def measure(
+        self, variants: Variants, sets: int, operator: str, agree: bool = False
+    ) -> dict[str, float]:
+        """Median microseconds of each variant; those that cannot run are left out, with `agree`
+        also those that differ from the first by more than a rounding or two."""
+        timers, known = {}, None
         for name, call in variants.items():
             row: Record = {}
             with reason_in(row):
                 if operator + name in self.refused:
                     raise ValueError(self.refused[operator + name])
+                if agree:
+                    known = agreeing(call(0), known)
                 timers[name] = graph_timer(call, sets, self.device)
             if row:
                 print(f"  {operator}{name} cannot run: {row['reason'][:150]}", file=sys.stderr)
@@ -176,7 +205,8 @@ class Tuner:
                 entry = entry | {"operator": "plan", "dtype": precision or dtype}
                 yield entry, partial(self.plan_times, config, samples, precision)
             rows = samples * tokens
-            for layer in (*layers, (size, hidden, "none")):
+            gated = (size, size, "gated"), (size, hidden, "gated")
+            for layer in (*layers, (size, hidden, "none"), *gated):
                 columns, inner, activation = layer
                 # The engine keeps the output projection in 16 bits.
                 for float8 in (False,) if columns == inner else (False, True):
@@ -189,6 +219,17 @@ class Tuner:
                         "amount": rows,
                     }
                     yield entry, partial(self.linear_times, rows, layer, float8)
+
+
+def agreeing(found: Any, known: Tensor | None) -> Tensor:
+    """`known`, or what was found first; ValueError where that is far from it."""
+    found = found.float()
+    if known is None:
+        return found
+    far, size = float((found - known).abs().max()), float(known.abs().max())
+    if not far <= size / 64:  # bfloat16 rounds by 1/256 at most, each of both
+        raise ValueError(f"it differs by {far:.3g} where the largest value is {size:.3g}")
+    return known
 
 
 def tune(

@@ -5,7 +5,7 @@ columns), one row per sample of x (B, N, inner); residual (B, N, columns). Types
 float16, or float8_e4m3fn with one float32 scale a row of x and of W (x = x_q * x_scale[row], as
 `quantize_rows` makes them). Accumulation float32. Bytes moved: x, W, residual and y once each, and
 with split-K twice `splits` float32 tiles; the epilogue's own tensors (bias, gate, scales) are
-small. Kernels: linear_tiles.py; their launch table: tiles.py.
+small. Kernels: linear_tiles.py, linear_hopper.py; their launch table: tiles.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ from .compile_case import DTYPES, CompileCase, kernel_case
 from .device import architecture, launch_options, require_device
 from .linear_tiles import descriptor_kernel, pointer_kernel
 from .quantize import FP8
-from .tiles import SPLITS, TILES, Tile, choose_tile, workspace_elements
+from .tiles import (
+    SPECIALIZED,
+    SPLITS,
+    TILES,
+    Tile,
+    choose_tile,
+    specialized_tiles,
+    workspace_elements,
+)
 
 ACTIVATIONS = ("none", "gelu")
 
@@ -34,6 +42,7 @@ def linear_reference(
     gate: Tensor | None = None, residual: Tensor | None = None,
     x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None, workspace: Tensor | None = None,
+    configuration: str | None = None,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, in the dtype of x; float8 in float32, rounded at the end."""
     out_dtype = out_dtype or _default_dtype(x)
@@ -87,14 +96,19 @@ def launch_linear(
     parts_on = (part is not None for part in (epilogue.bias, epilogue.gate, x_scale))
     constants = _constants(tile, epilogue.activation == "gelu", *parts_on)
     constants |= launch_options(x.device, tile.num_warps, tile.num_stages)
-    tiles = tile.count(rows, columns)
+    tiles, sizes = tile.count(rows, columns), (rows, columns, inner, *strides)
+    programs = min(tiles, architecture(x.device)[1])
     with torch.cuda.device_of(x):
-        if tile.descriptors:
-            descriptor_kernel[(min(tiles, architecture(x.device)[1]),)](
+        if tile.specialized == 90:
+            from .linear_hopper import launch_ping_pong  # Gluon is an experiment of Triton's
+
+            launch_ping_pong(programs, (x, weight, out), (*pointers, *sizes), constants)
+        elif tile.descriptors:
+            descriptor_kernel[(programs,)](
                 TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
                 TensorDescriptor.from_tensor(weight, [tile.block_n, tile.block_k]),
                 TensorDescriptor.from_tensor(out, [tile.block_m, tile.block_n // 2]),
-                *pointers, rows, columns, inner, *strides, **constants,
+                *pointers, *sizes, SPECIALIZED=tile.specialized > 0, **constants,
             )  # fmt: skip
         else:
             partial = workspace[counters:].view(torch.float32) if counters else workspace
@@ -170,7 +184,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
     gate: Tensor | None, residual: Tensor | None,
     x_scale: Tensor | None, weight_scale: Tensor | None,
-    out_dtype: torch.dtype | None, workspace: Tensor | None,
+    out_dtype: torch.dtype | None, workspace: Tensor | None, configuration: str | None,
 ) -> Tensor:  # fmt: skip
     epilogue = Epilogue(bias, activation, gate, residual, x_scale, weight_scale)
     _check(x, weight, epilogue)
@@ -182,12 +196,27 @@ def _linear(
         return out
     x_rows, out_rows = _rows(x), out.view(-1, columns)
     aligned = all(map(_describable, (x_rows, weight, out_rows)))
-    tile = choose_tile(
-        len(x_rows), columns, x.shape[-1], x.dtype,
-        *architecture(x.device), aligned, gate is not None,
-    )  # fmt: skip
+    if configuration is None:
+        tile = choose_tile(
+            len(x_rows), columns, x.shape[-1], x.dtype,
+            *architecture(x.device), aligned, gate is not None,
+        )  # fmt: skip
+    else:
+        tile = _specialized(configuration, x, aligned, gate is not None)
     launch_linear(x_rows, weight, epilogue, out_rows, tile, workspace)
     return out
+
+
+def _specialized(name: str, x: Tensor, aligned: bool, gated: bool) -> Tile:
+    tiles = specialized_tiles(architecture(x.device)[0], x.dtype, gated)
+    if name not in tiles:
+        raise ValueError(
+            f"linear: for {x.dtype}{' with a gate' * gated} the configuration must be one of"
+            f" {', '.join(tiles) or 'none'}, not {name!r}"
+        )
+    if not aligned:
+        raise ValueError(f"linear: {name!r} needs rows of x, weight and y on 16-byte borders")
+    return tiles[name]
 
 
 def linear(
@@ -195,6 +224,7 @@ def linear(
     gate: Tensor | None = None, residual: Tensor | None = None,
     x_scale: Tensor | None = None, weight_scale: Tensor | None = None,
     out_dtype: torch.dtype | None = None, workspace: Tensor | None = None,
+    configuration: str | None = None,
 ) -> Tensor:  # fmt: skip
     """y of the module's equation, which has shapes and dtypes.
 
@@ -204,15 +234,16 @@ def linear(
         gate: may be a slice of a packed modulation row.
         out_dtype: None: the dtype of x, bfloat16 for float8.
         workspace: see `launch_linear`; with one, a launch allocates and clears nothing.
+        configuration: of `tiles.specialized_tiles`; None: `tiles.choose_tile` takes one.
 
     Returns:
         (..., columns), contiguous.
 
     Raises:
-        ValueError: shapes, dtypes, layouts or devices do not fit.
+        ValueError: shapes, dtypes, layouts, devices or configuration do not fit.
     """
     parts = bias, activation, gate, residual, x_scale, weight_scale
-    return _linear(x, weight, *parts, out_dtype, workspace)
+    return _linear(x, weight, *parts, out_dtype, workspace, configuration)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -235,7 +266,9 @@ def compile_cases() -> Iterator[CompileCase]:
     variants = {f"small_split{splits}": replace(small, splits=splits) for splits in SPLITS}
     variants["small_pdl"] = small
     for (name, tile), kind, (epilogue, (gelu, gated)) in itertools.product(
-        {**TILES, **variants}.items(), (*DTYPES.values(), "fp8e4nv"), epilogues.items()
+        {**TILES, **variants, **SPECIALIZED[100]}.items(),
+        (*DTYPES.values(), "fp8e4nv"),
+        epilogues.items(),
     ):
         if (kind == "fp32") != (name == "float32") or (kind == "fp8e4nv") != name.startswith("fp8"):
             continue
@@ -244,6 +277,8 @@ def compile_cases() -> Iterator[CompileCase]:
         alike = (kind == "fp16") + (name in variants)
         if alike == 2 or (alike and epilogue != "gated"):
             continue
+        if name == "overlapped_wide" and epilogue == "gated":
+            continue  # as in specialized_tiles
         out = "bf16" if kind == "fp8e4nv" else kind
         types = {
             "x_desc": f"tensordesc<{kind}[{tile.block_m}, {tile.block_k}]>",
@@ -257,11 +292,15 @@ def compile_cases() -> Iterator[CompileCase]:
         }
         constants = _constants(tile, gelu, True, gated, kind == "fp8e4nv")
         constants["PDL"] = name == "small_pdl"
-        if not tile.descriptors:
+        if tile.descriptors:
+            constants["SPECIALIZED"] = tile.specialized > 0
+        else:
             constants |= {"SPLITS": tile.splits, "EVEN_K": True}
         options: dict[str, Any] = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if name in ("hopper", "fp8_hopper") and epilogue == "gated":
             options["arches"] = (90,)  # as in choose_tile
+        elif tile.specialized:
+            options["arches"] = (tile.specialized,)
         elif tile.descriptors or kind == "fp8e4nv":
             options["arches"] = (90, 100)
         kernel = descriptor_kernel if tile.descriptors else pointer_kernel

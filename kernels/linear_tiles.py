@@ -162,19 +162,23 @@ def descriptor_kernel(
     rows, columns, inner, residual_stride, gate_stride, tokens,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     GELU: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, SCALED: tl.constexpr,
-    PDL: tl.constexpr,
+    SPECIALIZED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,): each program walks every programs-th tile.
 
     So the loads of the next tile overlap the epilogue of this one. x_desc (BLOCK_M, BLOCK_K),
     weight_desc (BLOCK_N, BLOCK_K), out_desc (BLOCK_M, BLOCK_N // 2): outside the tensors, loads
-    give 0 and stores do nothing.
+    give 0 and stores do nothing. SPECIALIZED: on Blackwell a warp loads, one multiplies into one of
+    two tiles in tensor memory, and the others make the epilogue of the other.
     """
     wait_for_inputs(PDL)
     tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(columns, BLOCK_N)
     steps = tl.cdiv(inner, BLOCK_K)
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0),
+        flatten=True, warp_specialize=SPECIALIZED,
+    ):  # fmt: skip
         i_m, i_n = tile_position(tile, tiles_m, tiles_n, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for step in range(steps):

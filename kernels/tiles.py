@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -16,7 +17,9 @@ class Tile:
     """A launch configuration.
 
     Output tile, slice of `inner`, warps, pipeline stages, shares of `inner` (split-K), whether by
-    tensor descriptors, row tiles that share the weights of a column in the L2.
+    tensor descriptors, row tiles that share the weights of a column in the L2; the generation of
+    cards for which it gives loads, products and epilogues warps of their own (90 Hopper, 100
+    Blackwell; 0: no).
     """
 
     block_m: int
@@ -27,6 +30,7 @@ class Tile:
     splits: int = 1
     descriptors: bool = False
     group_m: int = 8
+    specialized: int = 0
 
     def count(self, rows: int, columns: int) -> int:
         return triton.cdiv(rows, self.block_m) * triton.cdiv(columns, self.block_n)
@@ -46,6 +50,27 @@ TILES = MappingProxyType(
         "fp8_small": Tile(64, 64, 128, 4, 4),
         "fp8_hopper": Tile(128, 256, 128, 8, 3, descriptors=True),
         "fp8_hopper_narrow": Tile(128, 128, 128, 8, 4, descriptors=True),
+    }
+)
+# Large products whose loads, products and epilogues have warps of their own, by the generation of
+# cards. Measurement alone chooses them (engine/tuning.py). Hopper (linear_hopper.py): a tile for
+# each of two groups of four warps, stages of a ring that both share.
+SPECIALIZED = MappingProxyType(
+    {
+        90: MappingProxyType(
+            {
+                "ping_pong": Tile(128, 128, 64, 4, 6, descriptors=True, specialized=90),
+                "ping_pong_wide": Tile(64, 256, 64, 4, 4, descriptors=True, specialized=90),
+                "fp8_ping_pong": Tile(128, 128, 128, 4, 6, descriptors=True, specialized=90),
+            }
+        ),
+        100: MappingProxyType(
+            {
+                "overlapped": Tile(128, 128, 64, 8, 4, descriptors=True, specialized=100),
+                "overlapped_wide": Tile(128, 256, 64, 8, 3, descriptors=True, specialized=100),
+                "fp8_overlapped": Tile(128, 128, 128, 8, 4, descriptors=True, specialized=100),
+            }
+        ),
     }
 )
 SPLITS = (4, 2)
@@ -86,6 +111,19 @@ def choose_tile(
         if fits and steps >= splits * small.num_stages:
             return replace(small, splits=splits)
     return small
+
+
+def specialized_tiles(arch: int, dtype: torch.dtype, gated: bool) -> dict[str, Tile]:
+    """Those of `SPECIALIZED` that a card can take, by name; arguments as of `choose_tile`."""
+    tiles: Mapping[str, Tile] = SPECIALIZED.get(100 if arch in (100, 103) else arch, {})
+    if dtype == torch.float32:
+        return {}
+    return {
+        name: tile
+        for name, tile in tiles.items()
+        # The widest spills with a residual and gate (Triton 3.8).
+        if name.startswith("fp8") == (dtype == FP8) and not (gated and name == "overlapped_wide")
+    }
 
 
 # Of the products of a block with what lies beside them (block_products.py): a tile of rows lies in

@@ -283,31 +283,36 @@ class Engine:
         float8, h is a pair (q, scales)."""
         x, x_scale = h if layer.scale is not None else (h, None)
         weights = layer.weight, layer.bias
-        choice = self.linear_choice(x.shape[0] * x.shape[1], layer, activation)
-        if choice == "triton" or residual is not None:
+        after = activation if residual is None else "gated"
+        choice = self.linear_choice(x.shape[0] * x.shape[1], layer, after)
+        if choice != "cublas":
             return self.ops.linear(
                 x, *weights, activation, gate, residual, x_scale, layer.scale, self.dtype,
-                workspace=self.workspace(),
+                workspace=self.workspace(), configuration=None if choice == "triton" else choice,
             )  # fmt: skip
         if x_scale is None or layer.scale is None:
             return cublas_linear(x, *weights, activation)
         return cublas_float8(x, x_scale, layer.weight, layer.scale, layer.bias)
 
     def linear_choice(self, rows: int, layer: Layer, activation: str = "none") -> str:
-        """Which matrix product runs on `rows` rows: "cublas", or "triton" (also where the operators
-        are the plain ones)."""
+        """Which matrix product runs on `rows` rows: "cublas", "triton" (also where the operators
+        are the plain ones), or a configuration of ours that was measured to be faster than both
+        (`kernels.tiles.specialized_tiles`). activation: "gated" with a residual and a gate."""
         if not self.on_gpu:
             return "triton"
         columns, inner = layer.weight.shape
         key = ("linear", rows, columns, inner, activation, layer.weight.dtype)
         if key not in self._choices:
-            allowed = ["cublas", "triton"]
+            from odelt_fast.kernels.tiles import specialized_tiles
+
+            (major, minor), gated = self.capability, activation == "gated"
+            own = ["triton", *specialized_tiles(10 * major + minor, layer.weight.dtype, gated)]
             # cuBLAS's row-wise float8 product makes bfloat16, wants multiples of 16 and Hopper, and
             # has no GELU.
             fits = self.dtype == torch.bfloat16 and not (columns % 16 or inner % 16)
             fits &= activation == "none" and self.capability >= (9, 0)
-            if layer.scale is not None and not fits:
-                allowed = ["triton"]
+            alone = gated or (layer.scale is not None and not fits)
+            allowed = own if alone else ["cublas", *own]
             choice = fastest(
                 self.measured, allowed, rows, operator="linear", dtype=_name(layer.weight.dtype),
                 activation=activation, columns=columns, inner=inner,
@@ -367,7 +372,8 @@ class Engine:
         if self.weights.blocks:
             facts["matrix_products"] = products = {}
             for name, layer in self.weights.blocks[0].items():
-                choice = self.linear_choice(rows, layer, "gelu" if name == "mlp_in" else "none")
+                after = "gated" if name in plan.gated else "none"
+                choice = self.linear_choice(rows, layer, "gelu" if name == "mlp_in" else after)
                 choice = "triton" if name in plan.own else choice
                 products[name] = f"{choice} {_name(layer.weight.dtype)}"
         facts["launches_per_evaluation"] = plan.launches(live, self.precision is not None)

@@ -69,7 +69,8 @@ class Plan:
             products run on float8.
         overlapped: whether each of our kernels starts while the one before it ends (kernels/
             device.py); from Hopper on, elsewhere it is the same.
-        own: layers of a block whose products are always our kernel's; "attention", too.
+        own: layers of a block whose products have a kernel of their own; "attention", too.
+        gated: layers whose products add their result to the residual.
         limits: why it leaves so many samples of so many tokens to DEFAULT, or None; None: it serves
             all.
         prepare: makes what it keeps of an engine (`Engine.kept`); ValueError where it cannot run.
@@ -79,6 +80,7 @@ class Plan:
     launches: Callable[[int, bool], int]
     overlapped: bool = False
     own: Collection[str] = ()
+    gated: Collection[str] = ()
     limits: Callable[[Setting, int, int], str | None] | None = None
     prepare: Callable[[Engine], Any] = lambda engine: None
 
@@ -179,16 +181,19 @@ def _seven_launches(live: int, float8: bool) -> int:
     return (7 + float8) * live + 3
 
 
-_SEQUENCES: tuple[tuple[str, Hidden, Callable[[int, bool], int], Collection[str]], ...] = (
-    ("seven", seven, _seven_launches, ()),
-    ("gated", partial(seven, gated=True), _seven_launches, ("attention_out", "mlp_out")),
-    ("five", five, lambda live, float8: 5 * live + 3, LAYERS),
-)
+_SEQUENCES: tuple[tuple[str, Hidden, Callable[[int, bool], int], dict[str, Any]], ...] = (
+    ("seven", seven, _seven_launches, {}),
+    (
+        "gated", partial(seven, gated=True), _seven_launches,
+        {"gated": ("attention_out", "mlp_out")},
+    ),
+    ("five", five, lambda live, float8: 5 * live + 3, {"own": LAYERS}),
+)  # fmt: skip
 # With overlapped launches: "+pdl", programmatic dependent launch.
 PLANS = MappingProxyType(
     {
-        name + "+pdl" * overlapped: Plan(hidden, launches, overlapped, own)
-        for name, hidden, launches, own in _SEQUENCES
+        name + "+pdl" * overlapped: Plan(hidden, launches, overlapped, **layers)
+        for name, hidden, launches, layers in _SEQUENCES
         for overlapped in (False, True)
     }
     | {

@@ -88,7 +88,7 @@ def test_a_variant_that_cannot_be_compiled_is_left_out(
     entries, times = zip(*((e, make()) for e, make in tuner.shapes(CONFIGS["tiny"], (1,))))
     for entry, found in zip(entries, times):
         assert "triton" not in found
-        if entry["dtype"] == "float32":
+        if entry["dtype"] == "float32" and entry.get("activation") != "gated":  # ours alone
             assert found, entry
     assert "linear triton cannot run: CompilationError: out of resource" in capsys.readouterr().err
 

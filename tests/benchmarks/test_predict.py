@@ -16,6 +16,7 @@ from torch import Tensor
 from benchmarks import call, cost, kernel_peers, predict
 from odelt_fast.config import PRESETS
 from odelt_fast.engine import plans
+from odelt_fast.kernels.tiles import specialized_tiles
 
 BASE, LARGE = PRESETS["DiT-B/2"], PRESETS["DiT-XL/2"]
 H200 = cost.CARDS["H200"]
@@ -82,6 +83,13 @@ def test_rows_that_the_plan_whole_serves() -> None:
     from odelt_fast.kernels.whole_launch import MOST_ROWS
 
     assert cost.WHOLE_ROWS == MOST_ROWS
+
+
+def test_tuning_times_a_specialised_product_where_it_may_win() -> None:
+    for arch, card in ((90, H200), (100, cost.CARDS["B200"])):
+        tiles, small = specialized_tiles(arch, torch.bfloat16, False), (64, 64, 768)
+        assert cost.worth_timing(card, (128 * 256, 3072, 768), tiles) == list(tiles)
+        assert not cost.worth_timing(card, small, tiles)
 
 
 def test_the_table_stands_beside_what_a_card_measured(

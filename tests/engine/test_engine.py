@@ -575,6 +575,32 @@ def test_the_measured_table_decides() -> None:
     assert tuning.tuning_path("NVIDIA H200").name == "nvidia-h200.json"
 
 
+def test_a_specialised_product_runs_where_it_was_measured_to_be_fastest() -> None:
+    shape = {"operator": "linear", "dtype": "bfloat16", "inner": 32, "amount": 64}
+    times = {"cublas": 3.0, "triton": 2.0, "ping_pong": 1.0}
+    engine = Engine(random_model().bfloat16(), kind="reference")
+    engine.on_gpu, engine.measured = True, [
+        {**shape, "activation": "none", "columns": 96, "microseconds": times},
+        {**shape, "activation": "gated", "columns": 32, "microseconds": times},
+    ]  # fmt: skip
+    asked: list[object] = []
+
+    def linear(x: torch.Tensor, *given: object, configuration: str | None, **_: object) -> None:
+        asked.append(configuration)
+
+    engine.ops.linear = linear
+    h, residual = torch.zeros(4, 16, 32).bfloat16(), torch.zeros(4, 16, 32).bfloat16()
+    qkv, out = (engine.weights.blocks[0][name] for name in ("qkv", "attention_out"))
+    engine.product(h, qkv)
+    engine.product(h, out, residual=residual, gate=torch.zeros(4, 32).bfloat16())
+    assert asked == ["ping_pong"] * 2
+    assert engine.linear_choice(512, qkv) == engine.linear_choice(64, out) == "cublas"
+    assert engine.linear_choice(512, out, "gated") == "triton"
+    older = Engine(random_model().bfloat16(), kind="reference")
+    older.on_gpu, older.measured, older.capability = True, engine.measured, (8, 0)
+    assert older.linear_choice(64, qkv) == "triton"
+
+
 def test_samplers_of_one_model_share_its_engine() -> None:
     model = random_model()
     engine, graphs = shared_engine(model)

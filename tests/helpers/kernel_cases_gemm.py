@@ -358,8 +358,8 @@ def opchecks() -> list[tuple[Any, tuple[Any, ...]]]:
     # lacks for float8 on a CPU.
     product = torch.ops.odelt_fast.linear.default  # `linear` calls it, with defaults
     return [
-        (product, (x, weight, bias, "gelu", *[None] * 6)),
-        (product, (x, weight, None, "none", gate, residual, None, None, None, workspace)),
+        (product, (x, weight, bias, "gelu", *[None] * 7)),
+        (product, (x, weight, None, "none", gate, residual, None, None, None, workspace, None)),
         (attention, (torch.randn(2, 5, 48), 2)),
         (attention_tangent, tuple(torch.randn(2, 2, 5, 8) for _ in range(6))),
         (quantize_rows, (x,)),

@@ -6,6 +6,7 @@ it: the cases run in a child.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from odelt_fast.kernels.attention import attention, head_parts
 from odelt_fast.kernels.attention_tangent import attention_tangent
 from odelt_fast.kernels.linear import FP8, TILES, choose_tile, linear, workspace_elements
 from odelt_fast.kernels.quantize import quantize_rows, quantize_rows_reference
+from odelt_fast.kernels.tiles import SPECIALIZED, specialized_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
@@ -26,15 +28,18 @@ KERNELS = (
     "linear_tiles",
     "linear_split",
     "linear_float8",
+    "linear_specialized",
+    "linear_unheeded",
     "attention",
     "attention_tangent",
     "quantize",
 )
 CASES = 8
-# The registry alone, so that a fault elsewhere does not hide here.
+# These registries alone, so that a fault elsewhere does not hide here.
 RUN = (
-    "import sys; from tests.stress import kernel_cases;"
-    " kernel_cases.REGISTRIES = ('tests.helpers.kernel_cases_gemm',); sys.exit(kernel_cases.main())"
+    "import sys; from tests.stress import kernel_cases; kernel_cases.REGISTRIES ="
+    " tuple(f'tests.helpers.kernel_cases_{name}' for name in ('gemm', 'specialized'));"
+    " sys.exit(kernel_cases.main())"
 )
 
 
@@ -221,3 +226,29 @@ def test_tile_of_each_shape_and_card(
     rows: int, dtype: torch.dtype, arch: int, aligned: bool, gated: bool, name: str
 ) -> None:
     assert choose_tile(rows, 2304, 768, dtype, arch, 132, aligned, gated) == TILES[name]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "gated", "names"),
+    [
+        (90, torch.bfloat16, True, ["ping_pong", "ping_pong_wide"]),
+        (90, FP8, False, ["fp8_ping_pong"]),
+        (100, torch.float16, False, ["overlapped", "overlapped_wide"]),
+        (100, torch.float16, True, ["overlapped"]),
+        (103, FP8, True, ["fp8_overlapped"]),
+        (90, torch.float32, False, []),
+        (80, torch.bfloat16, False, []),
+        (120, torch.bfloat16, False, []),
+    ],
+)
+def test_specialised_tiles_of_each_card(
+    arch: int, dtype: torch.dtype, gated: bool, names: list[str]
+) -> None:
+    assert list(specialized_tiles(arch, dtype, gated)) == names
+
+
+def test_no_card_takes_a_specialised_tile_unmeasured() -> None:
+    shipped = {tile for tiles in SPECIALIZED.values() for tile in tiles.values()}
+    for rows, arch, gated in itertools.product((256, 32768), (90, 100), (False, True)):
+        for dtype in (torch.bfloat16, FP8):
+            assert choose_tile(rows, 2304, 768, dtype, arch, 132, True, gated) not in shipped

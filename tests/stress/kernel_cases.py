@@ -27,6 +27,7 @@ Case = Callable[[random.Random, torch.device, torch.dtype], object]
 REGISTRIES = (
     "tests.helpers.kernel_cases_rows",
     "tests.helpers.kernel_cases_gemm",
+    "tests.helpers.kernel_cases_specialized",
     "tests.helpers.kernel_cases_whole",
     "tests.helpers.kernel_cases_solver",
     "tests.helpers.kernel_cases_network",
