@@ -178,8 +178,9 @@ class Tuner:
             with reason_in(row):
                 if operator + name in self.refused:
                     raise ValueError(self.refused[operator + name])
+                found = call(0)  # what cannot run says so here
                 if agree:
-                    known = agreeing(call(0), known)
+                    known = agreeing(found, known)
                 timers[name] = graph_timer(call, sets, self.device)
             if row:
                 print(f"  {operator}{name} cannot run: {row['reason'][:150]}", file=sys.stderr)
