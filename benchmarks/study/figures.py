@@ -49,13 +49,15 @@ def _draw_methods(study: Study, out: Path) -> None:
     from odelt_fast.evaluation.depth_steps import sample_depths_by_steps
     from odelt_fast.sampling.pictures import labelled_grid
 
+    runs = [BY_NAME[name] for name in (*METHODS, "odelt")]
+    trained = [run for run in runs if study.trained(run)]
+    if not trained or (trained != runs and out.exists()):  # that may show more of them
+        return
     titles, cells = [], []
-    for run in (BY_NAME[name] for name in (*METHODS, "odelt")):
-        if study.trained(run):
-            model = load_model(str(study.out / run.name))
-            cells += sample_depths_by_steps(model, run.depths, STEPS, _IMAGES)
-            lengths = [f"{run.title}, l = {depth}" for depth in run.depths]
-            titles += lengths if len(lengths) > 1 else [run.title]
-    if cells:
-        columns = [f"T = {steps}" for steps in STEPS]
-        save_picture(out, labelled_grid(cells, titles, columns, _IMAGES, upright=True))
+    for run in trained:
+        model = load_model(str(study.out / run.name))
+        cells += sample_depths_by_steps(model, run.depths, STEPS, _IMAGES)
+        lengths = [f"{run.title}, l = {depth}" for depth in run.depths]
+        titles += lengths if len(lengths) > 1 else [run.title]
+    columns = [f"T = {steps}" for steps in STEPS]
+    save_picture(out, labelled_grid(cells, titles, columns, _IMAGES, upright=True))
