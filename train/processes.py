@@ -32,15 +32,20 @@ def waits(seconds: float) -> Any:
     return InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))
 
 
-def is_lost(error: BaseException) -> bool:
-    """Whether it says that another process is gone or out of reach."""
+def loss_in(error: BaseException | None) -> BaseException | None:
+    """The error, or what caused it (a checkpoint that cannot be written), that says that another
+    process is gone or out of reach; None where none does."""
     import torch.distributed as dist
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if alone or not dist.is_available() or isinstance(error, torch.OutOfMemoryError):
-        return False
-    known = isinstance(error, dist.DistError)
-    return known or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
+    if alone or not dist.is_available():
+        return None
+    while error is not None:
+        said = isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, dist.DistError) or (said and _GONE.search(str(error))):
+            return error
+        error = error.__cause__
+    return None
 
 
 def lost(error: BaseException, step: int, output_dir: Path) -> ProcessLost:

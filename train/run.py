@@ -21,7 +21,7 @@ from .card import write_card
 from .config import TrainConfig
 from .hub import find_repository, upload
 from .loop import Trainer
-from .processes import is_elastic, is_lost, lost
+from .processes import is_elastic, loss_in, lost
 from .run_lock import held
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they kill
@@ -49,11 +49,11 @@ def train(config: TrainConfig) -> Path:
             came = stack.enter_context(_stop_asked())
             _by_main(trainer, lambda: _hold(trainer, stack))
             return _train(trainer, came)
-    except RuntimeError as error:
-        if not is_lost(error):
+    except (RuntimeError, ValueError) as error:
+        if (loss := loss_in(error)) is None:
             raise
         step = trainer.finished_steps if trainer else 0
-        raise lost(error, step, config.output_dir) from error
+        raise lost(loss, step, config.output_dir) from error
 
 
 def _by_main(trainer: Trainer, action: Callable[[], object]) -> None:

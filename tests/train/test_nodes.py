@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from odelt_fast.checkpoints.errors import CheckpointError
 from odelt_fast.train.batch import batch_state, kept
-from odelt_fast.train.checkpoints import checkpoints, model_of
+from odelt_fast.train.checkpoints import checkpoints, model_of, written_whole
 from odelt_fast.train.loop import Trainer
 from odelt_fast.train.main import parse
-from odelt_fast.train.processes import is_lost, lost
+from odelt_fast.train.processes import loss_in, lost
 from odelt_fast.train.run_lock import held
 from odelt_fast.train.timing import slow_ones
 from tests.helpers.hosts import Host, until
@@ -118,14 +118,23 @@ def test_what_gloo_says_of_a_lost_process_is_known(
     text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert is_lost(RuntimeError(text))
-    assert not is_lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    error = RuntimeError(text)
+    assert loss_in(error) is error
+    assert loss_in(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    # While a checkpoint is being written, too; but not what the disk says.
+    for cause, found in ((error, error), (OSError(28, "No space left on device"), None)):
+        with (
+            pytest.raises(ValueError, match=r"checkpoint-5 cannot be written") as stopped,
+            written_whole(tmp_path / "run" / "checkpoint-5", None),
+        ):
+            raise cause
+        assert loss_in(stopped.value) is found
     line = str(lost(RuntimeError(text), 7, tmp_path))
     assert line.endswith("): there is no checkpoint yet")
     assert "lost another process of the run in step 7 (" in line
     assert "/x/" not in line
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert not is_lost(RuntimeError(text))
+    assert loss_in(error) is None
 
 
 def test_the_slow_process_is_named() -> None:
