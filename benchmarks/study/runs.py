@@ -117,7 +117,7 @@ RUNS = (
     Run("live-reflow", "live Reflow", f"--objective live-reflow {_CONVENTIONAL}"),
     _dial("odelt-live", "ODE_t(ODE_l), live teacher", _LIVE),
     _dial("mean-flow", "mean-flow", _MEAN_FLOW),
-    # A step of mean-flow costs 1.1 to 1.25 of odelt's processor time, by the network and machine.
+    # A step of mean-flow costs 1.1 to 1.2 of odelt's processor time, by the network and machine.
     _dial("mean-flow-time", "mean-flow, 0.8 of the steps", _MEAN_FLOW, share=0.8),
     _dial("alpha-flow", "alpha-flow", f"--objective alpha-flow {_LIVE} {_WEIGHTED}"),
     *_OF_MEAN_FLOW,
