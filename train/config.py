@@ -78,9 +78,11 @@ class TrainConfig(DialOptions):
     """w in v_null + w (v_label - v_null) for the velocities that teach shortcuts (half of the
     time-consistency rows; shortcut-models: the finest step size), live and two-stage Reflow,
     progressive and consistency distillation. None: labels only."""
-    target_network: Literal["ema", "live", "fast-ema"] = "ema"
+    target_network: Literal["ema", "live", "fast-ema"] | None = None
     """Network that makes the targets of shortcut, mean-flow, alpha-flow and of length consistency:
-    the EMA, the live network itself (without gradient), or an EMA of decay fast_ema_decay."""
+    the EMA, the live network itself (without gradient), or an EMA of decay fast_ema_decay. None:
+    live for mean-flow and alpha-flow, as their papers (mean-flow falls apart behind a slow EMA),
+    ema for the others."""
     fast_ema_decay: float = 0.99
     """Of --target-network fast-ema."""
     mean_velocity: MeanVelocityOptions = MEAN_VELOCITY_DEFAULTS
@@ -281,12 +283,12 @@ class TrainConfig(DialOptions):
                 f"the reference has no objective {name} to be compatible with: leave --compat at"
                 " none"
             )
-        if self.target_network != "ema" and name not in ("shortcut", *MEAN_VELOCITY):
+        if self.taught_by != "ema" and name not in ("shortcut", *MEAN_VELOCITY):
             raise ValueError(
                 f"target_network {self.target_network} is for shortcut, mean-flow, alpha-flow:"
                 f" leave it out with objective {name}"
             )
-        if self.fast_ema_decay != 0.99 and self.target_network != "fast-ema":
+        if self.fast_ema_decay != 0.99 and self.taught_by != "fast-ema":
             raise ValueError("fast_ema_decay goes with --target-network fast-ema")
         self.mean_velocity.check(name, self.compile, model.guidance_max is not None)
         self._check_guidance(model)
@@ -344,6 +346,11 @@ class TrainConfig(DialOptions):
         if self.loss_weight_power is None:
             return 1.0 if self.objective == "alpha-flow" else 0.0
         return self.loss_weight_power
+
+    @property
+    def taught_by(self) -> Literal["ema", "live", "fast-ema"]:
+        """The network that makes targets."""
+        return self.target_network or ("live" if self.objective in MEAN_VELOCITY else "ema")
 
     @property
     def log2_steps(self) -> int:

@@ -140,7 +140,7 @@ class Trainer:
                 extras.append(self.teacher)
         self.ema = copy.deepcopy(model).requires_grad_(False).eval().to(device)
         self.fast: DiT | None = None
-        if config.target_network == "fast-ema":
+        if config.taught_by == "fast-ema":
             if self.sharded:
                 raise ValueError("target_network fast-ema cannot be sharded: use ema or live")
             self.fast = copy.deepcopy(self.ema)
@@ -220,7 +220,7 @@ class Trainer:
         config, part_index = self.config, self.feed.share.first + part
         batch = batch.to(self.accelerator.device)
         torch.manual_seed(mixed_seed(config.seed, batch.step, part_index))  # dropout
-        chosen = {"live": self.model, "fast-ema": self.fast}.get(config.target_network)
+        chosen = {"live": self.model, "fast-ema": self.fast}.get(config.taught_by)
         networks = Networks(self.model, self.ema, self.teacher, chosen=chosen)
         with self.times.own(), self.accelerator.autocast():
             targets = self.objective(networks, batch)

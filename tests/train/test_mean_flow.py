@@ -166,8 +166,8 @@ def test_a_network_that_is_told_scales_starts_as_what_it_was() -> None:
         start_from(plain, told)
 
 
-@pytest.mark.parametrize("name", ["ema", "live", "fast-ema"])
-def test_the_chosen_network_makes_a_runs_targets(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [None, "ema", "live", "fast-ema"])
+def test_the_chosen_network_makes_a_runs_targets(name: str | None, tmp_path: Path) -> None:
     trainer = Trainer(small_run(tmp_path, objective="mean-flow", target_network=name, **RUN))
     objective, seen = trainer.objective, list[Any]()
 
@@ -177,7 +177,8 @@ def test_the_chosen_network_makes_a_runs_targets(name: str, tmp_path: Path) -> N
 
     trainer.objective = watched
     trainer.step()
-    networks = {"ema": trainer.ema, "live": trainer.model, "fast-ema": trainer.fast}
+    networks = {"ema": trainer.ema, None: trainer.model, "live": trainer.model}
+    networks["fast-ema"] = trainer.fast
     assert [id(each) for each in seen] == [id(networks[name])]
 
 
