@@ -18,13 +18,13 @@ from odelt_fast.config import PRESETS, DiTConfig
 from .dial import DialOptions
 from .mean_velocity import MEAN_VELOCITY, MEAN_VELOCITY_DEFAULTS, MeanVelocityOptions
 from .methods import (
-    DISTILLATIONS,
     SAMPLING,
     WITH_TIME_ROWS,
     ObjectiveName,
     PathName,
     Precision,
     RecipeName,
+    check_guidance,
 )
 
 
@@ -291,7 +291,7 @@ class TrainConfig(DialOptions):
         if self.fast_ema_decay != 0.99 and self.taught_by != "fast-ema":
             raise ValueError("fast_ema_decay goes with --target-network fast-ema")
         self.mean_velocity.check(name, self.compile, model.guidance_max is not None)
-        self._check_guidance(model)
+        check_guidance(name, self.guidance_scale, model, self.label_dropout)
         if self.overwrite_output_dir and self.resume_from_checkpoint == "latest":
             raise ValueError(
                 "overwrite_output_dir deletes what resume_from_checkpoint latest is to find"
@@ -309,36 +309,6 @@ class TrainConfig(DialOptions):
                 " of --init-from"
             )
         self.check_teacher(name, model.length_conditioned)
-
-    def _check_guidance(self, model: DiTConfig) -> None:
-        name, scale, told = self.objective, self.guidance_scale, model.guidance_max is not None
-        if told and name not in MEAN_VELOCITY:
-            raise ValueError(
-                f"objective {name} tells the network no guidance scale: leave --model.guidance-max"
-                f" to {' and '.join(MEAN_VELOCITY)}"
-            )
-        if told and scale is not None:
-            raise ValueError(
-                f"guidance_scale {scale:g}: the network is told scales from 1 to"
-                f" {model.guidance_max:g}, drawn for each row; leave it or --model.guidance-max out"
-            )
-        if scale is not None:
-            number("guidance_scale", scale, 0)
-            if name in ("flow", "consistency", "diffusion"):
-                raise ValueError(
-                    f"objective {name} has no teacher to guide: leave guidance_scale out, and guide"
-                    " when sampling"
-                )
-            if model.num_classes == 1:
-                raise ValueError(
-                    "guidance needs labels: model.num_classes is 1, leave guidance_scale out"
-                )
-        mixed = scale not in (None, 1) and name not in DISTILLATIONS
-        if self.label_dropout == 0 and (told or mixed):
-            raise ValueError(
-                "guidance needs the null label, which label_dropout 0 never trains: set"
-                " --label-dropout 0.1"
-            )
 
     @property
     def weight_power(self) -> float:

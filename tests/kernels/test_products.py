@@ -7,10 +7,6 @@ it: the cases run in a child.
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +17,8 @@ from odelt_fast.kernels.attention_tangent import attention_tangent
 from odelt_fast.kernels.linear import FP8, TILES, choose_tile, linear, workspace_elements
 from odelt_fast.kernels.quantize import quantize_rows, quantize_rows_reference
 from odelt_fast.kernels.tiles import SPECIALIZED, specialized_tiles
+from tests.helpers.interpreted import printed_by
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     "linear",
     "linear_tiles",
@@ -35,30 +31,12 @@ KERNELS = (
     "quantize",
 )
 CASES = 8
-# These registries alone, so that a fault elsewhere does not hide here.
-RUN = (
-    "import sys; from tests.stress import kernel_cases; kernel_cases.REGISTRIES ="
-    " tuple(f'tests.helpers.kernel_cases_{name}' for name in ('gemm', 'specialized'));"
-    " sys.exit(kernel_cases.main())"
-)
-
-
-def child(*arguments: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, "--interpret", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
-    return "\n" + run.stdout + run.stderr
+REGISTRIES = ("kernel_cases_gemm", "kernel_cases_specialized")
 
 
 @pytest.fixture(scope="module")
 def sample() -> str:
-    return child("--cases", str(CASES), "--seed", "0")
+    return printed_by(REGISTRIES, "--cases", str(CASES), "--seed", "0")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

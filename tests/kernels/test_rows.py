@@ -6,11 +6,6 @@ without it: the cases run in a child.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -22,41 +17,21 @@ from odelt_fast.kernels.norm_modulate import norm_modulate
 from odelt_fast.kernels.patch import patch_embed
 from odelt_fast.kernels.rows import row_launch
 from odelt_fast.kernels.solver_update import combine_stages
+from tests.helpers.interpreted import child, printed_by
 
-ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     *("norm_modulate", "gated_residual", "group_end", "row_float8", "modulation"),
     *("patch_embed", "final_layer"),
 )
 CASES = 6
 # The matrix products and the solvers' kernels have their own registries and test files.
-REGISTRIES = tuple(
-    f"tests.helpers.{name}"
-    for name in ("kernel_cases_rows", "kernel_cases_network", "kernel_faults")
-)
-RUN = (
-    f"import sys; from tests.stress import kernel_cases; kernel_cases.REGISTRIES = {REGISTRIES};"
-    " sys.exit(kernel_cases.main())"
-)
-
-
-def child(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=600,
-    )
+REGISTRIES = ("kernel_cases_rows", "kernel_cases_network", "kernel_faults")
 
 
 @pytest.fixture(scope="module")
 def sample() -> str:
     """Output of CASES random cases of every kernel here, and of the network made of them."""
-    run = child(RUN, "--interpret", "--cases", str(CASES), "--seed", "0")
-    return run.stdout + run.stderr
+    return printed_by(REGISTRIES, "--cases", str(CASES), "--seed", "0")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

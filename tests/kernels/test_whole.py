@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -22,29 +17,15 @@ from odelt_fast.kernels.whole_launch import (
     resident,
     unsuitable,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
-RUN = (
-    "import sys; from tests.stress import kernel_cases;"
-    " kernel_cases.REGISTRIES = ('tests.helpers.kernel_cases_whole',);"
-    " sys.exit(kernel_cases.main())"
-)
-
-
-def child(*arguments: str) -> str:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", RUN, "--interpret", *arguments],
-        capture_output=True, text=True, env=environment, timeout=600,
-    )  # fmt: skip
-    return "\n" + run.stdout + run.stderr
+from tests.helpers.interpreted import printed_by
 
 
 @pytest.mark.parametrize(("kernel", "cases"), [("whole", 4), ("whole_at_once", 2)])
 def test_results_are_within_twice_pytorchs_error(kernel: str, cases: int) -> None:
     """Phase by phase, and as one launch whose programs wait for each other."""
-    printed = child("--kernel", kernel, "--cases", str(cases), "--seed", "0")
+    printed = printed_by(
+        ("kernel_cases_whole",), "--kernel", kernel, "--cases", str(cases), "--seed", "0"
+    )
     assert f"\n{kernel}: {cases} of {cases} cases right" in printed, printed
 
 
