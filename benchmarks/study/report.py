@@ -18,7 +18,9 @@ from .figures import draw
 from .latency import latency_of
 from .tables import Results, tables
 
-_NO_TIMES: Record = {"machine": {}, "latency": {}, "training": {}, "parameters": {}}
+_NO_TIMES: Record = dict.fromkeys(
+    ("machine", "latency", "parameters", "training", "training_machine"), {}
+)
 
 
 def report(study: Study) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,6 +262,20 @@ def test_passes_of_a_training_step_are_counted(small: Path) -> None:
     assert (
         0.5 < costs["odelt"]["targets"] <= 0.5 + 1 / 8
     )  # and an eighth, at a depth of the teacher's own
+
+
+def test_what_is_not_measured_again_stays_as_published(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(small, folder)
+    before = read_published(folder / "json" / "study-digits")
+    for name in ("latency", "costs", "real"):
+        (folder / "study" / f"{name}.json").unlink()
+    picture = folder / "study-digits-methods.png"
+    picture.write_bytes(b"of all methods")
+    run(options(folder, stages=("report",)))
+    assert read_published(folder / "json" / "study-digits") == before
+    assert before["study"]["training"].keys() == set(RANDOM)
+    assert picture.read_bytes() == b"of all methods"  # not of the few that are trained here
 
 
 def test_the_document_gets_its_tables_and_nothing_else_changes(small: Path) -> None:
