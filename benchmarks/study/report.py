@@ -18,9 +18,8 @@ from .figures import draw
 from .latency import latency_of
 from .tables import Results, tables
 
-_NO_TIMES: Record = dict.fromkeys(
-    ("machine", "latency", "parameters", "training", "training_machine"), {}
-)
+_TIMES = ("machine", "latency", "parameters", "training", "training_machine")
+_NO_TIMES: Record = {name: {} for name in _TIMES}
 
 
 def report(study: Study) -> None:
