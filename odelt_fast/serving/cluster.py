@@ -4,8 +4,8 @@
     serve run odelt_fast.serving.cluster:app model=digits replicas=4
 
 Replicas draw, each with a device, a model and a batcher of its own. A front takes requests over
-HTTP and hands each to a replica: of those with room in their next batch, always the same one for
-the same way to sample, so that batches fill. What a replica answers is what the server of one
+HTTP and hands each to a replica: of those that have no more than their share, always the same one
+for the same way to sample, so that batches fill. What a replica answers is what the server of one
 process would (server.py).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -50,6 +51,7 @@ except ImportError:
     ) from None
 
 NAME = "odelt-fast"  # of the application
+_UNEVEN = 1.25  # how many times its even share of the requests a replica takes
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,10 @@ class Replica:
 
 
 class ByOperation(RequestRouter):  # type: ignore[misc]
-    """Sends the same operation to the same replica until a batch of requests waits there, then to
-    the next: rendezvous hashing, so that a replica more or less moves few of them."""
-
-    def initialize_state(self, **kwargs: int) -> None:
-        self.max_batch = kwargs["max_batch"]
+    """Sends the same operation to the same replica, so that batches fill, unless that has more than
+    its share of the requests: rendezvous hashing, so that a replica more or less moves few of them,
+    with bounded loads (Mirrokni, Thorup and Zadimoghaddam 2016), so that none idles beside a queue.
+    """
 
     async def choose_replicas(
         self,
@@ -139,11 +140,14 @@ class ByOperation(RequestRouter):  # type: ignore[misc]
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
         operation = pending_request.metadata.multiplexed_model_id if pending_request else ""
+        lengths = self.replica_queue_len_cache
+        loads = {each.replica_id: lengths.get(each.replica_id) or 0 for each in candidate_replicas}
+        share = math.ceil(_UNEVEN * (sum(loads.values()) + 1) / max(1, len(loads)))
 
         def place(replica: RunningReplica) -> tuple[int, bytes]:
-            waiting = self.replica_queue_len_cache.get(replica.replica_id) or 0
             text = f"{operation} {replica.replica_id.unique_id}"
-            return waiting // self.max_batch, hashlib.blake2b(text.encode()).digest()
+            over = max(0, loads[replica.replica_id] + 1 - share)
+            return over, hashlib.blake2b(text.encode()).digest()
 
         return [[replica] for replica in sorted(candidate_replicas, key=place)]
 
@@ -183,10 +187,7 @@ def replicas_of(settings: Settings) -> serve.Application:
         graceful_shutdown_timeout_s=wanted.shutdown,
         health_check_period_s=5,
         ray_actor_options={"num_cpus": wanted.cpus, "num_gpus": int(bool(gpu))},
-        request_router_config=RequestRouterConfig(
-            request_router_class=router,
-            request_router_kwargs={"max_batch": batch},
-        ),
+        request_router_config=RequestRouterConfig(request_router_class=router),
         **count,
     )(Replica)
     return deployment.bind(settings.opening, limits, max(1, int(wanted.cpus)))

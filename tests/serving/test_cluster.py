@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -88,24 +89,38 @@ def test_mistakes_are_answered_as_by_one_process(cluster: int) -> None:
     assert ask(cluster, {"steps": 128, "depth": 12, "deadline_ms": 0.001}).status == 503
 
 
-def test_one_operation_keeps_to_one_replica_and_all_are_counted(cluster: int) -> None:
-    def counts() -> Counter[str]:
-        lines = get(cluster, "/metrics").body.decode().splitlines()
-        name = 'odelt_batch_requests_sum{replica="'
-        shown = (line.removeprefix(name) for line in lines if line.startswith(name))
-        return Counter({line.split('"')[0]: int(float(line.split()[-1])) for line in shown})
+def drawn(port: int) -> Counter[str]:
+    """Requests that each replica has drawn."""
+    lines = get(port, "/metrics").body.decode().splitlines()
+    name = 'odelt_batch_requests_sum{replica="'
+    shown = (line.removeprefix(name) for line in lines if line.startswith(name))
+    return Counter({line.split('"')[0]: int(float(line.split()[-1])) for line in shown})
 
-    before = counts()
+
+def test_one_operation_keeps_to_one_replica_and_all_are_counted(cluster: int) -> None:
+    before = drawn(cluster)
     assert len(before) == 2
     for seed in range(6):
         assert ask(cluster, {"depth": 8, "steps": 3, "seed": seed}).status == 200
-    assert sorted((counts() - before).values()) == [6]
-    before = counts()
+    assert sorted((drawn(cluster) - before).values()) == [6]
+    before = drawn(cluster)
     for steps in range(1, 25):  # of two replicas one has none of them once in 2^23 times
         assert ask(cluster, {"depth": 4, "steps": steps}).status == 200
-    assert len(counts() - before) == 2
+    counts = drawn(cluster)
+    assert len(counts - before) == 2
     total = metric(cluster, "odelt_batch_requests_sum")
-    assert total == sum(counts().values()) >= 6
+    assert total == sum(counts.values()) >= 6
+
+
+def test_no_replica_idles_beside_a_queue(cluster: int) -> None:
+    before = drawn(cluster)
+    asked = {"depth": 12, "steps": 8, "num_images": 4}
+    with ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(lambda seed: ask(cluster, {**asked, "seed": seed}), range(16)))
+    assert {answer.status for answer in answers} == {200}
+    shares = drawn(cluster) - before
+    assert min(shares.values()) >= 4, shares
+    assert len(shares) == 2
 
 
 def test_a_replica_that_is_killed_costs_no_answer(cluster: int, model: DiT) -> None:
