@@ -180,14 +180,16 @@ def moments_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -
     return tokens, moments
 
 
-def random_config(rng: random.Random, cost: int) -> DiTConfig:
-    """Of the widest few blocks and tokens, so that they can be interpreted."""
+def random_config(rng: random.Random, cost: int, side: int = 1) -> DiTConfig:
+    """Of the widest few blocks and tokens, so that they can be interpreted; of images of at least
+    `side` pixels squared."""
     size, heads = rng.choice((SMALL, MIDDLE, WIDE)[cost])
     patch, group = rng.choice([1, 2]), rng.choice(([1, 2, 3], [1, 2], [1])[cost])
     groups = rng.choice([1, 2]) if group == 1 and not cost else 1
     conditioned = rng.random() < 0.85
     return DiTConfig(
-        image_size=patch * rng.randint(1, 4 - cost), channels=rng.choice([1, 3]), patch_size=patch,
+        image_size=patch * max(rng.randint(1, 4 - cost), side // patch),
+        channels=rng.choice([1, 3]), patch_size=patch,
         hidden_size=size, depth=groups * group + 1, depth_min=1 + group * (groups - 1),
         depth_group=group, num_heads=heads, mlp_ratio=rng.choice([1.0, 1.55, 2.0, 4.0][: 4 - cost]),
         num_classes=3, length_conditioned=conditioned,
@@ -220,12 +222,12 @@ def by_model(model: DiT, x: Tensor, depth: int, guidance: float | None) -> Tenso
 
 def plans_case(
     rng: random.Random, device: torch.device, dtype: torch.dtype,
-    names: Sequence[str] = SEQUENCES, float8: float = 0.15, rows: int = 257,
+    names: Sequence[str] = SEQUENCES, float8: float = 0.15, rows: int = 257, side: int = 1,
 ) -> object:  # fmt: skip
     """Each plan on at most that many rows, within twice the model's own error; with float8, of
     which float8 is the chance, within what is promised."""
     cost = rng.choices((0, 1, 2), (70, 27, 3))[0]
-    config = random_config(rng, cost)
+    config = random_config(rng, cost, side)
     model = random_model(Way.of(config, device, dtype), rng.getrandbits(30))
     exact_model = DiT(config).to(device).double()
     exact_model.load_state_dict(model.state_dict())

@@ -117,7 +117,7 @@ def at_once(rng: random.Random, device: torch.device, dtype: torch.dtype) -> obj
 
 def plan_case(rng: random.Random, device: torch.device, dtype: torch.dtype) -> object:
     """Evaluations by the engine's plan; many samples of few tokens are slow to interpret."""
-    return plans_case(rng, device, dtype, ("whole",), 0.0, rng.choice([16, 16, 16, 257]))
+    return plans_case(rng, device, dtype, ("whole",), 0.0, rng.choice([16, 16, 16, 257]), side=2)
 
 
 CASES = [("whole", case), ("whole_at_once", at_once), ("plan_whole", plan_case)]
