@@ -25,7 +25,7 @@ from tests.helpers.kernel_cases_gemm import WIDTHS, exact_float8_cast, token_sha
 from tests.helpers.kernel_checks import Axes, batch_size, check_error, guarded, watched
 
 FLOAT8_BOUND = 4e-2  # of an evaluation, as the engine promises
-NEAR = 7  # neighbouring states at which the model's own error is drawn
+NEAR = 7  # neighbouring states and times at which the model's own error is drawn
 SEQUENCES = tuple(name for name in PLANS if name != "whole")  # kernel_cases_whole.py has that one
 # (width, heads), head dimensions of 24, 64, 72 and others; the widest are slow to interpret.
 SMALL = ((24, 1), (48, 2), (64, 1), (72, 1), (96, 4), (36, 1), (20, 2))
@@ -210,13 +210,13 @@ def by_engine(engine: Engine, x: Tensor, depth: int, guidance: float | None) -> 
         return engine.velocity(x, tables, depth, guidance)
 
 
-def by_model(model: DiT, x: Tensor, depth: int, guidance: float | None) -> Tensor:
+def by_model(model: DiT, x: Tensor, depth: int, guidance: float | None, t: float = 0.25) -> Tensor:
     """The same by the model."""
     labels = torch.arange(len(x), device=x.device) % 4
-    said = model(x, 0.25, 2, labels, depth)
+    said = model(x, t, 2, labels, depth)
     if guidance is None:
         return said
-    null = model(x, 0.25, 2, torch.full_like(labels, 3), depth)
+    null = model(x, t, 2, torch.full_like(labels, 3), depth)
     return null + guidance * (said - null)
 
 
@@ -243,11 +243,13 @@ def plans_case(
     with torch.no_grad(), exact_float8_cast():
         exact, plain = by_model(exact_model, x.double(), depth, guidance), []
         for change in range(0 if precision else NEAR + 1):
-            # A row of little variance lies near or far by luck.
+            # A row of little variance lies near or far by luck, and so does the modulation, whose
+            # errors all rows share.
             bits = torch.randint(-1, 2, x.shape, generator=generator).to(x) * (change > 0)
             near = x * (1 + torch.finfo(dtype).eps * bits)
-            own = by_model(exact_model, near.double(), depth, guidance)
-            plain.append((exact + by_model(model, near, depth, guidance) - own).to(dtype))
+            t = 0.25 * (1 + torch.finfo(torch.float32).eps * change)
+            own = by_model(exact_model, near.double(), depth, guidance, t)
+            plain.append((exact + by_model(model, near, depth, guidance, t) - own).to(dtype))
         for name in names:
             if device.type == "cuda" or not PLANS[name].overlapped:
                 engine = Engine(model, "triton", precision, plans=(name,))
