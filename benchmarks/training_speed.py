@@ -57,6 +57,11 @@ METHODS: dict[str, Record] = {
 OBJECTIVES: dict[str, Record] = {
     "alpha-flow": {"objective": "alpha-flow", "target_network": "live"},
     "mean-flow, difference": {"objective": "mean-flow", "target_network": "live"},
+    "mean-flow, difference, guided": {
+        "objective": "mean-flow",
+        "target_network": "live",
+        "guidance_scale": 1.4,
+    },
     "mean-flow, forward mode": {
         "objective": "mean-flow",
         "target_network": "live",

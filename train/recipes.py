@@ -96,7 +96,16 @@ RECIPES: dict[str, TrainConfig] = {
         _DIGITS, "digits-meanflow", _DIGITS.model, steps=14_400, decay_fraction=0.25, **_ONE_STEP
     ),
     "mnist": _MNIST,
-    "mnist-meanflow": _recipe(_MNIST, "mnist-meanflow", _MNIST.model, steps=17_600, **_ONE_STEP),
+    "mnist-meanflow": _recipe(
+        _MNIST,
+        "mnist-meanflow",
+        _MNIST.model,
+        steps=14_300,
+        decay_fraction=0.25,
+        guidance_scale=1.4,
+        mean_velocity=MeanVelocityOptions(grid_share=0.0),
+        **_ONE_STEP,
+    ),
     # Sized for 10 to 15 minutes of one H200. 240 rows: the three depths and both kinds of
     # consistency rows divide them evenly.
     "cifar10": _recipe(

@@ -79,6 +79,7 @@ _OF_MEAN_FLOW = (
     _dial("mf-p1", "p = 1", f"--objective mean-flow {_LIVE} {_WEIGHTED_1}"),
     _dial("mf-share", "1/4 of the rows time rows", f"{_MEAN_FLOW} --mean-velocity.time-share 0.25"),
     _dial("mf-pairs", "no pairs on grids", f"{_MEAN_FLOW} --mean-velocity.grid-share 0"),
+    _dial("mf-guided", "guidance 1.4 in the target", f"{_MEAN_FLOW} --guidance-scale 1.4"),
     _dial("mf-k0", "K = 0", f"{_MEAN_FLOW} --length-consistency-every 0"),
     _dial("mf-ema", "EMA teacher", f"--objective mean-flow --target-network ema {_WEIGHTED}"),
 )
