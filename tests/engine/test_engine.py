@@ -32,7 +32,7 @@ from tests.helpers.reference_cases import (
     relative_error,
 )
 
-FP8_BOUND = 4e-2  # promised, of one evaluation
+FP8_BOUND = 4e-2  # of one evaluation
 FLOAT8_PLANS = tuple(name for name in PLANS if name != "whole")
 
 

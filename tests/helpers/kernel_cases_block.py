@@ -24,7 +24,8 @@ from odelt_fast.model import DiT
 from tests.helpers.kernel_cases_gemm import WIDTHS, exact_float8_cast, token_shape
 from tests.helpers.kernel_checks import Axes, batch_size, check_error, guarded, watched
 
-FLOAT8_BOUND = 4e-2  # of an evaluation, as the engine promises
+FLOAT8_BOUND = 4e-2  # of an evaluation, or
+FLOAT8_MORE = 1.25  # times the error of the same arithmetic in PyTorch, if that is more
 NEAR = 7  # neighbouring states and times at which the model's own error is drawn
 SEQUENCES = tuple(name for name in PLANS if name != "whole")  # kernel_cases_whole.py has that one
 # (width, heads), head dimensions of 24, 64, 72 and others; the widest are slow to interpret.
@@ -225,7 +226,7 @@ def plans_case(
     names: Sequence[str] = SEQUENCES, float8: float = 0.15, rows: int = 257, side: int = 1,
 ) -> object:  # fmt: skip
     """Each plan on at most that many rows, within twice the model's own error; with float8, of
-    which float8 is the chance, within what is promised."""
+    which float8 is the chance, within what that costs."""
     cost = rng.choices((0, 1, 2), (70, 27, 3))[0]
     config = random_config(rng, cost, side)
     model = random_model(Way.of(config, device, dtype), rng.getrandbits(30))
@@ -256,8 +257,12 @@ def plans_case(
                 results[name] = by_engine(engine, x, depth, guidance)
     for name, got in results.items():
         if precision:
-            error = (got.double() - exact).norm() / exact.norm()
-            assert error < FLOAT8_BOUND, f"{name}: {error:.2g} with float8"
+            slow = Engine(model, precision=precision, kind="reference", plans=(name,))
+            with torch.no_grad():
+                own = by_engine(slow, x, depth, guidance)
+            error, cost = ((each.double() - exact).norm() / exact.norm() for each in (got, own))
+            bound = max(FLOAT8_BOUND, FLOAT8_MORE * cost)
+            assert error < bound, f"{name}: {error:.2g} with float8, {cost:.2g} in PyTorch"
         else:
             check_error(name, got, plain, exact)
     return tuple(results.values())
