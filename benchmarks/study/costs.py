@@ -30,12 +30,13 @@ _COUNTED_STEPS = 32  # of one batch, whose random depths and times make the coun
 
 
 def measure_costs(study: Study) -> None:
-    """Writes OUT/costs.json: {"machine", "training": {run: costs}} of the chosen runs; other seeds
-    cost the same.
+    """Writes OUT/costs.json: {"machine", "training": {run: costs}} of the chosen runs and `odelt`;
+    other seeds cost the same.
 
-    "batch": its images; "seconds": processor time of a step (median); "peak_bytes": of a step,
-    above what lies there between steps; and how often a step sends an image of its batch through
-    all blocks: "learnt", forward and backward, and "targets", forward alone.
+    "batch": its images; "seconds": processor time of a step (median), "odelt_seconds": of one of
+    `odelt` beside it; "peak_bytes": of a step, above what lies there between steps; and how often a
+    step sends an image of its batch through all blocks: "learnt", forward and backward, and
+    "targets", forward alone.
     """
     from benchmarks.training_speed import peak_of
     from odelt_fast.model import DiT
@@ -45,7 +46,7 @@ def measure_costs(study: Study) -> None:
     torch.set_num_threads(1)
     timers, costs = {}, {}
     try:
-        for run in study.chosen():
+        for run in dict.fromkeys((BY_NAME["odelt"], *study.chosen())):
             needed = [BY_NAME[name] for name in (run.teacher,) if name] + [run] * run.needs_pairs
             if run.repeats is None and all(map(study.trained, needed)):
                 trainer = _trainer(study, run)
@@ -54,6 +55,8 @@ def measure_costs(study: Study) -> None:
                 timers[run.name] = partial(_step_seconds, trainer)
         for name, values in take_turns(timers, 0, least=_STEP_ROUNDS).items():
             costs[name]["seconds"] = statistics.median(values)
+        for cost in costs.values():
+            cost["odelt_seconds"] = costs["odelt"]["seconds"]
     finally:
         torch.set_num_threads(threads)
     write_json(study.out / "costs.json", {"machine": device_record(), "training": costs})

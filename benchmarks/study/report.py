@@ -34,7 +34,13 @@ def report(study: Study) -> None:
     for name, results in study.results().items():
         write_json(folder / f"{name}.json", published(name, results, times["latency"]))
     if costs:
-        times |= {"training": costs["training"], "training_machine": costs["machine"]}
+        known = before.get("training_machine", {})
+        same = all(known.get(name) == costs["machine"][name] for name in ("device", "torch"))
+        training = before["training"] if same else {}  # what another machine takes says nothing
+        times |= {
+            "training": training | costs["training"],
+            "training_machine": costs["machine"],
+        }
     budget = {**vars(study.budget), "data": Path(study.budget.data).name}
     real = before.get("real", {}) | real
     content = {"set": study.options.set, "budget": budget, "real": real, **times}

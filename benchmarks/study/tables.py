@@ -252,7 +252,7 @@ def _cost(costs: Results, name: str) -> str:
     """Of a training step: time over that of `odelt`, and peak memory."""
     if name not in costs or "peak_bytes" not in costs[name]:
         return ""
-    ratio = costs[name]["seconds"] / costs["odelt"]["seconds"]
+    ratio = costs[name]["seconds"] / costs[name]["odelt_seconds"]
     return f"{ratio:.2f}x, {_memory(costs[name])}"
 
 

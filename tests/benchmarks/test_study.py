@@ -264,6 +264,20 @@ def test_passes_of_a_training_step_are_counted(small: Path) -> None:
     )  # and an eighth, at a depth of the teacher's own
 
 
+def test_costs_of_one_run_join_those_of_before(small: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(small, folder)
+    before = read_published(folder / "json" / "study-digits")["study"]["training"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_COUNTED_STEPS", "_STEP_ROUNDS", "_STEPS_A_ROUND"):
+            patch.setattr(study_costs, name, 2)
+        run(options(folder, only=("flow",), stages=("costs", "report")))
+    after = read_published(folder / "json" / "study-digits")["study"]["training"]
+    assert after["shortcut"] == before["shortcut"]
+    assert after["flow"]["odelt_seconds"] == after["odelt"]["seconds"]
+    assert after["flow"] != before["flow"]
+
+
 def test_what_is_not_measured_again_stays_as_published(small: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(small, folder)
@@ -337,9 +351,9 @@ def evaluated(base: float, depths: Sequence[int], *at: int) -> dict[str, Any]:
     return {"rows": rows}
 
 
-def cost(seconds: float, mebibytes: int) -> dict[str, float]:
-    passes = {"batch": 64, "learnt": 1, "targets": 0}
-    return passes | {"seconds": seconds, "peak_bytes": mebibytes * 2**20}
+def cost(seconds: float, mebibytes: int, odelt_seconds: float = 2) -> dict[str, float]:
+    made = {"batch": 64, "learnt": 1, "targets": 0, "peak_bytes": mebibytes * 2**20}
+    return made | {"seconds": seconds, "odelt_seconds": odelt_seconds}
 
 
 NO_TIMES: dict[str, Any] = {"real": {}, "parameters": {}, "training": {}, "machine": {}}
@@ -368,7 +382,7 @@ def test_ablations_show_every_training_seed() -> None:
 
 
 def test_few_steps_show_every_method_with_the_length_dial_and_its_training_seeds() -> None:
-    training = {"odelt": cost(2, 1), "mean-flow": cost(3, 2)}
+    training = {"odelt": cost(2, 1), "mean-flow": cost(6, 2, odelt_seconds=4)}
     found = {
         "odelt": evaluated(1, (12, 8, 4), 128, 4, 2, 1),
         "odelt-again": evaluated(2, (12, 8, 4), 128, 4, 1),
