@@ -53,8 +53,7 @@ class Engine:
         model: of float32, bfloat16 or float16.
         attention: "auto" or one of `operators.ATTENTIONS`.
         precision: None, the model's, or "fp8": three of a block's four products run on row-wise
-            float8 (e4m3), with an error of 1 to 4 % on one evaluation (small
-            networks: up to 7 %).
+            float8 (e4m3), with an error of a few percent on one evaluation, as in plain PyTorch.
         kind: "kernels" (CUDA, or the CPU under TRITON_INTERPRET=1) or "reference": the same launch
             sequence in plain PyTorch, on any device.
         plans: names of those that may run: of several the one that is fastest at a shape by this

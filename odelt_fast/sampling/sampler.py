@@ -69,8 +69,7 @@ class Sampler:
             `Decoder` must be that of the latents that the model was trained on.
         attention: of the fused backend, "auto" or one of `engine.operators.ATTENTIONS` by name.
         precision: of the fused backend. None is the model's dtype; "fp8" runs most matrix products
-            in float8, with an error of 1 to 4 % of one evaluation (small
-            networks: up to 7 %).
+            in float8, with an error of a few percent of one evaluation.
         plan: of the fused backend, which launches it makes: one of `engine.plans.PLANS` by name, or
             "auto", the one that was measured to be fastest on this GPU.
         error_norm: "per_sample" (each image has its own steps) or "batch".
