@@ -83,6 +83,14 @@ _OF_MEAN_FLOW = (
     _dial("mf-k0", "K = 0", f"{_MEAN_FLOW} --length-consistency-every 0"),
     _dial("mf-ema", "EMA teacher", f"--objective mean-flow --target-network ema {_WEIGHTED}"),
 )
+_ALPHA_FLOW = f"--objective alpha-flow {_LIVE} {_WEIGHTED}"
+# Its schedule: by default alpha falls from 1 to 0.05 over the first 0.7 of the run.
+_OF_ALPHA_FLOW = (
+    _dial("af-early", "falling by 0.35", f"{_ALPHA_FLOW} --mean-velocity.alpha-fall 0 0.35"),
+    _dial("af-late", "falling by the end", f"{_ALPHA_FLOW} --mean-velocity.alpha-fall 0 1"),
+    _dial("af-high", "down to 0.2", f"{_ALPHA_FLOW} --mean-velocity.alpha-min 0.2"),
+    _dial("af-low", "down to 0.0125", f"{_ALPHA_FLOW} --mean-velocity.alpha-min 0.0125"),
+)
 RUNS = (
     _MAIN,
     # The model of Table 3's adaptive rows: flow matching over continuous time, with length
@@ -120,8 +128,9 @@ RUNS = (
     _dial("mean-flow", "mean-flow", _MEAN_FLOW),
     # A step of mean-flow costs 1.1 to 1.2 of odelt's processor time, by the network and machine.
     _dial("mean-flow-time", "mean-flow, 0.8 of the steps", _MEAN_FLOW, share=0.8),
-    _dial("alpha-flow", "alpha-flow", f"--objective alpha-flow {_LIVE} {_WEIGHTED}"),
+    _dial("alpha-flow", "alpha-flow", _ALPHA_FLOW),
     *_OF_MEAN_FLOW,
+    *_OF_ALPHA_FLOW,
     # The ablations once more from another training seed: a difference that it does not repeat is
     # none.
     *(

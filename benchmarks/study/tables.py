@@ -23,9 +23,10 @@ METHODS = {  # rows of Table 2, and what they are called in `paper`
     "live-reflow": "reference: live Reflow",
     "shortcut": "reference: shortcut",
 }
-# Methods under the length dial beside `odelt`, and one change of mean-flow each.
+# Methods under the length dial beside `odelt`, and one change of mean-flow or alpha-flow each.
 DIALS = ("odelt-live", "mean-flow", "mean-flow-time", "alpha-flow")
-CHANGES = tuple(run.name for run in RUNS if run.name.startswith("mf-"))
+_OF = {"mf": "mean-flow", "af": "alpha-flow"}
+CHANGES = {run.name: of for run in RUNS if (of := _OF.get(run.name.partition("-")[0]))}
 _PAIR_STEPS = 128  # Euler steps that make a pair
 _OF_TABLE_3 = (("odelt", "euler"), ("odelt-flow", "dopri5"))
 _GROUPS = {"G = 1": "g1", "G = 2": "g2", "G = 4": "odelt"}
@@ -219,7 +220,7 @@ def _ablation(runs: Mapping[str, str], theirs: Mapping[Any, Sequence[float]], fo
 
 
 def _few_steps(found: Found) -> str:
-    """Methods under the length dial and changes of one of them, at few steps. A cell: the mean over
+    """Methods under the length dial and changes of two of them, at few steps. A cell: the mean over
     training seeds, then each of them."""
     metric = _metric(found["odelt"])
     shares, costs = "recognised, recall at T = 1", found["study"]["training"]
@@ -241,9 +242,9 @@ def _few_steps(found: Found) -> str:
                 fmean(_mean(row, each) for row in at_steps[-1]) for each in ("recognised", "recall")
             )
             shown = f"{_percent(recognised)}, {recall:.2f}", _cost(costs, name)
-            title = (
-                BY_NAME[name].title if name not in CHANGES else f"mean-flow, {BY_NAME[name].title}"
-            )
+            title = BY_NAME[name].title
+            if of := CHANGES.get(name):
+                title = f"{of}, {title}"
             body.append((title, depth, *(_over_seeds(rows, metric) for rows in at_steps), *shown))
     return table(head, body)
 
