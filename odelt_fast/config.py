@@ -228,6 +228,10 @@ PRESETS: dict[str, DiTConfig] = {
     ),
     # 15.6 MB in float16
     "cifar10": DiTConfig(channels=3, hidden_size=192, num_heads=3, mlp_ratio=3.5, num_classes=10),
+    # A quarter of its tokens: for a CPU. The model in the package.
+    "cifar10-small": DiTConfig(
+        channels=3, patch_size=4, hidden_size=128, num_heads=4, num_classes=10
+    ),
 }
 
 

@@ -54,6 +54,7 @@ RecipeName = Literal[
     "cifar10",
     "digits-meanflow",
     "mnist-meanflow",
+    "cifar10-meanflow",
     "celebahq256-b",
     "imagenet256-b",
     "imagenet256-xl",

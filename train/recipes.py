@@ -120,6 +120,21 @@ RECIPES: dict[str, TrainConfig] = {
         mixed_precision="bf16",
         sampling_steps=5000,
     ),
+    # Sized for two to three hours of one CPU core.
+    "cifar10-meanflow": _recipe(
+        _SMALL,
+        "cifar10-meanflow",
+        PRESETS["cifar10-small"],
+        data="uoft-cs/cifar10",
+        steps=12_000,
+        train_batch_size=64,
+        warmup_steps=500,
+        decay_fraction=0.25,
+        guidance_scale=1.5,
+        mean_velocity=MeanVelocityOptions(grid_share=0.0),
+        mixed_precision="bf16",
+        **_ONE_STEP,
+    ),
     "celebahq256-b": _recipe(
         _TABLE_7,
         "celebahq256-b",
