@@ -22,6 +22,7 @@ from benchmarks.study import costs as study_costs
 from benchmarks.study import latency as study_latency
 from benchmarks.study.__main__ import run
 from benchmarks.study.campaign import Options, Study
+from benchmarks.study.real import measure_real
 from benchmarks.study.report import read_published, write_tables
 from benchmarks.study.runs import BY_NAME, DATA_SETS, RUNS
 from benchmarks.study.tables import CHANGES, METHODS, tables
@@ -208,6 +209,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "results.md").write_text(f"# Results\n{places}")
         run(options(folder, latency_only=True, only=RANDOM))
     return folder
+
+
+def test_fewer_real_images_lie_farther_from_the_others() -> None:
+    settings = Evaluation("digits", "digits")
+    few, half = (measure_real(settings, num_images=count) for count in (200, None))
+    assert few["images"] == half["images"] == 1797
+    assert few["recognised"] == half["recognised"] > 0.99
+    name = "digits-features Frechet distance"
+    assert few[name] > 1.5 * half[name] > 0
+    with pytest.raises(ValueError, match="from 2 to 1795, not 1796"):
+        measure_real(settings, num_images=1796)
 
 
 def test_latencies_alone_are_measured_again(small: Path) -> None:
