@@ -12,7 +12,7 @@ from odelt_fast.evaluation import paper
 from odelt_fast.evaluation.paper import STEPS
 from odelt_fast.evaluation.results import number
 
-from .runs import BY_NAME, RUNS
+from .runs import BY_NAME, RUNS, Run
 
 METHODS = {  # rows of Table 2, and what they are called in `paper`
     "diffusion": "reference: diffusion",
@@ -242,11 +242,14 @@ def _few_steps(found: Found) -> str:
                 fmean(_mean(row, each) for row in at_steps[-1]) for each in ("recognised", "recall")
             )
             shown = f"{_percent(recognised)}, {recall:.2f}", _cost(costs, name)
-            title = BY_NAME[name].title
-            if of := CHANGES.get(name):
-                title = f"{of}, {title}"
+            title = _title(BY_NAME[name])
             body.append((title, depth, *(_over_seeds(rows, metric) for rows in at_steps), *shown))
     return table(head, body)
+
+
+def _title(run: Run) -> str:
+    """With the method that it changes, if it does."""
+    return f"{CHANGES[run.name]}, {run.title}" if run.name in CHANGES else run.title
 
 
 def _cost(costs: Results, name: str) -> str:
@@ -321,5 +324,5 @@ def _training(study: Results) -> str:
             targets += f" + {_PAIR_STEPS * budget['pairs'] / 1e6:.2f} for pairs"
             minutes += " + pairs"
         count, memory = " + ".join(map(str, steps)), _memory(costs[run.name])
-        body.append((run.title, count, sum(images), learnt, targets, minutes, memory))
+        body.append((_title(run), count, sum(images), learnt, targets, minutes, memory))
     return table(head, body)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from odelt_fast.checkpoints.errors import CheckpointError
 from odelt_fast.checkpoints.folder import load_model, save_model
-from odelt_fast.checkpoints.lookup import bundled_models
-from odelt_fast.config import DiTConfig
+from odelt_fast.checkpoints.lookup import bundled_models, find_folder
+from odelt_fast.config import PRESETS, DiTConfig
 from odelt_fast.model import DiT
 
 CONFIG = DiTConfig(
@@ -466,6 +467,21 @@ def test_names_that_are_nothing_are_refused_in_one_line(
         load_model(name)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "first_class"),
+    [("cifar10", "cifar10-small", "airplane"), ("digits", "digits", "0"), ("mnist", "mnist", "0")],
+)
+def test_a_bundled_model_is_small_and_has_the_shape_of_its_preset(
+    name: str, preset: str, first_class: str
+) -> None:
+    assert name in bundled_models()
+    assert sum(file.stat().st_size for file in find_folder(name).iterdir()) <= 16e6
+    model = load_model(name)
+    assert model.config == replace(PRESETS[preset], sampling="mean_flow")
+    names = model.trained_on.class_names
+    assert (len(names), names[0]) == (model.config.num_classes, first_class)
 
 
 def test_a_local_folder_wins_over_a_bundled_name(

@@ -265,7 +265,7 @@ def test_a_table_of_other_weights_is_refused(tmp_path: Path, model: str) -> None
         find_quality(model, read_config(model), model_hash(model), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["digits", "mnist"])
+@pytest.mark.parametrize("name", ["cifar10", "digits", "mnist"])
 def test_bundled_models_have_the_quality_of_their_own_weights(name: str) -> None:
     quality = find_quality(name, read_config(name), model_hash(name))
     assert quality is not None

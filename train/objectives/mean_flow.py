@@ -174,7 +174,8 @@ class AlphaFlow(MeanVelocity):
 
     Rows of pairs weigh alpha^(2p - 1), with p the power of the adaptive weight: their errors are
     alpha times those of MeanFlow, so that gradients keep MeanFlow's size while alpha falls; alpha
-    with p = 1 (the paper's adaptive weight), 1/alpha without it.
+    with p = 1 (the paper's adaptive weight), 1/alpha without it. That holds for errors above eps:
+    below it these rows count less the smaller alpha is.
     """
 
     total_steps: int
