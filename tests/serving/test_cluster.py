@@ -114,7 +114,8 @@ def test_one_operation_keeps_to_one_replica_and_all_are_counted(cluster: int) ->
 
 def test_no_replica_idles_beside_a_queue(cluster: int) -> None:
     before = drawn(cluster)
-    asked = {"depth": 12, "steps": 8, "num_images": 4}
+    # Long, so that all wait together: on a busy machine short ones come one after another.
+    asked = {"depth": 12, "steps": 128, "num_images": 4}
     with ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(lambda seed: ask(cluster, {**asked, "seed": seed}), range(16)))
     assert {answer.status for answer in answers} == {200}
